@@ -311,25 +311,25 @@ def apply_landlock(spec: ConfinementSpec) -> None:
         return
 
     # The kernel rejects bits that its ABI version does not know.
-    known = (1 << (13 if version < 2 else 14 if version < 3 else 15 if version < 5 else 16)) - 1
+    supported = (1 << (13 if version < 2 else 14 if version < 3 else 15 if version < 5 else 16)) - 1
     net = BIND_TCP | CONNECT_TCP if version >= 4 and spec.connect is not None else 0
     scoped = SCOPE_ABSTRACT_SOCKETS if version >= 6 and spec.scope_sockets else 0
     if version >= 6 and spec.scope_signals:
         scoped |= SCOPE_SIGNALS
-    handled = (READ_RIGHTS | WRITE_RIGHTS | MAKE_DEVICE_RIGHTS) & known
+    handled = (READ_RIGHTS | WRITE_RIGHTS | MAKE_DEVICE_RIGHTS) & supported
     attributes = struct.pack("=QQQ", handled, net, scoped)[: 24 if version >= 6 else 16 if version >= 4 else 8]
     ruleset = check_result(libc.syscall(CREATE_RULESET, attributes, len(attributes), 0), "landlock ruleset")
 
     for path in spec.read:
-        allow_path(ruleset, path, READ_RIGHTS & known)
+        allow_path(ruleset, path, READ_RIGHTS & supported)
     for path in spec.write:
-        allow_path(ruleset, path, WRITE_RIGHTS & known)
+        allow_path(ruleset, path, WRITE_RIGHTS & supported)
     for path in spec.list_folders:
         allow_path(ruleset, path, READ_DIR_RIGHT)
     for path in spec.sockets:
         allow_path(ruleset, path, MAKE_SOCKET_RIGHT)
     if thread_names := find_thread_names_path(spec):
-        allow_path(ruleset, thread_names, (WRITE_FILE_RIGHT | TRUNCATE_RIGHT) & known)
+        allow_path(ruleset, thread_names, (WRITE_FILE_RIGHT | TRUNCATE_RIGHT) & supported)
         # While a descriptor refers to it, the kernel keeps the object that the rule belongs to.
         os.set_inheritable(os.open(thread_names, os.O_PATH), True)
     if net:

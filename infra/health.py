@@ -15,11 +15,16 @@ BUSY_CPU_SHARE = 0.3  # of one CPU, used plus waited for; a server that is block
 class LivenessPolicy:
     """Define when a running process that does not respond is restarted.
 
-    `check` raises when the service itself cannot respond. It has its own timeouts and requests nothing that needs
-    another service: while PostgreSQL is down, no other service is restarted because of it. The service is restarted
-    after at least `failures` failed checks in a row over at least `seconds`, so a slow machine, a pause or a long
-    request causes no restart. A service that uses the CPU all the time is loaded, not hung, unless it reports itself
-    unhealthy; the limit is then `busy_seconds`, since a restart would only lose its clients' requests.
+    Several checks in a row over some time must fail, so a slow machine, a pause or a long request causes no restart.
+
+    Attributes:
+        check: raises when the service itself cannot respond. It has its own timeouts and requests nothing that needs
+            another service: while PostgreSQL is down, no other service is restarted because of it.
+        every_s: pause between two checks.
+        failures: minimum number of failed checks in a row.
+        seconds: minimum time for which the checks fail.
+        busy_seconds: the same for a service that uses the CPU all the time. It is loaded, not hung, unless it reports
+            itself unhealthy, and a restart would only lose its clients' requests.
     """
 
     check: Callable[[], None]
@@ -37,30 +42,31 @@ class LivenessMonitor:
     """Count consecutive failed liveness checks of one process.
 
     Args:
-        computing_s: returns the CPU time in seconds that the service has used or waited for so far.
+        measure_cpu_demand_s: returns the CPU time in seconds that the service has used or waited for so far.
     """
 
-    def __init__(self, liveness: LivenessPolicy, computing_s: Callable[[], float]) -> None:
-        self._liveness, self._measure_cpu_demand_s = liveness, computing_s
-        self._num_failures, self._failing_since, self._cpu_demand_at_first_failure_s = 0, 0.0, 0.0
+    def __init__(self, policy: LivenessPolicy, measure_cpu_demand_s: Callable[[], float]) -> None:
+        self._policy = policy
+        self._measure_cpu_demand_s = measure_cpu_demand_s
+        self._num_failures = 0
+        self._failing_since = 0.0
+        self._cpu_demand_at_first_failure_s = 0.0
 
     def check(self) -> str | None:
         """Check once, and return the reason for a restart when enough checks have failed."""
         try:
-            self._liveness.check()
+            self._policy.check()
         except Exception as error:  # any error is a failed check
             if not self._num_failures:
-                self._failing_since, self._cpu_demand_at_first_failure_s = (
-                    time.monotonic(),
-                    self._measure_cpu_demand_s(),
-                )
+                self._failing_since = time.monotonic()
+                self._cpu_demand_at_first_failure_s = self._measure_cpu_demand_s()
             self._num_failures += 1
 
             seconds = time.monotonic() - self._failing_since
             cpu_demand_s = self._measure_cpu_demand_s() - self._cpu_demand_at_first_failure_s
             is_busy = not isinstance(error, ServiceUnhealthy) and cpu_demand_s > BUSY_CPU_SHARE * seconds
-            limit_s = self._liveness.busy_seconds if is_busy else self._liveness.seconds
-            if self._num_failures >= self._liveness.failures and seconds >= limit_s:
+            limit_s = self._policy.busy_seconds if is_busy else self._policy.seconds
+            if self._num_failures >= self._policy.failures and seconds >= limit_s:
                 last_error = f"{type(error).__name__}: {get_first_line(error)}"
                 return (
                     f"it is not alive: {self._num_failures} checks failed in {seconds:.0f} s, last error: {last_error}"

@@ -235,13 +235,21 @@ ConnectionGroup = OrderedDict[HttpProtocol, None]
 class WaitingConnections:
     """Hold the connections that keep one server waiting, in three groups, each ordered with the longest wait first.
 
-    The server waits for a request head, for the remaining body, or for the client to read the response. The connection
-    to close is taken from the largest group, so that a flood of one kind does not close connections of other kinds.
+    The connection to close is taken from the largest group, so that a flood of one kind does not close connections of
+    other kinds.
+
+    Attributes:
+        limit: maximum number of open connections.
+        without_head: connections whose request head the server waits for.
+        without_body: connections whose remaining body the server waits for.
+        unread: connections whose client must read the response.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.without_head, self.without_body, self.unread = ConnectionGroup(), ConnectionGroup(), ConnectionGroup()
+        self.without_head = ConnectionGroup()
+        self.without_body = ConnectionGroup()
+        self.unread = ConnectionGroup()
         self._warned_at = -CONNECTION_WARNING_PAUSE_S
 
     def close_one(self) -> None:
@@ -249,9 +257,8 @@ class WaitingConnections:
         largest = max(self.without_head, self.without_body, self.unread, key=len)
         if largest:
             next(iter(largest)).abort()
-        if (
-            time.monotonic() - self._warned_at >= CONNECTION_WARNING_PAUSE_S
-        ):  # a line per closed connection would fill the disk
+        # A line per closed connection would fill the disk.
+        if time.monotonic() - self._warned_at >= CONNECTION_WARNING_PAUSE_S:
             self._warned_at = time.monotonic()
             log.warning("all %d connections are in use; closing those that wait longest", self.limit)
 

@@ -43,17 +43,24 @@ def do_nothing() -> None:
 class ManagedService:
     """Define one server process: its command, its readiness check and its liveness policy.
 
-    `before` runs before every start. `check` raises until the service responds. `after` runs once it does. From then
-    on `liveness` decides whether the running process is alive; without a policy, a running process counts as alive.
-
     Another local user can bind a server's port while the server is down, and would receive the passwords that clients
-    send. There are two protections:
+    send. `listen` and `addresses` are the two protections; a server that can inherit a socket uses the first one.
 
-    - A server that can inherit a socket sets `listen`, a URL. The keeper listens there from the server's first start
-      until the keeper exits. The server gets the socket as its standard input. After a restart the new process gets a
-      new socket, without any option that a compromised server may have set on the old one.
-    - A server that cannot inherit a socket sets `addresses`, the URLs where it listens itself. `check`, `after` and
-      `liveness` run only while the listener there belongs to one of `uids` (default: this user).
+    Attributes:
+        command: returns the command line; called at every start.
+        check: raises until the service responds.
+        before: called before every start.
+        after: called once the service responds.
+        liveness: decides from then on whether the running process is alive; without a policy it always counts as alive.
+        needs: names of the services that must be ready before the first start.
+        listen: a URL where the keeper listens from the server's first start until the keeper exits. The server gets the
+            socket as its standard input. After a restart the new process gets a new socket, without any option that a
+            compromised server may have set on the old one.
+        addresses: URLs where a server that cannot inherit a socket listens itself. `check`, `after` and `liveness` run
+            only while the listener there belongs to one of `uids`.
+        uids: the users that the server may run as; by default this user.
+        stop_signal: asks the process to exit.
+        start_timeout_s: time within which the service must be ready.
     """
 
     name: str
@@ -85,7 +92,14 @@ class ManagedService:
 
 @dataclass
 class Keeper:
-    """Run the services until a stop signal arrives. `run` blocks."""
+    """Run the services until a stop signal arrives.
+
+    Attributes:
+        services: in start order.
+        folder: the home folder, with the lock, the state file and the logs.
+        stack_id: in the environment of every process of the stack.
+        states: states of the services by name.
+    """
 
     services: Sequence[ManagedService]
     folder: Path

@@ -20,9 +20,12 @@ KEEPER_LOCK_TIMEOUT_S = 1.0
 
 @dataclass(frozen=True)
 class KeeperLockHolder:
-    """Describe the keeper that holds a folder: its pid, its stack's id, and the seconds since its last heartbeat.
+    """Describe the keeper that holds a folder.
 
-    `pid` and `stack_id` are None if they cannot be read from the lock file.
+    Attributes:
+        pid: None if it cannot be read from the lock file.
+        stack_id: None if it cannot be read from the lock file.
+        silent_s: seconds since the keeper's last heartbeat.
     """
 
     pid: int | None

@@ -13,12 +13,20 @@ KEEPER_STATE_FILE = "stack.json"
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceState:
-    """Hold the state of one service; the keeper writes it to the state file for `up`, `status` and `doctor`."""
+    """Hold the state of one service; the keeper writes it to the state file for `up`, `status` and `doctor`.
+
+    Attributes:
+        state: waiting (for other services), starting, ready, failed, restarting or stopped.
+        seconds: time that the last start took until the service was ready.
+        ready_at: last time the service became ready, in seconds since 1970; kept while it is down.
+        restart_reason: reason for the last restart.
+        error: error of the last start; None if it succeeded.
+    """
 
     state: str = "waiting"
     pid: int | None = None
     seconds: float | None = None
-    ready_at: float | None = None  # last time the service became ready, seconds since 1970; kept while it is down
+    ready_at: float | None = None
     restarts: int = 0
     restart_reason: str | None = None
     error: str | None = None
@@ -31,7 +39,7 @@ class ServiceState:
 
 @dataclass(frozen=True)
 class KeeperState:
-    """Content of the state file: the keeper's pid, and the states of its services by name."""
+    """Hold the content of the state file: the keeper's pid, and the states of its services by name."""
 
     pid: int
     services: Mapping[str, ServiceState]

@@ -16,7 +16,9 @@ from urllib.parse import urlsplit
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-TCP_LISTEN, TCP_ESTABLISHED = "0A", "01"  # states in /proc/net/tcp
+# States in /proc/net/tcp.
+TCP_LISTEN = "0A"
+TCP_ESTABLISHED = "01"
 
 
 def open_listener(url: str, *, replaces: socket.socket | None = None) -> socket.socket:
@@ -49,7 +51,10 @@ def open_listener(url: str, *, replaces: socket.socket | None = None) -> socket.
         listener.close()
         if error.errno == errno.EADDRINUSE:
             refuse_foreign_listener(url, ())
-        raise OSError(error.errno, f"cannot listen on {_get_host_and_port(url)}: {error.strerror}") from error
+        raise OSError(
+            error.errno,
+            f"cannot listen on {_get_host_and_port(url)}: {error.strerror}",
+        ) from error
     return listener
 
 
@@ -92,9 +97,9 @@ def find_listener_uids(url: str) -> set[int]:
     """
     parts = urlsplit(url)
     address_infos = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)
-    wanted = {ipaddress.ip_address(str(socket_address[0])) for *_, socket_address in address_infos}
+    addresses = {ipaddress.ip_address(str(socket_address[0])) for *_, socket_address in address_infos}
     listeners = [(address, uid) for address, port, uid in _read_listeners() if port == parts.port]
-    exact = {uid for address, uid in listeners if address in wanted}
+    exact = {uid for address, uid in listeners if address in addresses}
     return exact or {uid for address, uid in listeners if address.is_unspecified}
 
 

@@ -57,8 +57,11 @@ CONTROL_CHARACTER_PATTERN = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 MLFLOW_ROUTE_CLOSED_MESSAGE = "this route is not open to this account; see docs/security.md"
 MLFLOW_BUSY_MESSAGE = "MLflow is processing as many requests as it can; retry in a few seconds"
 RETRY_AFTER_HEADER = (b"retry-after", b"5")
-MAX_MLFLOW_BODY_BYTES, MAX_ADMINISTRATOR_BODY_BYTES = 2**20, 16 * 2**20
-MAX_CONCURRENT_REQUESTS, MAX_WAITING_REQUESTS, MAX_REQUEST_WAIT_S = 8, 64, 30.0  # MLflow has 40 threads
+MAX_MLFLOW_BODY_BYTES = 2**20
+MAX_ADMINISTRATOR_BODY_BYTES = 16 * 2**20
+MAX_CONCURRENT_REQUESTS = 8  # MLflow has 40 threads
+MAX_WAITING_REQUESTS = 64
+MAX_REQUEST_WAIT_S = 30.0
 SEND_TIMEOUT_S = 60.0  # for a client to read a part of a response, which is kept in memory meanwhile
 
 # MLflow's pages read the workspace from the URL's fragment, which browsers do not send to servers, and show nothing
@@ -129,13 +132,15 @@ class MlflowGate:
     def __init__(
         self, app: AsgiApp, administrator: str, machine_digests: Iterable[str], pause_s: float = MAX_BODY_PAUSE_S
     ) -> None:
-        self._app, self._administrator = app, administrator
+        self._app = app
+        self._administrator = administrator
         self._machine_digests = tuple(machine_digests)
         self._pause_s = pause_s
         self._throttle = SignInThrottle()
         # The administrator, which is the platform, is not limited; the platform's reader account has its own limits.
         self._visitors = RequestLimiter(MAX_CONCURRENT_REQUESTS, MAX_WAITING_REQUESTS, MAX_REQUEST_WAIT_S)
-        self._accounts, self._reader = AccountLimits(), AccountLimits()
+        self._accounts = AccountLimits()
+        self._reader = AccountLimits()
 
     async def __call__(self, scope: AsgiScope, receive: AsgiReceive, send: AsgiSend) -> None:
         if scope["type"] == "lifespan":
@@ -336,7 +341,8 @@ class PageRewriter:
     """Send the page of MLflow's interface with a content security policy and a script that selects the workspace."""
 
     def __init__(self, send: AsgiSend) -> None:
-        self._send, self._body = send, b""
+        self._send = send
+        self._body = b""
         self._start: AsgiMessage = {}
 
     async def __call__(self, message: AsgiMessage) -> None:
@@ -364,7 +370,8 @@ class MlflowRefusal(Exception):
 
     def __init__(self, status: int, message: str, *headers: tuple[bytes, bytes]) -> None:
         super().__init__(message)
-        self.status, self.headers = status, headers
+        self.status = status
+        self.headers = headers
 
     async def send(self, send: AsgiSend, is_unread: bool) -> None:
         """Send the response, and close the connection if a body may still arrive, since it is not read."""

@@ -24,17 +24,17 @@ class OrphanReaper:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._zombies: set[int] = set()
 
-    def reap(self, own: Collection[int]) -> None:
+    def reap(self, spare: Collection[int]) -> None:
         """Wait for orphans that have exited; call it periodically.
 
         A child that this process started itself is waited for by its own code, normally at once. So only a process
         that is a zombie at two calls in a row is an orphan.
 
         Args:
-            own: pids of children that may stay zombies for longer, since other code waits for them later.
+            spare: pids of children that may stay zombies for longer, since other code waits for them later.
         """
         children = [process for process in list_processes() if process.parent == os.getpid()]
-        zombies = {process.pid for process in children if process.is_zombie} - set(own)
+        zombies = {process.pid for process in children if process.is_zombie} - set(spare)
         for pid in zombies & self._zombies:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)

@@ -37,7 +37,9 @@ class SignInThrottle:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limits = (max_account_failures, max_address_failures)
-        self._window_s, self._max_entries, self._clock = window_s, max_entries, clock
+        self._window_s = window_s
+        self._max_entries = max_entries
+        self._clock = clock
         self._failures: OrderedDict[bytes, deque[float]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -111,4 +113,4 @@ def is_machine_secret(account: str, password: str, digests: Iterable[str]) -> bo
     True
     """
     digest = compute_credential_digest(account, password)
-    return any([hmac.compare_digest(digest, known) for known in digests])
+    return any([hmac.compare_digest(digest, secret_digest) for secret_digest in digests])

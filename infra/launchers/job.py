@@ -17,10 +17,15 @@ JobEndingCause = Literal["preempted", "node lost", "out of memory", "cancelled"]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Describe a job: processes that run `module` on a folder shared by all nodes, started by torchrun on each node.
+    """Describe a job: processes that run a module on a folder, started by torchrun on each node.
 
-    `name` is unique among all jobs and a DNS label. Output goes to `log_name` in the folder. No process is started
-    on the hosts in `avoid`.
+    Attributes:
+        name: unique among all jobs, and a DNS label.
+        module: the Python module that each process runs, with the folder as its argument.
+        folder: shared by all nodes.
+        environment: variables of the processes.
+        log_name: name of the file in the folder to which output goes.
+        avoid: hosts on which no process is started.
     """
 
     name: str
@@ -53,7 +58,13 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class JobEnding:
-    """Hold how a job ended: an exit status, 0 for success, and the cause if the launcher can determine it."""
+    """Hold how a job ended.
+
+    Attributes:
+        status: an exit status; 0 for success.
+        cause: None if the launcher cannot determine it.
+        message: what the launcher reports about the ending.
+    """
 
     status: int
     cause: JobEndingCause | None = None

@@ -63,8 +63,11 @@ class LocalLauncher:
 
 
 class _RunningLocalJob:
+    """Wait for the torchrun process of a job."""
+
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process, self._oom_kills_at_start = process, count_oom_kills()
+        self._process = process
+        self._oom_kills_at_start = count_oom_kills()
 
     def wait(self, seconds: float) -> JobEnding | None:
         try:
