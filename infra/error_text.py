@@ -1,7 +1,7 @@
 """Describe errors without user data, for logs and states that others can read: the error's type and place only.
 
-Messages of drivers and validators quote their input: a row, a report's prompt, a parameter. Logs, Prefect's states and
-a round's reason hold these descriptions instead.
+Messages of drivers and validators quote their input: a table row, a user's text, a parameter. Logs and stored states
+hold these descriptions instead.
 """
 
 import re
@@ -19,7 +19,7 @@ class SafeMessageError(Exception):
 def describe_error(error: BaseException) -> str:
     """Describe an error in one line without user data.
 
-    >>> describe_error(ValueError("invalid literal for int() with base 10: 'my secret prompt'"))
+    >>> describe_error(ValueError("invalid literal for int() with base 10: 'my secret text'"))
     "ValueError: invalid literal for int() with base 10: '...'"
     """
     if isinstance(error, SafeMessageError):

@@ -9,7 +9,7 @@ QUIET_LOGGERS = ("httpx", "httpx2", "botocore", "urllib3", "alembic")
 
 
 class RedactingFormatter(logging.Formatter):
-    """Format tracebacks without quoted data, since more people can read the logs than the reports."""
+    """Format tracebacks without quoted data, since more people can read the logs than the data."""
 
     def formatException(self, ei: Any) -> str:
         return format_redacted_traceback(ei[1])
