@@ -34,7 +34,7 @@ def send_parent_heartbeats(file: Path) -> Iterator[None]:
             if over.wait(PARENT_HEARTBEAT_EVERY_S):
                 return
 
-    thread = threading.Thread(target=renew, daemon=True, name="alive")
+    thread = threading.Thread(target=renew, daemon=True, name="parent-heartbeat")
     thread.start()
     try:
         yield

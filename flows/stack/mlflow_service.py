@@ -18,10 +18,8 @@ from infra.settings import Settings
 from infra.telemetry import NO_TELEMETRY_VARIABLES
 from infra.throttle import compute_credential_digest
 
-READ_ONLY_ACCOUNT_SECRETS = {
-    CONSUMER_ACCOUNT: "mlflow_consumer",
-    READER_ACCOUNT: "mlflow_reader",
-}  # with the names of their secrets
+# The names of the secrets of MLflow's read-only accounts.
+READ_ONLY_ACCOUNT_SECRETS = {CONSUMER_ACCOUNT: "mlflow_consumer", READER_ACCOUNT: "mlflow_reader"}
 
 
 def make_mlflow_service(home: Path, config: StackConfig, settings: Settings, postgres: Postgres) -> ManagedService:
@@ -53,10 +51,10 @@ def make_mlflow_service(home: Path, config: StackConfig, settings: Settings, pos
     def check() -> None:
         for path in (f"users/get?username={settings.mlflow_username}", "experiments/get?experiment_id=0"):
             url = f"{settings.mlflow_url}/api/2.0/mlflow/{path}"
-            answer = httpx.get(url, auth=(settings.mlflow_username, password), timeout=3)
-            if answer.status_code == 401:
+            response = httpx.get(url, auth=(settings.mlflow_username, password), timeout=3)
+            if response.status_code == 401:
                 change_admin_password(settings, config.retired.get("mlflow", []), password)
-            answer.raise_for_status()
+            response.raise_for_status()
 
     def after() -> None:
         # Imported here, since MLflow takes a second to import, and `cotrain up` waits for the keeper's first service.
@@ -116,9 +114,13 @@ def _build_mlflow_environment(
     }
 
 
-def change_admin_password(settings: Settings, retired: list[str], new: str) -> None:
+def change_admin_password(settings: Settings, retired_passwords: list[str], new_password: str) -> None:
     """Set the password of MLflow's administrator to the rotated one, if a retired one is still valid."""
     url = f"{settings.mlflow_url}/api/2.0/mlflow/users/update-password"
-    for old in retired:
-        body = {"username": settings.mlflow_username, "password": new, "current_password": old}
-        httpx.patch(url, json=body, auth=(settings.mlflow_username, old), timeout=10)
+    for old_password in retired_passwords:
+        body = {
+            "username": settings.mlflow_username,
+            "password": new_password,
+            "current_password": old_password,
+        }
+        httpx.patch(url, json=body, auth=(settings.mlflow_username, old_password), timeout=10)

@@ -1,4 +1,4 @@
-"""Describe a service of the stack that runs our own code."""
+"""Describe a service of the stack that runs code of this platform, and check it."""
 
 import sys
 import time
@@ -27,10 +27,12 @@ def make_platform_service(
     before: Callable[[], None] = do_nothing,
     listen: str | None = None,
 ) -> ManagedService:
-    """Describe a service that runs one of our modules, with a working folder of the service's name.
+    """Describe a service that runs a module of this platform, with a working folder of the service's name.
 
     Args:
-        env: variables in addition to those of every process of ours; for the others see `ManagedService`.
+        module: run with `python -m`.
+        env: variables in addition to those of every process of the platform.
+        before, check, liveness, needs, listen: as in `ManagedService`.
     """
     work = home / name
 

@@ -116,26 +116,26 @@ def _wait_until_ready(home: Path, keeper: _KeeperProcess | None, show_states: Sh
         RuntimeError: at the timeout, if the keeper exits, or if a service fails again and again.
     """
     states: ServiceStates = {}
-    is_gone = False
+    has_keeper_exited = False
 
     def is_over() -> bool:
         """Tell whether waiting longer would change nothing."""
-        nonlocal states, is_gone
+        nonlocal states, has_keeper_exited
         states = read_service_states(home)
         show_states(states)
         if are_all_ready(states):
             return True
         # Our keeper may have exited because another `up` started its keeper first; that one counts.
-        is_gone = (keeper is None or keeper.has_ended()) and not is_keeper_running(home)
-        return is_gone or any(state.restarts >= MAX_STARTUP_RESTARTS for state in states.values())
+        has_keeper_exited = (keeper is None or keeper.has_ended()) and not is_keeper_running(home)
+        return has_keeper_exited or any(state.restarts >= MAX_STARTUP_RESTARTS for state in states.values())
 
     poll_until(is_over, timeout_s=UP_TIMEOUT_S, pause_s=0.1)
     if are_all_ready(states):
         return
-    if is_gone and keeper is not None:
+    if has_keeper_exited and keeper is not None:
         raise RuntimeError(f"the stack did not come up, see `cotrain doctor`: {keeper.describe_end()}")
-    not_ready = [f"{name}: {s.error or s.state}" for name, s in states.items() if s.state != "ready"]
-    detail = "; ".join(not_ready) or ("the keeper has ended" if is_gone else "no service has started")
+    not_ready = [f"{name}: {state.error or state.state}" for name, state in states.items() if state.state != "ready"]
+    detail = "; ".join(not_ready) or ("the keeper has ended" if has_keeper_exited else "no service has started")
     raise RuntimeError(f"the stack did not come up: {detail}; logs are in {home / 'logs'}, see `cotrain doctor`")
 
 
