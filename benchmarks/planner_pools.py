@@ -92,7 +92,7 @@ def compare_with_simulation(work: Workload, chosen: PlanCandidate) -> float:
 
 @dataclass
 class PoolResults:
-    """What was measured on random pools; ratios to the step time of our plan, and relative gaps."""
+    """Measurements on random pools: ratios to the step time of our plan, and relative gaps."""
 
     num_planned: int = 0
     num_neither_fits: int = 0

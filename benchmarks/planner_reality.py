@@ -30,7 +30,7 @@ LAYERS, ACCUM, STAGES = 16, 4, int(sys.argv[1]) if len(sys.argv) > 1 else min(GP
 FIRST = (4, 6, 7, 8, 9, 10, 12)  # layers of the first stage
 DEPTHS = (4, 6, 8, 10, 12, 14, 16)  # layers, where there is but one stage
 CALIBRATION = tuple(
-    CalibrationTrial(bounds=tuple(range(STAGES + 1)), num_recomputed=(0,) * STAGES, grad_accum_steps=accum)
+    CalibrationTrial(bounds=tuple(range(STAGES + 1)), recompute_layers=(0,) * STAGES, grad_accum_steps=accum)
     for accum in (ACCUM, 3 * ACCUM)
 )
 HIDDEN, VOCAB, SEQ_LEN, BLOCK = (2048, 135_040, 4096, 512) if GPUS else (256, 8_192, 256, 256)
@@ -59,13 +59,13 @@ def make_trials() -> list[CalibrationTrial]:
     """Return seven splits, each without and with recomputation (all of the first stage, half of the last)."""
     if STAGES == 1:
         return [
-            CalibrationTrial(bounds=(0, n), num_recomputed=(num_recomputed,), grad_accum_steps=ACCUM)
+            CalibrationTrial(bounds=(0, n), recompute_layers=(recompute_layers,), grad_accum_steps=ACCUM)
             for n in DEPTHS
-            for num_recomputed in (0, n // 2)
+            for recompute_layers in (0, n // 2)
         ]
-    plain = [CalibrationTrial(bounds=(0, n, LAYERS), num_recomputed=(0, 0), grad_accum_steps=ACCUM) for n in FIRST]
+    plain = [CalibrationTrial(bounds=(0, n, LAYERS), recompute_layers=(0, 0), grad_accum_steps=ACCUM) for n in FIRST]
     recomputing = [
-        CalibrationTrial(bounds=(0, n, LAYERS), num_recomputed=(n, (LAYERS - n) // 2), grad_accum_steps=ACCUM)
+        CalibrationTrial(bounds=(0, n, LAYERS), recompute_layers=(n, (LAYERS - n) // 2), grad_accum_steps=ACCUM)
         for n in FIRST
     ]
     return [trial for pair in zip(plain, recomputing, strict=True) for trial in pair]
@@ -95,7 +95,9 @@ def predict(group: DeviceGroup, trial: CalibrationTrial) -> float:
     grid = Grid(pipeline_size=STAGES, data_size=1, micro_batch_size=1, grad_accum_steps=trial.grad_accum_steps)
     layers = [end - first for first, end in pairwise(trial.bounds)]
     work = replace(make_workload(trial.bounds[-1]), loss_block=BLOCK)
-    candidate = score(work, grid, (group,), layers=layers, classes=[0] * STAGES, recompute_layers=trial.num_recomputed)
+    candidate = score(
+        work, grid, (group,), layers=layers, classes=[0] * STAGES, recompute_layers=trial.recompute_layers
+    )
     return candidate.layout.seconds
 
 
@@ -117,7 +119,7 @@ def main() -> int:
     predicted_s = [predict(group, trial) for trial in requested_trials]
     for trial, predicted, measured in zip(requested_trials, predicted_s, measured_s, strict=True):
         entry = make_line(
-            f"layers {trial.bounds}, recomputed {trial.num_recomputed}",
+            f"layers {trial.bounds}, recomputed {trial.recompute_layers}",
             round(predicted, 3),
             "s",
             "the clock",

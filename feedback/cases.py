@@ -46,5 +46,5 @@ def choose_case_role(prompt_key: str, salt: str, share: float) -> CaseRole:
 
 
 def compute_salted_fraction(key: str, salt: str) -> float:
-    """Return a number in [0, 1) derived from a key, which nobody can predict without the salt."""
+    """Return a number in [0, 1) derived from a key; it cannot be predicted without the salt."""
     return int.from_bytes(hmac.digest(salt.encode(), key.encode(), "sha256")[:6]) / 2**48

@@ -32,7 +32,7 @@ class DatasetState(StrEnum):
 
 
 class DatasetPurpose(StrEnum):
-    """What a dataset is for: training, the base that rounds replay, or a suite of held-out cases."""
+    """Purpose of a dataset: training, the base that rounds replay, or a suite of held-out cases."""
 
     MIXTURE = "mixture"
     BASE = "base"
@@ -40,14 +40,14 @@ class DatasetPurpose(StrEnum):
 
 
 class CaseRole(StrEnum):
-    """What a case may be used for: training and regression tests, or tests only."""
+    """Permitted use of a case: training and regression tests, or tests only."""
 
     TRAIN = "train"
     HELD_OUT = "held_out"
 
 
 class RowRole(StrEnum):
-    """What a dataset's row is used for; a duplicate has the key of an earlier row, and is not used."""
+    """Use of a dataset's row; a duplicate has the key of an earlier row, and is not used."""
 
     TRAIN = "train"
     HELD_OUT = "held_out"

@@ -164,7 +164,7 @@ class Case(Created, Base):
     checker: Mapped[JsonbObject]
     role: Mapped[str] = mapped_column(comment=list_values(CaseRole))
     capability: Mapped[str | None]
-    withdrawn_at: Mapped[datetime | None] = mapped_column(comment="nobody stands for it any more")
+    withdrawn_at: Mapped[datetime | None] = mapped_column(comment="since then no report or dataset has it")
     __table_args__ = (UniqueConstraint("suite", "key"),)
 
 

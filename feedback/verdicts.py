@@ -8,7 +8,7 @@ log = logging.getLogger(__name__)
 
 
 class Verdict(StrEnum):
-    """What a promotion changed for a report: the case's result with the new champion and with the replaced one.
+    """Effect of a promotion on a report: the case's result with the new champion and with the replaced one.
 
     A verdict is stored with its notice. A summary names `ResultChange` instead, which includes candidates that were not
     promoted.
@@ -21,7 +21,7 @@ class Verdict(StrEnum):
 
 
 class ResultChange(StrEnum):
-    """How a case's result changed from the preceding evaluated version, promoted or not; derived, never stored."""
+    """Change of a case's result from the preceding evaluated version, promoted or not; derived, never stored."""
 
     FAILING = "failing"
     FIXED = "fixed"

@@ -49,11 +49,11 @@ def measure_rates(
     )
     work = Workload.from_recipe(one_layer_per_rank, recipe)
     bounds = tuple(range(num_ranks + 1))
-    num_recomputed = (0,) * num_ranks
+    recompute_layers = (0,) * num_ranks
     # Two steps of different length, from which `calibrate_group` derives a stage's overhead.
     nums_micro_batches = (2 * num_ranks, 6 * num_ranks)
     trials = tuple(
-        CalibrationTrial(bounds=bounds, num_recomputed=num_recomputed, grad_accum_steps=num_micro_batches)
+        CalibrationTrial(bounds=bounds, recompute_layers=recompute_layers, grad_accum_steps=num_micro_batches)
         for num_micro_batches in nums_micro_batches
     )
     request = CalibrationRequest(model=one_layer_per_rank, recipe=recipe, loss_block=work.loss_block, trials=trials)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessInfo:
-    """Hold one reading of `/proc/PID/stat`; `is_zombie` is true for an exited process that nobody has waited for."""
+    """Hold one reading of `/proc/PID/stat`; `is_zombie`: it has exited, and its parent has not waited."""
 
     pid: int
     parent: int

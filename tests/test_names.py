@@ -90,34 +90,6 @@ QUESTION = re.compile(r"(How|That|Those|What|Whether|Which|Who|Whose|Where)\b")
 
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 
-# Present offenders, by (file, name). Only remove entries; the list is to become empty.
-NAMES_TO_CHANGE = {
-    ("feedback/api/operators.py", "who"),
-    ("feedback/paging.py", "who"),
-    ("feedback/withdrawal.py", "which"),
-    ("feedback/withdrawal.py", "who"),
-    ("flows/cli/calibrate.py", "what"),
-    ("flows/dispatcher/attempts.py", "which"),
-    ("flows/round/versions.py", "found"),
-    ("flows/stack/prefect_probes.py", "which"),
-    ("flows/stack/probes.py", "what"),
-    ("infra/child.py", "what"),
-    ("infra/objects.py", "found"),
-    ("infra/orphans.py", "own"),
-    ("yuan/model/loss.py", "left"),
-    ("yuan/plan/bounds.py", "most"),
-    ("yuan/plan/calibration_fit.py", "what"),
-    ("yuan/plan/critical_path.py", "own"),
-    ("yuan/plan/dynamic_program.py", "left"),
-    ("yuan/plan/dynamic_program.py", "most"),
-    ("yuan/plan/explain.py", "most"),
-    ("yuan/plan/memory_costs.py", "most"),
-    ("yuan/plan/pool.py", "what"),
-    ("yuan/plan/stage_costs.py", "most"),
-    ("yuan/train/checkpoint/export.py", "which"),
-    ("yuan/train/run_log.py", "done"),
-}
-
 
 def find_names(tree):
     """Yield the functions, methods, classes and parameters of a module with their line, classes in snake case."""
@@ -145,21 +117,20 @@ def test_names_in_code_are_no_pronouns_and_have_no_word_that_the_glossary_replac
     """A value is a noun, named by what it is, and a function a verb: `found` and `who` have to be looked up."""
     offenders = []
     for module in list_modules(*PACKAGES, "tests", "benchmarks"):
-        file = str(module.relative_to(ROOT))
         for line, name in find_names(parse(module)):
-            is_replaced = PRONOUN.fullmatch(name) or REPLACED_IN_CODE.search(name)
-            if is_replaced and (file, name) not in NAMES_TO_CHANGE:
-                offenders.append(f"{file}:{line} {name}")
+            if PRONOUN.fullmatch(name) or REPLACED_IN_CODE.search(name):
+                offenders.append(f"{module.relative_to(ROOT)}:{line} {name}")
     assert offenders == []
 
 
-def test_docstrings_of_public_functions_do_not_begin_with_a_question_word():
-    """They begin with a verb: "Return", "Count", "Write"."""
+def test_docstrings_of_public_names_do_not_begin_with_a_question_word():
+    """Functions begin with a verb, "Return", "Count", "Write", and classes and modules with a noun."""
     offenders = []
     for module in list_modules(*PACKAGES, "benchmarks"):
         for node in ast.walk(parse(module)):
-            if not isinstance(node, FUNCTIONS) or node.name.startswith("_"):
+            if not isinstance(node, FUNCTIONS | ast.ClassDef | ast.Module):
                 continue
-            if QUESTION.match(ast.get_docstring(node) or ""):
-                offenders.append(f"{module.relative_to(ROOT)}:{node.lineno} {node.name}")
+            name = getattr(node, "name", "module")
+            if not name.startswith("_") and QUESTION.match(ast.get_docstring(node) or ""):
+                offenders.append(f"{module.relative_to(ROOT)}:{getattr(node, 'lineno', 1)} {name}")
     assert offenders == []

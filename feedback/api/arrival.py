@@ -18,7 +18,7 @@ DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class ReceivedBody:
-    """What is kept of a received body, whose bytes are in a file.
+    """Record of a received body, whose bytes are in a file.
 
     Attributes:
         sha256: digest of the body.

@@ -1,1 +1,1 @@
-"""What starts a round: the dispatcher, attempts, deployments, and the processes of flow runs."""
+"""The start of rounds: the dispatcher, attempts, deployments, and the processes of flow runs."""

@@ -103,7 +103,7 @@ def find_flow_run(client: SyncPrefectClient, key: str) -> FlowRun | None:
 
 
 def find_newest_flow_run(client: SyncPrefectClient, deployment_id: UUID) -> FlowRun | None:
-    """Return the newest of a deployment's flow runs; those of the future do not count, since nobody works on them."""
+    """Return the newest of a deployment's flow runs; those of the future do not count: no process works on them."""
     latest_start = datetime.now(timezone.utc) + timedelta(seconds=POSTPONED_AFTER_S)
     started_filter = FlowRunFilter(
         deployment_id=FlowRunFilterDeploymentId(any_=[deployment_id]),

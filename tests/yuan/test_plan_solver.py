@@ -55,7 +55,7 @@ def draw_problems(draw, max_classes=3):
         time=TimeCosts(
             fixed_s=fixed_s,
             layer_s=layer_s,
-            redo_s=draw_integers(1, 3) / 2,
+            recompute_s=draw_integers(1, 3) / 2,
             forward_fixed_s=forward * fixed_s,
             forward_layer_s=forward * layer_s,
             finish_fixed_s=draw_integers(0, 9) / 2,
@@ -101,7 +101,7 @@ def list_layouts(costs):
         if None in recompute_layers:
             continue
         compute = [
-            costs.time.fixed_s[s, c] + n * costs.time.layer_s[s, c] + r * costs.time.redo_s[s, c]
+            costs.time.fixed_s[s, c] + n * costs.time.layer_s[s, c] + r * costs.time.recompute_s[s, c]
             for (s, n, c), r in zip(places, recompute_layers, strict=True)
         ]
         links = [0.0, *(costs.time.link_s[s, a, b] for s, (a, b) in enumerate(pairwise(classes))), 0.0]

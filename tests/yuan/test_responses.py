@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from tests.yuan.serving import make_served_model
 
+from tests.yuan.model_server import make_served_model
 from yuan.generate.sampling import ChosenToken, Sampling
 from yuan.serve.request import AnswerPiece, GenerationRequest
 from yuan.serve.response_schemas import StreamError, StreamErrorEvent

@@ -268,12 +268,12 @@ def _compute_logit_gradients(
     return ((probabilities_NV - is_label_NV.float()) * weights_N[:, None]).to(dtype)
 
 
-def _multiply_into(target: Tensor, left: Tensor, right: Tensor, *, adds: bool = False, scale: float = 1.0) -> None:
-    """Write or add the scaled product left @ right to an fp32 target, accumulated in fp32 for factors of any dtype."""
-    if left.dtype == torch.float32:
-        target.addmm_(left, right, beta=float(adds), alpha=scale)
-    elif left.device.type == "cuda":  # one pass over the target, without a product in memory
-        torch.addmm(target, left, right, out_dtype=torch.float32, beta=float(adds), alpha=scale, out=target)
+def _multiply_into(target: Tensor, first: Tensor, second: Tensor, *, adds: bool = False, scale: float = 1.0) -> None:
+    """Write or add the scaled product first @ second to an fp32 target, accumulated in fp32 for any dtype."""
+    if first.dtype == torch.float32:
+        target.addmm_(first, second, beta=float(adds), alpha=scale)
+    elif first.device.type == "cuda":  # one pass over the target, without a product in memory
+        torch.addmm(target, first, second, out_dtype=torch.float32, beta=float(adds), alpha=scale, out=target)
     else:
-        product = torch.mm(left, right)
+        product = torch.mm(first, second)
         target.add_(product, alpha=scale) if adds else torch.mul(product, scale, out=target)

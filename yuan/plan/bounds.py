@@ -143,8 +143,8 @@ class _RelaxedProblem:
             num_kept = _sum_largest(max_kept, self.slots[c])
 
             layer_s = float(costs.time.layer_s[:, c].min())
-            redo_s = float(costs.time.redo_s[:, c].min())
-            offers += [(layer_s, num_kept), (layer_s + redo_s, num_layers - num_kept)]
+            recompute_s = float(costs.time.recompute_s[:, c].min())
+            offers += [(layer_s, num_kept), (layer_s + recompute_s, num_layers - num_kept)]
 
         # The fixed part of each stage and the links, then all layers, the cheapest offers first.
         total = float(costs.time.fixed_s[:, has_slots].min(axis=1).sum()) + self.links_s

@@ -175,7 +175,7 @@ def build_fig_3_costs(*, blockwise: bool = False, recompute: bool = False) -> St
         time=TimeCosts(
             fixed_s=no_time,
             layer_s=np.full((p, 1), 4.0),
-            redo_s=np.full((p, 1), 1.0),
+            recompute_s=np.full((p, 1), 1.0),
             forward_fixed_s=no_time,
             forward_layer_s=np.full((p, 1), 1.0),
             finish_fixed_s=no_time,

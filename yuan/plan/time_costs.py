@@ -26,7 +26,7 @@ class TimeCosts:
 
     For a stage of l layers, r of them recomputed:
 
-    - a micro-batch takes fixed_s + l · layer_s + r · redo_s;
+    - a micro-batch takes fixed_s + l · layer_s + r · recompute_s;
     - of that, the forward pass takes forward_fixed_s + l · forward_layer_s;
     - the finish after the last micro-batch takes finish_fixed_s + l · finish_layer_s.
 
@@ -38,7 +38,7 @@ class TimeCosts:
 
     fixed_s: FloatArray
     layer_s: FloatArray
-    redo_s: FloatArray
+    recompute_s: FloatArray
     forward_fixed_s: FloatArray
     forward_layer_s: FloatArray
     finish_fixed_s: FloatArray
@@ -49,7 +49,7 @@ class TimeCosts:
     def tabulate_seconds(self, layers: IntArray, recompute_layers: IntArray) -> FloatArray:
         """Return the seconds of one micro-batch, (P, C, places); the arguments broadcast to that shape."""
         without_recompute = self.fixed_s[..., None] + self.layer_s[..., None] * layers
-        return without_recompute + self.redo_s[..., None] * recompute_layers
+        return without_recompute + self.recompute_s[..., None] * recompute_layers
 
     def tabulate_forward_seconds(self, layers: IntArray) -> FloatArray:
         """Return the seconds of one forward pass, (P, C, places)."""
@@ -71,7 +71,7 @@ class TimeCosts:
         return TimeCosts(
             fixed_s=select(self.fixed_s),
             layer_s=select(self.layer_s),
-            redo_s=select(self.redo_s),
+            recompute_s=select(self.recompute_s),
             forward_fixed_s=select(self.forward_fixed_s),
             forward_layer_s=select(self.forward_layer_s),
             finish_fixed_s=select(self.finish_fixed_s),
@@ -99,7 +99,7 @@ def build_time_costs(work: Workload, grid: Grid, groups: Sequence[DeviceGroup]) 
     return TimeCosts(
         fixed_s=fixed_s,
         layer_s=one_layer_s - fixed_s,
-        redo_s=one_recomputed_s - one_layer_s,
+        recompute_s=one_recomputed_s - one_layer_s,
         forward_fixed_s=forward_fixed_s,
         forward_layer_s=forward_one_layer_s - forward_fixed_s,
         finish_fixed_s=finish_fixed_s,

@@ -68,7 +68,7 @@ class TokenAlternative(ResponseSchema):
     bytes: tuple[int, ...]
 
 
-class TokenLogprob(TokenAlternative):
+class ChatTokenLogprob(TokenAlternative):
     """A token of a chat answer, with the most likely tokens at its position."""
 
     top_logprobs: tuple[TokenAlternative, ...]
@@ -77,7 +77,7 @@ class TokenLogprob(TokenAlternative):
 class ChatLogprobs(ResponseSchema):
     """Log-probabilities of a chat choice, one entry per token."""
 
-    content: tuple[TokenLogprob, ...]
+    content: tuple[ChatTokenLogprob, ...]
 
 
 class ChatMessage(ResponseSchema):

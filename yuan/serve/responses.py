@@ -16,12 +16,12 @@ from yuan.serve.response_schemas import (
     ChatDelta,
     ChatLogprobs,
     ChatMessage,
+    ChatTokenLogprob,
     ResponseSchema,
     TextChoice,
     TextCompletion,
     TextLogprobs,
     TokenAlternative,
-    TokenLogprob,
     Usage,
 )
 from yuan.tokenizer import Tokenizer
@@ -131,10 +131,12 @@ class ChatFormatter(AnswerFormatter):
             return None
         return ChatLogprobs(content=tuple(self._format_token(c) for c in chosen))
 
-    def _format_token(self, chosen: ChosenToken) -> TokenLogprob:
+    def _format_token(self, chosen: ChosenToken) -> ChatTokenLogprob:
         word = self._decode_token(chosen.token)
         alternatives = tuple(self._format_alternative(top.token, top.logprob) for top in chosen.top)
-        return TokenLogprob(token=word, logprob=chosen.logprob, bytes=tuple(word.encode()), top_logprobs=alternatives)
+        return ChatTokenLogprob(
+            token=word, logprob=chosen.logprob, bytes=tuple(word.encode()), top_logprobs=alternatives
+        )
 
     def _format_alternative(self, token: int, logprob: float) -> TokenAlternative:
         word = self._decode_token(token)

@@ -138,7 +138,7 @@ def _parse_stages(stages: Sequence[Any]) -> list[StageThroughput]:
 
 
 def _parse_stragglers(stragglers: Mapping[str, Any]) -> dict[int, float]:
-    """Read the stragglers, whose ranks are texts in JSON."""
-    ranks = [rank for rank in stragglers if rank.isdecimal() and len(rank) < 7][:MAX_STRAGGLERS]
+    """Read the stragglers, whose ranks are texts in JSON, and integers before."""
+    ranks = [rank for rank in stragglers if str(rank).isdecimal() and len(str(rank)) < 7][:MAX_STRAGGLERS]
     factors = {int(rank): get_number(stragglers, rank) for rank in ranks}
     return {rank: factor for rank, factor in factors.items() if factor is not None}

@@ -160,8 +160,8 @@ def _measure_step_seconds(request: CalibrationRequest, trial: CalibrationTrial, 
     """Return the seconds of the timed steps of a trial, run with the training engine itself."""
     recipe = replace(request.recipe, global_batch_size=trial.grad_accum_steps * request.recipe.micro_batch_size)
     recomputed_layers: set[int] = set()
-    for first, num_recomputed in zip(trial.bounds[:-1], trial.num_recomputed, strict=True):
-        recomputed_layers.update(range(first, first + num_recomputed))
+    for first, recompute_layers in zip(trial.bounds[:-1], trial.recompute_layers, strict=True):
+        recomputed_layers.update(range(first, first + recompute_layers))
     with device:  # weights of any value do, and a GPU initializes them faster
         module = PlannedPipeline(
             replace(request.model, num_layers=trial.bounds[-1]),

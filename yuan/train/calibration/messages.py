@@ -17,12 +17,12 @@ class CalibrationTrial:
 
     Attributes:
         bounds: stage bounds, as `PipelinePlan.bounds`.
-        num_recomputed: number of recomputed layers of each stage; they are its first ones.
+        recompute_layers: number of recomputed layers of each stage; they are its first ones.
         grad_accum_steps: micro-batches per step.
     """
 
     bounds: tuple[int, ...]
-    num_recomputed: tuple[int, ...]
+    recompute_layers: tuple[int, ...]
     grad_accum_steps: int
 
 
@@ -49,7 +49,7 @@ class CalibrationRequest:
         trials = tuple(
             CalibrationTrial(
                 bounds=tuple(trial["bounds"]),
-                num_recomputed=tuple(trial["num_recomputed"]),
+                recompute_layers=tuple(trial["recompute_layers"]),
                 grad_accum_steps=trial["grad_accum_steps"],
             )
             for trial in data["trials"]
