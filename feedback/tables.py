@@ -8,9 +8,9 @@ import uuid
 from datetime import datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import BigInteger, ForeignKey, Index, UniqueConstraint, func, text
+from sqlalchemy import BigInteger, ForeignKey, Index, UniqueConstraint, func, select, text
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
 from feedback.round_steps import RoundStep
 from feedback.states import (
@@ -37,6 +37,11 @@ class Base(DeclarativeBase):
 def new_id() -> str:
     """Return a random id; it cannot be guessed, so an id in a URL reveals nothing about other records."""
     return uuid.uuid4().hex
+
+
+def read_transaction_time(session: Session) -> datetime:
+    """Return the start time of the session's transaction, by the clock of the database."""
+    return session.scalars(select(func.now())).one()
 
 
 def transaction_time() -> Any:

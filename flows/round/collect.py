@@ -4,8 +4,6 @@ import logging
 from dataclasses import asdict, dataclass
 from datetime import datetime
 
-from sqlalchemy import select
-
 from feedback import reports, rounds, snapshots
 from feedback.accounts import audit
 from feedback.dataset_acceptance import accept_dataset, find_checked_datasets, record_acceptance_failure
@@ -13,7 +11,7 @@ from feedback.items import ItemCounts
 from feedback.promotion import find_champion
 from feedback.reproduce import reproduce_answers
 from feedback.round_steps import ItemStep, RoundStep
-from feedback.tables import transaction_time
+from feedback.tables import read_transaction_time
 from flows.context import Context
 from infra.faults import is_item_error
 from yuan.data.judge import AnswerJudge
@@ -136,7 +134,7 @@ def process_waiting_reports(context: Context, limit: int) -> WaitingReportsCount
     """
     with context.sessions() as session:
         version = find_champion(session)
-        now: datetime = session.scalars(select(transaction_time())).one()
+        now = read_transaction_time(session)
     if version is None:
         return None
 

@@ -122,7 +122,7 @@ def test_plan_uses_measured_rates_of_the_calibrated_pool(tmp_path):
     ("argv", "status", "message"),
     [
         (["plan", "--model", "tiny", "--lost", "cpu-process"], 2, "a change is written CLASS:N"),
-        (["plan", "--model", "tiny", "--lost", "gpu:1"], 2, "it has cpu-process"),
+        (["plan", "--model", "tiny", "--lost", "gpu:1"], 2, "use one that it has: cpu-process"),
         (["plan", "--model", "tiny", "--slow", "cpu-process:1:half"], 2, "must be a number between 0 and 1"),
         (["plan", "--model", "tiny", "--objective", "speed"], 2, "'speed' is not one of 'time', 'memory'"),
         (["plan", "--model", "tiny", "--pipeline-size", "4"], 1, "use at most 3 stages"),

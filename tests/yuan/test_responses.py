@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.yuan.model_server import make_served_model
-from yuan.generate.sampling import ChosenToken, Sampling
+from yuan.generate.sampling import ChosenToken, Sampling, TokenLogprob
 from yuan.serve.request import AnswerPiece, GenerationRequest
 from yuan.serve.response_schemas import StreamError, StreamErrorEvent
 from yuan.serve.responses import ChatFormatter, CompletionFormatter, format_sse
@@ -13,7 +13,7 @@ from yuan.serve.responses import ChatFormatter, CompletionFormatter, format_sse
 SERVED = make_served_model(7)
 A, B = (SERVED.tokenizer.encode(word)[-1] for word in "a加")
 WORD_A, WORD_B = (SERVED.tokenizer.decode([token]) for token in (A, B))
-CHOSEN = [ChosenToken(A, -0.5, ((A, -0.5), (B, -2.25))), ChosenToken(B, -1e-07, ())]
+CHOSEN = [ChosenToken(A, -0.5, (TokenLogprob(A, -0.5), TokenLogprob(B, -2.25))), ChosenToken(B, -1e-07, ())]
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 TEXT_LOGPROBS = {
     "tokens": [WORD_A, WORD_B],
