@@ -101,7 +101,13 @@ def request_lease(
         raise NotFound(f"there is no pool {pool!r}")
     check_capacity(session, pool, device_counts)
     lease = Lease(
-        pool=pool, wanted=dict(device_counts), run_id=run_id, team=team, holder=holder, priority=priority, ttl_s=ttl_s
+        pool=pool,
+        device_counts=dict(device_counts),
+        run_id=run_id,
+        team=team,
+        holder=holder,
+        priority=priority,
+        ttl_s=ttl_s,
     )
     session.add(lease)
     session.flush()
@@ -112,7 +118,7 @@ def request_lease(
 def grant_leases(session: Session, pool: str) -> list[Lease]:
     """Grant free devices to the waiting leases in queue order; return the leases granted by this call.
 
-    A lease that does not fit yet reserves the device classes it wants against all leases behind it, so a stream of
+    A lease that does not fit yet reserves the device classes it requests against all leases behind it, so a stream of
     small requests cannot starve a large one; requests for other classes may overtake it.
     """
     session.execute(select(DevicePool.name).where(DevicePool.name == pool).with_for_update())
@@ -121,14 +127,14 @@ def grant_leases(session: Session, pool: str) -> list[Lease]:
     granted = []
 
     for lease in session.scalars(select_waiting_leases(pool).with_for_update()):
-        fits = all(len(_filter_device_class(free, name)) >= count for name, count in lease.wanted.items())
-        if not fits or reserved & lease.wanted.keys():
-            reserved |= lease.wanted.keys()
+        fits = all(len(_filter_device_class(free, name)) >= count for name, count in lease.device_counts.items())
+        if not fits or reserved & lease.device_counts.keys():
+            reserved |= lease.device_counts.keys()
             continue
 
         chosen = [
             device
-            for name, count in lease.wanted.items()
+            for name, count in lease.device_counts.items()
             for device in _choose_few_nodes(_filter_device_class(free, name), count)
         ]
         free = [device for device in free if device not in chosen]
@@ -144,12 +150,12 @@ def select_waiting_leases(pool: str) -> Select[tuple[Lease]]:
     """Build the query of a pool's waiting leases, in the order in which they are to be granted."""
     is_waiting = Lease.granted_at.is_(None) & Lease.released_at.is_(None) & Lease.fenced_at.is_(None)
     query = select(Lease).where(Lease.pool == pool, is_waiting)
-    return query.order_by(score().desc(), Lease.asked_at, Lease.id)
+    return query.order_by(score().desc(), Lease.requested_at, Lease.id)
 
 
 def score() -> ColumnElement[float]:
     """Return a lease's queue score: its priority plus one point per WAIT_S_PER_PRIORITY_POINT seconds of waiting."""
-    waited = func.extract("epoch", func.clock_timestamp() - Lease.asked_at)
+    waited = func.extract("epoch", func.clock_timestamp() - Lease.requested_at)
     return cast(Lease.priority, Float) + cast(waited, Float) / WAIT_S_PER_PRIORITY_POINT
 
 
@@ -338,7 +344,7 @@ def check_capacity(session: Session, pool: str, device_counts: Mapping[str, int]
         ).all()
         losses = "".join(f"; {device.id} is lost: {device.lost_reason}" for device in lost[:8])
         raise NoCapacity(
-            f"pool {pool!r} has {dict(working)} working devices, and {dict(device_counts)} are wanted{losses}; "
+            f"pool {pool!r} has {dict(working)} working devices, and {dict(device_counts)} are requested{losses}; "
             "plan for fewer, or return devices to the pool"
         )
 

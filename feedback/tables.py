@@ -272,7 +272,7 @@ class Lease(Base):
     __tablename__ = "lease"
     id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
     pool: Mapped[str] = mapped_column(ForeignKey("device_pool.name"), index=True)
-    wanted: Mapped[dict[str, int]] = mapped_column(JSONB, comment="devices of each class")
+    device_counts: Mapped[dict[str, int]] = mapped_column(JSONB, comment="devices of each class")
     devices: Mapped[list[Any] | None]
     run_id: Mapped[str] = mapped_column(index=True)
     team: Mapped[str]
@@ -280,7 +280,7 @@ class Lease(Base):
     generation: Mapped[int] = mapped_column(default=1)
     priority: Mapped[int] = mapped_column(default=0)
     ttl_s: Mapped[float]
-    asked_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    requested_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
     granted_at: Mapped[datetime | None]
     heartbeat_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
     fenced_at: Mapped[datetime | None]

@@ -91,5 +91,9 @@ def _explain_pool_errors() -> Iterator[None]:
 
 
 def _build_lease_row(lease: Lease) -> dict[str, Any]:
-    requested_at = lease.asked_at.isoformat()
-    return {"run_id": lease.run_id, "wanted": lease.wanted, "priority": lease.priority, "asked_at": requested_at}
+    return {
+        "run_id": lease.run_id,
+        "wanted": lease.device_counts,
+        "priority": lease.priority,
+        "asked_at": lease.requested_at.isoformat(),
+    }

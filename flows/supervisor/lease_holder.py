@@ -108,7 +108,7 @@ def _wait_for_grant(
                 return tuple(current.devices)
 
             # A device may have been lost since the request.
-            leases.check_capacity(session, lease.pool, lease.wanted)
+            leases.check_capacity(session, lease.pool, lease.device_counts)
             queue = [waiting_lease.id for waiting_lease in session.scalars(leases.select_waiting_leases(lease.pool))]
             if lease.id in queue:
                 num_leases_ahead = queue.index(lease.id)

@@ -28,7 +28,7 @@ def queue(session):
 
 def request_lease(session, name="run", priority=0, waited_s=0.0, **devices):
     lease = leases.request_lease(session, "p", devices, run_id=name, team="t", holder="host:1:1", priority=priority)
-    lease.asked_at -= timedelta(seconds=waited_s)
+    lease.requested_at -= timedelta(seconds=waited_s)
     session.flush()
     return lease
 

@@ -26,6 +26,11 @@ insert into round (id, number, state, step, requested_by, parameters, attempt)
     values ('r', 1, 'running', 'train', 'operator', '{"seed": 3, "policy": "demo"}', 1);
 insert into training_run (id, round_id, state) values ('u', 'r', 'created');
 """
+OLD_LEASE = """
+insert into device_pool (name, launcher) values ('p', 'local');
+insert into lease (id, pool, wanted, run_id, team, holder, generation, priority, ttl_s, asked_at)
+    values ('l', 'p', '{"A": 2}', 'u', 't', 'host:1:1', 1, 0, 60, '2026-01-02T03:04:05Z');
+"""
 
 
 @pytest.fixture
@@ -61,3 +66,16 @@ def test_migration_0008_converts_stored_records_in_both_directions(migrate):
     assert fetch('select role from "case" order by id') == [("held_out",), ("taught",)]
     assert fetch("select extract(year from accepted_at)::int from feedback order by id") == [(2026,), (None,)]
     assert fetch("select state from training_run") == [("created",)]
+
+
+def test_migration_0009_keeps_the_requests_of_stored_leases_in_both_directions(migrate):
+    move, connection = migrate
+    move("0008")
+    connection.execute(text(OLD_LEASE))
+    move("0009")
+    new_columns = "select device_counts, extract(year from requested_at)::int from lease"
+    assert tuple(connection.execute(text(new_columns)).one()) == ({"A": 2}, 2026)
+
+    move("0008", command.downgrade)
+    old_columns = "select wanted, extract(year from asked_at)::int from lease"
+    assert tuple(connection.execute(text(old_columns)).one()) == ({"A": 2}, 2026)
