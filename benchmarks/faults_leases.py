@@ -133,7 +133,7 @@ def run_trial(folder: Path, settings: Settings, kills: int) -> dict[str, float]:
             "free": len(leases.find_free_devices(session, POOL)),
             "waiting": len(list(session.scalars(leases.select_waiting_leases(POOL)))),
             "granted": session.scalar(granted),
-            "reaped": session.scalar(granted.where(Lease.end_reason == "its holder died")),
+            "reaped": session.scalar(granted.where(Lease.end_reason == "its holder exited")),
             "device_hours": round(sum(leases.compute_device_hours(session, by="team").values()), 3),
             "devices": session.scalar(select(func.count()).select_from(PoolDevice)),
             "seconds": round(seconds),

@@ -1,9 +1,9 @@
 """Device leases: a lease grants all devices of a plan or none, from one queue per pool without starvation.
 
-A lease is a row. It waits, is granted, and ends when its holder releases it or is declared dead. Every waiting process
-serves the whole queue: it locks the pool's row and grants leases in the order of priority plus waiting time. A holder
-whose heartbeats stop is fenced first (its lease's generation changes, so it can no longer use the lease), then its
-processes are terminated, and only then its devices are granted to others.
+A lease is a row. It waits, is granted, and ends when its holder releases it or stops its heartbeats. Every waiting
+process serves the whole queue: it locks the pool's row and grants leases in the order of priority plus waiting time. A
+holder whose heartbeats stop is fenced first (its lease's generation changes, so it can no longer use the lease), then
+its processes are terminated, and only then its devices are granted to others.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ from feedback.tables import DevicePool, Lease, PoolDevice
 from infra.launchers.job import HOST_NAME_PATTERN
 from yuan.plan.pool import Pool
 
-LEASE_TTL_S = 60.0  # without a heartbeat, after which a holder is declared dead
+LEASE_HEARTBEAT_TIMEOUT_S = 60.0  # after its last heartbeat a holder loses its lease
 WAIT_S_PER_PRIORITY_POINT = 600.0  # seconds of waiting that count as one point of priority
 MAX_LEASE_PRIORITY = 100
 NOT_IN_POOL_FILE_REASON = "no longer in the pool's file"
@@ -72,7 +72,7 @@ def request_lease(
     team: str,
     holder: str,
     priority: int = 0,
-    ttl_s: float = LEASE_TTL_S,
+    ttl_s: float = LEASE_HEARTBEAT_TIMEOUT_S,
 ) -> Lease:
     """Add a lease request to a pool's queue.
 
@@ -81,7 +81,7 @@ def request_lease(
         holder: the requesting process, as `infra.processes.get_own_identity` names it; it must send heartbeats while
             it waits.
         priority: points, from -100 to 100; WAIT_S_PER_PRIORITY_POINT seconds of waiting add one.
-        ttl_s: seconds without a heartbeat after which the holder is declared dead.
+        ttl_s: seconds without a heartbeat after which the holder loses the lease.
 
     Raises:
         NotFound: if there is no such pool.
@@ -183,7 +183,9 @@ def find_open_leases(session: Session) -> list[Lease]:
     return list(session.scalars(select(Lease).where(Lease.released_at.is_(None))))
 
 
-def fence_silent_leases(session: Session, dead: Iterable[str] = (), alive: Iterable[str] = ()) -> list[Lease]:
+def fence_silent_leases(
+    session: Session, *, exited_lease_ids: Iterable[str] = (), running_lease_ids: Iterable[str] = ()
+) -> list[Lease]:
     """Fence the leases without a heartbeat within their TTL; return these and the ones fenced earlier.
 
     Fencing increments the lease's generation. After the commit, terminate the processes under each returned lease, the
@@ -191,16 +193,16 @@ def fence_silent_leases(session: Session, dead: Iterable[str] = (), alive: Itera
     counts from its start at the earliest.
 
     Args:
-        dead: ids of leases whose holders are known to have exited; fenced before their TTL ends.
-        alive: ids of leases whose holders are known to run; not fenced after their TTL. Leases fenced earlier are
-            returned nevertheless, since their devices are being reclaimed.
+        exited_lease_ids: ids of leases whose holders are known to have exited; fenced before their TTL ends.
+        running_lease_ids: ids of leases whose holders are known to run; not fenced after their TTL. Leases fenced
+            earlier are returned nevertheless, since their devices are being reclaimed.
     """
     last_heartbeat = func.greatest(Lease.heartbeat_at, func.pg_postmaster_start_time())
     is_silent = func.clock_timestamp() - last_heartbeat > func.make_interval(0, 0, 0, 0, 0, 0, Lease.ttl_s)
     query = (
         update(Lease)
-        .where(Lease.released_at.is_(None), Lease.id.not_in(alive) | Lease.fenced_at.is_not(None))
-        .where(is_silent | Lease.fenced_at.is_not(None) | Lease.id.in_(dead))
+        .where(Lease.released_at.is_(None), Lease.id.not_in(running_lease_ids) | Lease.fenced_at.is_not(None))
+        .where(is_silent | Lease.fenced_at.is_not(None) | Lease.id.in_(exited_lease_ids))
         .values(
             generation=case((Lease.fenced_at.is_(None), Lease.generation + 1), else_=Lease.generation),
             fenced_at=func.coalesce(Lease.fenced_at, func.clock_timestamp()),
@@ -211,7 +213,7 @@ def fence_silent_leases(session: Session, dead: Iterable[str] = (), alive: Itera
 
 def free_fenced_lease(session: Session, lease: Lease) -> None:
     """Release a fenced lease once no process runs under it."""
-    values = {"released_at": func.clock_timestamp(), "end_reason": "its holder died"}
+    values = {"released_at": func.clock_timestamp(), "end_reason": "its holder exited"}
     query = update(Lease).where(Lease.id == lease.id, Lease.fenced_at.is_not(None), Lease.released_at.is_(None))
     if session.scalar(query.values(values).returning(Lease.id)) is not None:
         audit(session, "reaper", "lease reaped", lease.id, run=lease.run_id, devices=lease.devices or [])

@@ -91,7 +91,7 @@ class RoundOwnershipLost(Exception):
 def check_attempt(training_round: Round, attempt: int) -> None:
     """Check that an attempt still owns the round.
 
-    An attempt may be declared dead and replaced while it is still running; only the newest attempt owns the round.
+    An attempt may be replaced while it is still running; only the newest attempt owns the round.
 
     Raises:
         RoundOwnershipLost: if the round is not running, or not this attempt's.

@@ -51,7 +51,7 @@ def hold_lease(
     run_id: str,
     team: str,
     priority: int = 0,
-    ttl_s: float = leases.LEASE_TTL_S,
+    ttl_s: float = leases.LEASE_HEARTBEAT_TIMEOUT_S,
     report_waiting: Callable[[int], None] = lambda _: None,
 ) -> Iterator[GrantedLease]:
     """Wait for devices and hold them while the block runs; no process may use them when the block ends.

@@ -33,7 +33,7 @@ def reap_dead_leases(sessions: SessionFactory, launchers: Mapping[str, Launcher]
             for lease in open_leases
             if is_known_alive(lease.holder) and compute_lease_silence_s(lease) < LIVE_HOLDER_GRACE_TTLS * lease.ttl_s
         ]
-        fenced = leases.fence_silent_leases(session, exited_ids, live_ids)
+        fenced = leases.fence_silent_leases(session, exited_lease_ids=exited_ids, running_lease_ids=live_ids)
 
     freed = []
     for lease in fenced:

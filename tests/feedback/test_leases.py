@@ -102,36 +102,37 @@ def test_invalid_requests_are_refused(queue, pool, devices, priority, error):
 
 
 def test_lease_without_heartbeats_is_fenced_and_its_devices_wait_for_process_exit(queue):
-    dead, alive = request_lease(queue, A=4), request_lease(queue, A=2)
+    silent, active = request_lease(queue, A=4), request_lease(queue, A=2)
     leases.grant_leases(queue, "p")
-    stop_heartbeat(queue, dead, 1000)
-    assert leases.fence_silent_leases(queue) == [dead]
+    stop_heartbeat(queue, silent, 1000)
+    assert leases.fence_silent_leases(queue) == [silent]
     with pytest.raises(leases.LeaseLost, match="end the processes that run under it"):
-        leases.record_lease_heartbeat(queue, dead.id, 1)
-    leases.record_lease_heartbeat(queue, alive.id, 1)
+        leases.record_lease_heartbeat(queue, silent.id, 1)
+    leases.record_lease_heartbeat(queue, active.id, 1)
     waiting = request_lease(queue, A=1)
     assert leases.grant_leases(queue, "p") == []  # not before the processes have exited
-    leases.release_lease(queue, dead.id, 1, "too late")
+    leases.release_lease(queue, silent.id, 1, "too late")
     assert leases.grant_leases(queue, "p") == []
-    assert leases.fence_silent_leases(queue) == [dead] and dead.generation == 2
-    leases.free_fenced_lease(queue, dead)
+    assert leases.fence_silent_leases(queue) == [silent] and silent.generation == 2
+    leases.free_fenced_lease(queue, silent)
     assert leases.grant_leases(queue, "p") == [waiting]
     assert leases.fence_silent_leases(queue) == []
 
 
 def test_fenced_lease_is_removed_from_the_queue(queue):
-    dead, alive = request_lease(queue, A=6), request_lease(queue, A=1)
-    stop_heartbeat(queue, dead, 1000)
-    assert leases.fence_silent_leases(queue) == [dead]
-    assert leases.grant_leases(queue, "p") == [alive]
+    silent, active = request_lease(queue, A=6), request_lease(queue, A=1)
+    stop_heartbeat(queue, silent, 1000)
+    assert leases.fence_silent_leases(queue) == [silent]
+    assert leases.grant_leases(queue, "p") == [active]
 
 
 def test_lease_without_heartbeats_is_not_fenced_if_its_process_is_running(queue):
     lease = request_lease(queue, A=1)
     stop_heartbeat(queue, lease, 1000)
-    assert leases.fence_silent_leases(queue, alive=[lease.id]) == []
-    assert leases.fence_silent_leases(queue, dead=[lease.id]) == [lease]
-    assert leases.fence_silent_leases(queue, alive=[lease.id]) == [lease]  # its devices are being reclaimed already
+    assert leases.fence_silent_leases(queue, running_lease_ids=[lease.id]) == []
+    assert leases.fence_silent_leases(queue, exited_lease_ids=[lease.id]) == [lease]
+    # Its devices are being reclaimed already.
+    assert leases.fence_silent_leases(queue, running_lease_ids=[lease.id]) == [lease]
 
 
 def test_database_downtime_does_not_count_toward_the_lease_ttl(queue):
