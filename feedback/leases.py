@@ -97,8 +97,7 @@ def request_lease(
         raise ValueError(
             f"priority must be between -{MAX_LEASE_PRIORITY} and {MAX_LEASE_PRIORITY}, got {priority}; use one of these"
         )
-    if session.get(DevicePool, pool) is None:
-        raise NotFound(f"there is no pool {pool!r}")
+    _check_pool_exists(session, pool)
     check_capacity(session, pool, device_counts)
     lease = Lease(
         pool=pool,
@@ -243,7 +242,7 @@ def set_device_lost(session: Session, pool: str, device: str, reason: str | None
         )
     record = session.get(PoolDevice, (pool, device))
     if record is None:
-        raise NotFound(f"pool {pool!r} has no device {device!r}")
+        raise NotFound(f"pool {pool!r} has no device {device!r}; use one that `cotrain pool show` lists")
     is_affected = PoolDevice.id == device
     if reason and host:
         if host in find_lost_hosts(session, pool):  # reported before by another run, or by a queued one
@@ -299,8 +298,7 @@ def list_devices(session: Session, pool: str) -> list[DeviceState]:
     Raises:
         NotFound: if there is no such pool.
     """
-    if session.get(DevicePool, pool) is None:
-        raise NotFound(f"there is no pool {pool!r}")
+    _check_pool_exists(session, pool)
     holders = {device: lease.run_id for lease in find_open_leases(session) for device in lease.devices or []}
     query = select(PoolDevice).where(PoolDevice.pool == pool).order_by(PoolDevice.device_class, PoolDevice.id)
     return [
@@ -360,6 +358,13 @@ def find_free_devices(session: Session, pool: str) -> list[PoolDevice]:
         PoolDevice.pool == pool, PoolDevice.lost_reason.is_(None), PoolDevice.id.not_in(held)
     )
     return list(session.scalars(query.order_by(PoolDevice.id)))
+
+
+def _check_pool_exists(session: Session, pool: str) -> None:
+    names = session.scalars(select(DevicePool.name).order_by(DevicePool.name)).all()
+    if pool not in names:
+        listed = ", ".join(names) or "none yet; start a round, which registers the pool of COTRAIN_POOL"
+        raise NotFound(f"there is no pool {pool!r}; use one of the registered pools: {listed}")
 
 
 def _filter_device_class(devices: list[PoolDevice], device_class: str) -> list[PoolDevice]:

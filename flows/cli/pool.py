@@ -85,7 +85,7 @@ def _explain_pool_errors() -> Iterator[None]:
     try:
         yield
     except NotFound as error:
-        raise ValueError(f"{error}; see `cotrain pool show`") from None
+        raise ValueError(str(error)) from None
     except DATABASE_ERRORS:
         raise ValueError("PostgreSQL does not answer; is the stack up? see `cotrain status`") from None
 

@@ -101,6 +101,13 @@ def test_invalid_requests_are_refused(queue, pool, devices, priority, error):
         leases.request_lease(queue, pool, devices, run_id="r", team="t", holder="h:1:1", priority=priority)
 
 
+def test_unknown_pools_and_devices_are_refused_with_the_known_ones(queue):
+    with pytest.raises(NotFound, match=r"there is no pool 'q'; use one of the registered pools: .*\bp\b"):
+        leases.list_devices(queue, "q")
+    with pytest.raises(NotFound, match="pool 'p' has no device 'A/9'; use one that `cotrain pool show` lists"):
+        leases.set_device_lost(queue, "p", "A/9", "Xid 79")
+
+
 def test_lease_without_heartbeats_is_fenced_and_its_devices_wait_for_process_exit(queue):
     silent, active = request_lease(queue, A=4), request_lease(queue, A=2)
     leases.grant_leases(queue, "p")

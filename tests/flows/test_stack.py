@@ -63,7 +63,7 @@ def test_an_operator_sees_and_changes_the_pool(stack):
     status, output = stack.cotrain("pool", "lose", "cpu-process/1", "--reason", "hot", "--host", "a,b")
     assert status == 1 and "a host name has letters" in output
     status, output = stack.cotrain("pool", "lose", "gpu/7", "--reason", "gone")
-    assert status == 1 and "has no device 'gpu/7'; see `cotrain pool show`" in output
+    assert status == 1 and "has no device 'gpu/7'; use one that `cotrain pool show` lists" in output
 
 
 def test_a_first_round_is_promoted_and_tested_on_a_tenth_of_its_rows(first_round):
