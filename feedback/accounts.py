@@ -2,6 +2,7 @@
 
 import hashlib
 import secrets
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import func, select, update
@@ -63,8 +64,16 @@ def find_account(session: Session, name_or_id: str) -> Contributor:
     return account
 
 
-def add_contributor(session: Session, name: str) -> tuple[Contributor, str]:
-    """Create an account and its first token; return both.
+@dataclass(frozen=True)
+class NewAccount:
+    """A new account with its first token, of which only the digest is stored."""
+
+    contributor: Contributor
+    token: str = field(repr=False)
+
+
+def add_contributor(session: Session, name: str) -> NewAccount:
+    """Create an account and its first token.
 
     Raises:
         Conflict: if the name is taken.
@@ -75,7 +84,7 @@ def add_contributor(session: Session, name: str) -> tuple[Contributor, str]:
         raise Conflict(f"a contributor named {name!r} exists; choose another name")
     token = f"ct_{secrets.token_urlsafe(32)}"
     session.add(ApiToken(digest=digest_token(token), contributor_id=contributor.id, name="first"))
-    return contributor, token
+    return NewAccount(contributor, token)
 
 
 def ensure_operator(session: Session, token: str) -> None:

@@ -124,8 +124,9 @@ def portal(stores, engine, objects, first_version):
 def account(engine):
     """Create a contributor for this test only; return its id, headers and token."""
     with make_session_factory(engine).begin() as session:
-        contributor, token = add_contributor(session, f"test-{new_id()}")
-        return SimpleNamespace(id=contributor.id, headers={"Authorization": f"Bearer {token}"}, token=token)
+        account = add_contributor(session, f"test-{new_id()}")
+        headers = {"Authorization": f"Bearer {account.token}"}
+        return SimpleNamespace(id=account.contributor.id, headers=headers, token=account.token)
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ MODEL_SERVER = HEALTH | {"GET /v1/models", "GET /metrics", "POST /v1/completions
 def other_headers(engine):
     """Create another contributor and return its headers."""
     with make_session_factory(engine).begin() as session:
-        _, token = add_contributor(session, f"test-{new_id()}")
+        token = add_contributor(session, f"test-{new_id()}").token
         return {"Authorization": f"Bearer {token}"}
 
 

@@ -41,9 +41,10 @@ router = APIRouter(
 @router.post("/contributors", status_code=201, responses=document_errors(409))
 def make_contributor(form: ContributorIn, operator: CurrentOperator, session: SessionDep) -> ContributorOut:
     """Create an account; its token is shown only once."""
-    contributor, token = add_contributor(session, form.name)
+    account = add_contributor(session, form.name)
+    contributor = account.contributor
     audit(session, operator.id, "contributor added", contributor.id)
-    return ContributorOut(id=contributor.id, name=contributor.name, token=token)
+    return ContributorOut(id=contributor.id, name=contributor.name, token=account.token)
 
 
 @router.post("/contributors/withdraw", responses=document_errors(404))

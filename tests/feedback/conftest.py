@@ -15,4 +15,4 @@ def later():
 
 @pytest.fixture
 def reporter(session):
-    return add_contributor(session, new_id())[0]
+    return add_contributor(session, new_id()).contributor

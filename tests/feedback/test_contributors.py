@@ -22,7 +22,7 @@ def stranger(engine):
     from infra.database import make_session_factory
 
     with make_session_factory(engine).begin() as session:
-        return {"Authorization": f"Bearer {add_contributor(session, f'stranger-{new_id()}')[1]}"}
+        return {"Authorization": f"Bearer {add_contributor(session, f'stranger-{new_id()}').token}"}
 
 
 def test_a_report_comes_back_with_its_timeline(portal, account):

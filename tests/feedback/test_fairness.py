@@ -29,7 +29,7 @@ def url(stores, objects):
 @pytest.fixture
 def other_headers(engine):
     with make_session_factory(engine).begin() as session:
-        return {"Authorization": f"Bearer {add_contributor(session, f'other-{new_id()}')[1]}"}
+        return {"Authorization": f"Bearer {add_contributor(session, f'other-{new_id()}').token}"}
 
 
 @contextmanager

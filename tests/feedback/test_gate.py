@@ -16,7 +16,7 @@ from yuan.eval.results import EvalResult
 
 @pytest.fixture
 def other_accounts(session):
-    return [add_contributor(session, new_id())[0] for _ in range(2)]
+    return [add_contributor(session, new_id()).contributor for _ in range(2)]
 
 
 def add_reports(session, contributor, prefix, count, later):

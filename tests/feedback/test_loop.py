@@ -60,7 +60,7 @@ def test_a_duplicate_shares_the_case_and_a_contradiction_is_disputed(session, re
 
 def test_a_dispute_is_reviewed_again_once_the_other_answer_is_withdrawn(session, reporter, later):
     """Otherwise a wrong answer that was reported first would block all right ones, even after its withdrawal."""
-    other, _ = add_contributor(session, new_id())
+    other = add_contributor(session, new_id()).contributor
     first = submit(session, other, expected="bad")
     accept_all(session, later)
     second = submit(session, reporter, expected="right")

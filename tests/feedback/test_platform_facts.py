@@ -24,7 +24,7 @@ def test_review_counts_as_reproduction_only_with_a_decision(session):
 
 
 def test_pending_reports_are_counted_with_the_oldest_timestamp(session):
-    reporter, _ = add_contributor(session, new_id())
+    reporter = add_contributor(session, new_id()).contributor
     form = FeedbackIn(kind="correction", prompt="p", response="?", model_version=1, expected="x")
     for _ in range(2):
         reports.add_feedback(session, reporter, form, new_id())

@@ -27,7 +27,7 @@ HONEST = 200
 
 @pytest.fixture
 def attacker(session):
-    return add_contributor(session, new_id())[0]
+    return add_contributor(session, new_id()).contributor
 
 
 def make_variants(rows, answers):

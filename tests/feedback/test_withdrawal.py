@@ -160,7 +160,7 @@ def test_withdrawing_twice_changes_nothing(session, reporter, later):
 
 def test_a_stranger_cannot_withdraw_and_an_operator_can(session, objects, reporter, later):
     row, dataset = submit(session, reporter), upload(session, objects, reporter, make_checked_rows("x", 10))
-    stranger = add_contributor(session, new_id())[0]
+    stranger = add_contributor(session, new_id()).contributor
     for withdraw, record in ((withdraw_report, row), (withdraw_dataset, dataset)):
         with pytest.raises(NotFound, match=f"you have no .* {record.id}"):
             withdraw(session, stranger, record.id, "envy")
@@ -171,7 +171,7 @@ def test_a_stranger_cannot_withdraw_and_an_operator_can(session, objects, report
 
 
 def test_account_withdrawal_processes_all_records_in_batches(session, objects, reporter, later):
-    stranger, operator = (add_contributor(session, new_id())[0] for _ in range(2))
+    stranger, operator = (add_contributor(session, new_id()).contributor for _ in range(2))
     operator.role = "operator"
     rows = [submit(session, stranger, f"junk {n}", "7") for n in range(WITHDRAWAL_BATCH_SIZES["reports"] + 2)]
     refused = rows.pop()

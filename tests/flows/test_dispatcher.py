@@ -58,7 +58,7 @@ def test_failing_duty_backs_off_and_recovers_on_first_success(tmp_path):
 def test_notices_are_delivered_while_registry_and_prefect_are_unreachable(stores, engine, objects, tmp_path):
     sessions = make_session_factory(engine)
     with sessions.begin() as session:
-        reporter, _ = add_contributor(session, new_id())
+        reporter = add_contributor(session, new_id()).contributor
         form = FeedbackIn(kind="correction", prompt="p", response="?", model_version=1, expected="x")
         report = add_feedback(session, reporter, form, new_id())
         session.flush()
