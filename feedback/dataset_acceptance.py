@@ -47,7 +47,7 @@ class KeyedRow:
 
 
 def accept_dataset(
-    session: Session, dataset_id: str, fetch: FetchObject, salt: str, share: float, max_cases: int
+    session: Session, dataset_id: str, fetch: FetchObject, salt: str, held_out_share: float, max_cases: int
 ) -> None:
     """Assign a role to each row of a dataset: train, held out as a case, or duplicate of an earlier row.
 
@@ -56,7 +56,7 @@ def accept_dataset(
     Args:
         fetch: returns the bytes of an object by its key.
         salt: secret from which the choice of held-out prompts is derived.
-        share: fraction of the checkable rows' prompts to hold out, in [0, 1].
+        held_out_share: fraction of the checkable rows' prompts to hold out, in [0, 1].
         max_cases: the number of rows of one account that may be held out, except for suites and operators; the
             remaining rows are train rows.
     """
@@ -80,7 +80,7 @@ def accept_dataset(
         held_out = set(testable)
     else:
         max_rows = _compute_held_out_limit(session, dataset, max_cases)
-        held_out = _draw_held_out_rows(testable, salt, share, max_rows)
+        held_out = _draw_held_out_rows(testable, salt, held_out_share, max_rows)
 
     entries = []
     for item in keyed:
@@ -109,7 +109,7 @@ def record_acceptance_failure(session: Session, dataset_id: str, error: Exceptio
         dataset.state, dataset.decided_at = DatasetState.REJECTED, transaction_time()
 
 
-def _draw_held_out_rows(prompts: Mapping[int, str], salt: str, share: float, max_rows: int) -> set[int]:
+def _draw_held_out_rows(prompts: Mapping[int, str], salt: str, held_out_share: float, max_rows: int) -> set[int]:
     """Choose the numbers of the rows to hold out: those whose prompt's salted hash is below the share, lowest first.
 
     So a prompt is held out for all accounts or for none, whoever uploads it and with however many answers, and no
@@ -123,7 +123,7 @@ def _draw_held_out_rows(prompts: Mapping[int, str], salt: str, share: float, max
     num_answers = Counter[str]()
     drawn: list[int] = []
     for number, prompt in sorted(prompts.items(), key=lambda row: (fractions[row[1]], row[0])):
-        if fractions[prompt] < share and num_answers[prompt] < MAX_HELD_OUT_ANSWERS_PER_PROMPT:
+        if fractions[prompt] < held_out_share and num_answers[prompt] < MAX_HELD_OUT_ANSWERS_PER_PROMPT:
             num_answers[prompt] += 1
             drawn.append(number)
     return set(drawn[:max_rows])

@@ -205,14 +205,14 @@ class ReviewCounts:
     failed: int = 0
 
 
-def review_reports(session: Session, cut_off: datetime, salt: str, share: float) -> ReviewCounts:
+def review_reports(session: Session, cut_off: datetime, salt: str, held_out_share: float) -> ReviewCounts:
     """Accept the reproduced reports, reject the others, and mark contradictions as disputed.
 
     An accepted report gets a new case, or the existing one of an equal report. Each case's role is set here, once.
 
     Args:
         salt: secret from which case roles are derived; see `choose_case_role`.
-        share: the fraction of prompts to hold out, in [0, 1].
+        held_out_share: the fraction of prompts to hold out, in [0, 1].
     """
     query = select(Feedback).where(
         Feedback.state == ReportState.IN_REVIEW, Feedback.reproduction.is_not(None), Feedback.created_at <= cut_off
@@ -220,7 +220,7 @@ def review_reports(session: Session, cut_off: datetime, salt: str, share: float)
     num_by_state = Counter[str]()  # states after the review
 
     def review(report: Feedback) -> None:
-        _decide_report(session, report, salt, share)
+        _decide_report(session, report, salt, held_out_share)
         session.flush()  # raise before counting if the database refuses the row
         num_by_state[report.state] += 1
 
@@ -237,7 +237,7 @@ def review_reports(session: Session, cut_off: datetime, salt: str, share: float)
     )
 
 
-def _decide_report(session: Session, report: Feedback, salt: str, share: float) -> None:
+def _decide_report(session: Session, report: Feedback, salt: str, held_out_share: float) -> None:
     """Set a reproduced report's new state, and its case if it is accepted; see `review_reports`."""
     form = FeedbackIn.model_validate(report.body)
     sample = Row(prompt=form.prompt, answer=form.expected or "", checker=form.rule)
@@ -251,7 +251,7 @@ def _decide_report(session: Session, report: Feedback, salt: str, share: float) 
         report.disputed_key = sample.prompt_key
     else:
         is_trained = _is_trained(session, sample.prompt_key)
-        role = CaseRole.TRAIN if is_trained else choose_case_role(sample.prompt_key, salt, share)
+        role = CaseRole.TRAIN if is_trained else choose_case_role(sample.prompt_key, salt, held_out_share)
         add_cases(session, REPORTS_SUITE, [sample], role)
         case = session.scalars(select(Case).where(Case.suite == REPORTS_SUITE, Case.key == sample.key)).one()
         report.state, report.reason, report.case_id = ReportState.ACCEPTED, None, case.id
