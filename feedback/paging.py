@@ -9,7 +9,9 @@ from sqlalchemy.orm import Session
 from feedback.accounts import InvalidField
 from feedback.tables import Contributor, Dataset, Feedback, Outbox
 
-MAX_PAGE_SIZE, DEFAULT_PAGE_SIZE = 200, 100
+MAX_PAGE_SIZE = 200
+DEFAULT_PAGE_SIZE = 100
+
 Record = TypeVar("Record", Feedback, Dataset)
 
 

@@ -27,7 +27,9 @@ from feedback.verdicts import Verdict
 
 JsonbObject = dict[str, Any]
 # The platform's suites of cases: made from reports, from rows of the base, and from rows of the other datasets.
-REPORTS_SUITE, BASE_SUITE, DATASETS_SUITE = "reports", "base", "datasets"
+REPORTS_SUITE = "reports"
+BASE_SUITE = "base"
+DATASETS_SUITE = "datasets"
 
 
 class Base(DeclarativeBase):

@@ -31,7 +31,8 @@ MAX_UPLOADS_PER_ACCOUNT = 2  # per account at the same time
 MAX_PARALLEL_FILE_CHECKS = 2  # at the same time; each uses a CPU core that all other requests share
 MAX_CACHED_TOKENS = 10_000  # in memory
 # Callers that are not accounts: all requests without a known token, and the lookup of tokens.
-ANONYMOUS_CALLER, TOKEN_LOOKUP_CALLER = "", "look up"
+ANONYMOUS_CALLER = ""
+TOKEN_LOOKUP_CALLER = "look up"
 CONNECTION_WAIT_TIMEOUT_S = 20.0  # for a database connection
 ID_PATTERN = "^[0-9a-f]{32}$"
 

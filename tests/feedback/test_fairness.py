@@ -14,7 +14,8 @@ from infra.database import make_session_factory, open_engine
 from tests.serving import serve_app
 from tests.waiting import wait_until
 
-CONNECTIONS, FLOOD = 16, 40
+CONNECTIONS = 16
+FLOOD = 40
 
 
 @pytest.fixture

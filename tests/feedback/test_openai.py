@@ -26,7 +26,8 @@ from yuan.data.text import make_storable
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.service import ModelService
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
 
 
 @contextlib.contextmanager
@@ -285,7 +286,10 @@ ODD = "a\u2028b\u0085c\x0bd\x1e\u2029"
 class ModelServerStub:
     """A model server that returns the responses that a test sets."""
 
-    whole, status, kind, events = b"", 200, "application/json", ()
+    whole = b""
+    status = 200
+    kind = "application/json"
+    events = ()
 
     async def __call__(self, scope, receive, send):
         if scope["type"] == "http":

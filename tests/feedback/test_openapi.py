@@ -17,7 +17,8 @@ from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.service import ModelService
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
-SEED, EXAMPLES = 15, 500
+SEED = 15
+EXAMPLES = 500
 
 
 @pytest.fixture(scope="module")
