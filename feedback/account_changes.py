@@ -22,41 +22,43 @@ class AccountChanges:
     """Counts, while they are being read, of the changes from champion to candidate in one account's report cases.
 
     Attributes:
-        lost: roles by id of the cases that the champion passes and the candidate fails.
-        reports: ids of the account's reports of the lost cases.
-        gained: number of cases that the champion fails and the candidate passes.
-        passed: number of cases that the champion passes, by role.
-        total: number of cases, by role.
+        lost_case_roles: roles by id of the cases that the champion passes and the candidate fails.
+        lost_report_ids: ids of the account's reports of the lost cases.
+        num_gained: number of cases that the champion fails and the candidate passes.
+        num_passed_by_role: number of cases that the champion passes, by role.
+        num_cases_by_role: number of cases, by role.
 
-    `gained`, `passed` and `total` count only the cases that existed when the champion was promoted. A case that the
-    account has withdrawn counts in `total` and `gained` unless the champion passes it.
+    The numbers count only the cases that existed when the champion was promoted. A case that the account has withdrawn
+    counts in `num_cases_by_role` and `num_gained` unless the champion passes it.
     """
 
     account: str
     name: str
     role: str
-    lost: dict[str, str] = field(default_factory=dict)
-    reports: list[str] = field(default_factory=list)
-    gained: int = 0
-    passed: Counter[str] = field(default_factory=Counter)
-    total: Counter[str] = field(default_factory=Counter)
+    lost_case_roles: dict[str, str] = field(default_factory=dict)
+    lost_report_ids: list[str] = field(default_factory=list)
+    num_gained: int = 0
+    num_passed_by_role: Counter[str] = field(default_factory=Counter)
+    num_cases_by_role: Counter[str] = field(default_factory=Counter)
 
     @property
     def p_value(self) -> float:
         """Return the probability of at least so many losses by chance."""
-        return sign_test(len(self.lost), self.gained)
+        return sign_test(len(self.lost_case_roles), self.num_gained)
 
     @property
     def is_significant(self) -> bool:
         """Return True if the losses count against a candidate.
 
         Losses always count for an operator's reports, and where the champion passes at least half of the account's
-        cases of the same role, since models do learn what these reports ask for. Otherwise they must exceed what chance
+        cases of the same role, since models learn what these reports ask for. Otherwise they must exceed what chance
         explains: answers to meaningless prompts pass meaningless checkers by chance, different ones in each version.
         Without this rule, an account that reports enough of them could block the promotion of every candidate.
         """
-        is_learned = any(2 * self.passed[role] >= self.total[role] for role in self.lost.values())
-        return self.role == AccountRole.OPERATOR or is_learned or self.p_value < SIGNIFICANCE_LEVEL
+        is_mostly_passed = any(
+            2 * self.num_passed_by_role[role] >= self.num_cases_by_role[role] for role in self.lost_case_roles.values()
+        )
+        return self.role == AccountRole.OPERATOR or is_mostly_passed or self.p_value < SIGNIFICANCE_LEVEL
 
     def summarize(self) -> AccountRegressions:
         """Return the counts for a decision, with the account's first 20 reports."""
@@ -64,27 +66,27 @@ class AccountChanges:
             account=self.account,
             name=self.name,
             is_significant=self.is_significant,
-            num_lost=len(self.lost),
-            num_gained=self.gained,
+            num_lost=len(self.lost_case_roles),
+            num_gained=self.num_gained,
             p_value=self.p_value,
-            reports=tuple(self.reports[:MAX_REPORTS_PER_ACCOUNT]),
+            reports=tuple(self.lost_report_ids[:MAX_REPORTS_PER_ACCOUNT]),
         )
 
 
-def sign_test(lost: int, gained: int) -> float:
-    """Return the probability of at least `lost` losses if each changed case is lost or gained with probability 1/2.
+def sign_test(num_lost: int, num_gained: int) -> float:
+    """Return the probability of at least `num_lost` losses if each change is a loss or a gain with probability 1/2.
 
     Source: the exact one-sided sign test, Dixon and Mood 1946.
 
     >>> sign_test(5, 0), round(sign_test(8, 7), 2)
     (0.03125, 0.5)
     """
-    changed = lost + gained
-    return sum(math.comb(changed, k) for k in range(lost, changed + 1)) / (1 << changed)
+    num_changed = num_lost + num_gained
+    return sum(math.comb(num_changed, k) for k in range(num_lost, num_changed + 1)) / (1 << num_changed)
 
 
 def count_account_changes(
-    session: Session, champion: int, candidate: int, broken: Sequence[str]
+    session: Session, champion: int, candidate: int, regressed_case_ids: Sequence[str]
 ) -> list[AccountChanges]:
     """Count the candidate's changes for each account whose reports fail again, those with the most losses first.
 
@@ -92,30 +94,30 @@ def count_account_changes(
     case, or its report would not have been accepted: such cases can only be gained, and would hide losses.
 
     Args:
-        broken: ids of the cases that the champion passes and the candidate fails.
+        regressed_case_ids: ids of the cases that the champion passes and the candidate fails.
     """
     promoted_at = select(func.min(Promotion.created_at)).where(Promotion.version == champion).scalar_subquery()
-    accounts = _find_losing_accounts(session, broken)
+    accounts = _find_losing_accounts(session, regressed_case_ids)
     _count_active_cases(session, champion, candidate, promoted_at, accounts)
     _count_withdrawn_cases(session, champion, promoted_at, accounts)
-    return sorted(accounts.values(), key=lambda changes: (-len(changes.lost), changes.name))
+    return sorted(accounts.values(), key=lambda changes: (-len(changes.lost_case_roles), changes.name))
 
 
-def _find_losing_accounts(session: Session, broken: Sequence[str]) -> dict[str, AccountChanges]:
-    """Return the accounts that have accepted reports of the broken cases, by account id, with their losses."""
+def _find_losing_accounts(session: Session, regressed_case_ids: Sequence[str]) -> dict[str, AccountChanges]:
+    """Return the accounts that have accepted reports of the regressed cases, by account id, with their losses."""
     accepted = (
         select(Feedback.id.label("report_id"), Case.id.label("case_id"), Case.role, Contributor)
         .join(Case, Case.id == Feedback.case_id)
         .join(Contributor, Contributor.id == Feedback.contributor_id)
-        .where(Feedback.state == ReportState.ACCEPTED, Case.id.in_(broken))
+        .where(Feedback.state == ReportState.ACCEPTED, Case.id.in_(regressed_case_ids))
         .order_by(Feedback.created_at, Feedback.id)
     )
     accounts: dict[str, AccountChanges] = {}
-    for lost in session.execute(accepted):
-        owner = lost.Contributor
+    for report in session.execute(accepted):
+        owner = report.Contributor
         changes = accounts.setdefault(owner.id, AccountChanges(owner.id, owner.name, owner.role))
-        changes.lost[lost.case_id] = lost.role
-        changes.reports.append(lost.report_id)
+        changes.lost_case_roles[report.case_id] = report.role
+        changes.lost_report_ids.append(report.report_id)
     return accounts
 
 
@@ -141,11 +143,11 @@ def _count_active_cases(
     )
     for group in session.execute(query):
         changes = accounts[group.contributor_id]
-        changes.total[group.role] += group.num_cases
+        changes.num_cases_by_role[group.role] += group.num_cases
         if group.passes_before:
-            changes.passed[group.role] += group.num_cases
+            changes.num_passed_by_role[group.role] += group.num_cases
         elif group.passes_after:
-            changes.gained += group.num_cases
+            changes.num_gained += group.num_cases
 
 
 def _count_withdrawn_cases(
@@ -169,5 +171,5 @@ def _count_withdrawn_cases(
         .group_by(Feedback.contributor_id, Case.role)
     )
     for account, role, num_cases in session.execute(query):
-        accounts[account].total[role] += num_cases
-        accounts[account].gained += num_cases
+        accounts[account].num_cases_by_role[role] += num_cases
+        accounts[account].num_gained += num_cases

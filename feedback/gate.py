@@ -57,13 +57,13 @@ def decide_promotion(session: Session, training_round: Round) -> PromotionDecisi
     before = {} if champion is None else compute_pass_rates(session, champion)
     after = compute_pass_rates(session, candidate)
 
-    broken: list[str] = []
+    regressions: list[str] = []
     accounts: list[AccountChanges] = []
     if champion is not None:
-        broken = find_regressions(session, champion, candidate)
-        accounts = count_account_changes(session, champion, candidate, broken)
+        regressions = find_regressions(session, champion, candidate)
+        accounts = count_account_changes(session, champion, candidate, regressions)
     significant = [account for account in accounts if account.is_significant]
-    is_chance = bool(broken) and not significant
+    is_chance = bool(regressions) and not significant
 
     reasons = _list_objections(before, after, significant, judges_reports=not is_chance)
     if champion is not None and not after:
@@ -75,7 +75,7 @@ def decide_promotion(session: Session, training_round: Round) -> PromotionDecisi
         reasons=tuple(reasons),
         champion=champion,
         candidate=candidate,
-        regressions=tuple(broken),
+        regressions=tuple(regressions),
         regressions_may_be_chance=is_chance,
         regressions_by_account=tuple(account.summarize() for account in accounts[:MAX_ACCOUNTS_PER_DECISION]),
         suites=tuple(SuiteComparison(suite=name, before=before.get(name), after=rate) for name, rate in after.items()),
@@ -109,6 +109,8 @@ def _list_objections(
         reasons.append(f"held-out reports fell from {old.rate:.3f} to {new.rate:.3f}")
 
     if significant:
-        lost = {case for account in significant for case in account.lost}
-        reasons.append(f"reports that pass in the champion fail again: {len(lost)}, of {len(significant)} account(s)")
+        lost_case_ids = {case for account in significant for case in account.lost_case_roles}
+        reasons.append(
+            f"reports that pass in the champion fail again: {len(lost_case_ids)}, of {len(significant)} account(s)"
+        )
     return reasons
