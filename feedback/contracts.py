@@ -176,9 +176,9 @@ class DatasetOut(BaseModel):
     sha256: str
     num_rows: int
     num_duplicates: int
-    # The number excluded by decontamination; the name is kept, since clients read it.
+    # The number of decontaminated rows; the name is kept, since clients read it.
     num_closed_out: int = Field(
-        description="train rows that the newest round excluded because held-out cases have the same prompts"
+        description="train rows that the newest round decontaminated: held-out cases have the same prompts"
     )
     bad_rows: list[BadRow] = Field(
         description="malformed rows, for which the file was refused; in a list, the first 20"

@@ -115,7 +115,7 @@ def record_fault_reason(session: Session, subject: str, step: str, reason: str) 
 
 
 def record_faulty_rows(session: Session, subject: str, step: str, faults: Sequence[str]) -> None:
-    """Record once on an item's timeline which of its rows a step left out and why, listing the first 20."""
+    """Record once on an item's timeline which of its rows a step excluded and why, listing the first 20."""
     if not faults:
         return
     more = f"; and {len(faults) - MAX_NAMED_ROWS:,} more" if len(faults) > MAX_NAMED_ROWS else ""

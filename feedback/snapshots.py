@@ -20,7 +20,7 @@ from yuan.data.rows import Row, dump_rows
 
 SNAPSHOTS_FOLDER = "snapshots"
 SNAPSHOT_PARTS = ("corrections", "datasets", "base")  # in the order of a snapshot's rows
-EXCLUDED_COUNT_SUFFIX = "_closed_out"  # of a part's name: key in `Snapshot.counts` of its decontaminated rows
+DECONTAMINATED_COUNT_SUFFIX = "_closed_out"  # after a part's name: the key in `Snapshot.counts`
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class MixturePart:
 def freeze_mixture(session: Session, round_id: str, fetch: FetchObject, store: Callable[[bytes], str]) -> str:
     """Freeze the round's mixture: train rows, train corrections, and a replay sample of the base; return its id.
 
-    Without a parent version, all base rows are included. Rows that have the prompt of a held-out case are excluded
-    (decontamination). Their owners are told the number of excluded rows, but not which ones, since that would reveal
-    the test prompts. Documents have no prompt and are always included. The same records always result in the same
-    bytes and so in the same id. A dataset that cannot be read, or a correction that is no longer a valid row, is left
-    out, with the reason on its owner's timeline; the snapshot's `counts` has the numbers.
+    Without a parent version, all base rows are included. Rows that have the prompt of a held-out case are
+    decontaminated: they are not in the mixture. Their owners see the number of these rows, but not which ones, since
+    that would reveal the test prompts. Documents have no prompt and are always included. The same records always result
+    in the same bytes and so in the same id. A dataset that cannot be read, or a correction that is no longer a valid
+    row, is skipped, with the reason on its owner's timeline; the snapshot's `counts` has the numbers.
 
     Args:
         fetch: returns the bytes of an object by its key.
@@ -97,55 +97,55 @@ def _collect_mixture(session: Session, training_round: Round, fetch: FetchObject
     kept: list[Row] = []
     counts = {"failed": sum(part.num_failed for part in parts)}
     for name, part in zip(SNAPSHOT_PARTS, parts, strict=True):
-        clean_rows, excluded_owners = _decontaminate(part.rows, held_out_prompts)
+        clean_rows, decontaminated_owners = _decontaminate(part.rows, held_out_prompts)
         if name == "base" and training_round.parent_version is not None:
             num_replay = min(parameters.replay_rows, len(clean_rows))
             clean_rows = random.Random(f"replay {parameters.seed}").sample(clean_rows, num_replay)
-        counts |= {name: len(clean_rows), f"{name}{EXCLUDED_COUNT_SUFFIX}": len(excluded_owners)}
+        counts |= {name: len(clean_rows), f"{name}{DECONTAMINATED_COUNT_SUFFIX}": len(decontaminated_owners)}
         kept += clean_rows
         if name == "corrections":
-            _record_excluded_corrections(session, excluded_owners)
+            _record_decontaminated_corrections(session, decontaminated_owners)
         else:
             num_rows = Counter(item.owner_id for item in part.rows)
-            _record_num_excluded_rows(session, num_rows, Counter(excluded_owners))
+            _record_num_decontaminated_rows(session, num_rows, Counter(decontaminated_owners))
     return kept, counts
 
 
 def _decontaminate(rows: Sequence[OwnedRow], held_out_prompts: Set[str]) -> tuple[list[Row], list[str]]:
     """Return the rows whose prompt is not held out, and the owner ids of the other rows, one entry per row."""
     clean_rows: list[Row] = []
-    excluded_owners: list[str] = []
+    decontaminated_owners: list[str] = []
     for item in rows:
         if item.row.prompt and item.row.prompt_key in held_out_prompts:
-            excluded_owners.append(item.owner_id)
+            decontaminated_owners.append(item.owner_id)
         else:
             clean_rows.append(item.row)
-    return clean_rows, excluded_owners
+    return clean_rows, decontaminated_owners
 
 
-def _record_num_excluded_rows(session: Session, num_rows: Counter[str], num_excluded: Counter[str]) -> None:
-    """Record for datasets' owners the number of their train rows that decontamination excluded.
+def _record_num_decontaminated_rows(session: Session, num_rows: Counter[str], num_decontaminated: Counter[str]) -> None:
+    """Record for datasets' owners the number of their decontaminated train rows.
 
     Args:
         num_rows: number of train rows, by dataset id.
-        num_excluded: number of those excluded, by dataset id.
+        num_decontaminated: number of those that are decontaminated, by dataset id.
     """
     for dataset_id in num_rows:
-        count = num_excluded[dataset_id]
+        count = num_decontaminated[dataset_id]
         changed = update(Dataset).where(Dataset.id == dataset_id, Dataset.num_closed_out != count)
         session.execute(changed.values(num_closed_out=count))
     cause = "their prompts are those of held-out cases, which only test"
     reasons = {
         dataset_id: f"rows left out, {count:,} of {num_rows[dataset_id]:,}: {cause}"
-        for dataset_id, count in num_excluded.items()
+        for dataset_id, count in num_decontaminated.items()
     }
     record_new_fault_reasons(session, ItemStep.SNAPSHOT, reasons)
 
 
-def _record_excluded_corrections(session: Session, case_ids: Sequence[str]) -> None:
-    """Record on reports' timelines that decontamination excluded their corrections."""
-    is_excluded = Feedback.case_id == any_(literal(list(case_ids), ARRAY(String)))
-    report_ids = session.scalars(select(Feedback.id).where(is_excluded, Feedback.state == ReportState.ACCEPTED))
+def _record_decontaminated_corrections(session: Session, case_ids: Sequence[str]) -> None:
+    """Record on reports' timelines that their corrections are decontaminated."""
+    is_decontaminated = Feedback.case_id == any_(literal(list(case_ids), ARRAY(String)))
+    report_ids = session.scalars(select(Feedback.id).where(is_decontaminated, Feedback.state == ReportState.ACCEPTED))
     reason = "its correction is left out: its prompt is that of a held-out case, which only tests"
     record_new_fault_reasons(session, ItemStep.SNAPSHOT, dict.fromkeys(report_ids, reason))
 
@@ -196,24 +196,24 @@ def _collect_train_rows(session: Session, purpose: DatasetPurpose, fetch: FetchO
     return MixturePart(rows, num_failed + num_bad)
 
 
-def record_left_out_rows(session: Session, step: ItemStep, reasons: Mapping[str, str]) -> None:
-    """Record on the owners' timelines which mixture rows a later step left out.
+def record_excluded_rows(session: Session, step: ItemStep, reasons: Mapping[str, str]) -> None:
+    """Record on the owners' timelines which mixture rows a later step excluded.
 
     Args:
-        reasons: why a row was left out, by row key.
+        reasons: why a row was excluded, by row key.
     """
-    any_left_out = any_(literal(list(reasons), ARRAY(String)))
+    any_excluded = any_(literal(list(reasons), ARRAY(String)))
     faults: defaultdict[str, list[str]] = defaultdict(list)
 
     rows = select(DatasetRow.dataset_id, DatasetRow.number, DatasetRow.key).join(Dataset)
     rows = rows.where(
-        Dataset.state == DatasetState.ACCEPTED, DatasetRow.role == RowRole.TRAIN, DatasetRow.key == any_left_out
+        Dataset.state == DatasetState.ACCEPTED, DatasetRow.role == RowRole.TRAIN, DatasetRow.key == any_excluded
     )
     for dataset_id, number, key in session.execute(rows.order_by(DatasetRow.dataset_id, DatasetRow.number)):
         faults[dataset_id].append(f"row {number + 1}: {reasons[key]}")
 
     corrections = (
-        select(Feedback.id, Case.key).join(Case).where(Feedback.state == ReportState.ACCEPTED, Case.key == any_left_out)
+        select(Feedback.id, Case.key).join(Case).where(Feedback.state == ReportState.ACCEPTED, Case.key == any_excluded)
     )
     for feedback_id, key in session.execute(
         corrections.where(Case.suite == REPORTS_SUITE, Case.role == CaseRole.TRAIN)

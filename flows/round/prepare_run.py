@@ -129,7 +129,7 @@ def prepare_run_folder(context: Context, round_id: str) -> PipelinePlan:
     exclusion_reasons = _write_windows(folder, spec, inputs, snapshot_rows, model.tokenizer)
     with context.sessions.begin() as session:
         rounds.record_failed_items(session, round_id, {ItemStep.PLAN: len(exclusion_reasons)})
-        snapshots.record_left_out_rows(session, ItemStep.PLAN, exclusion_reasons)
+        snapshots.record_excluded_rows(session, ItemStep.PLAN, exclusion_reasons)
 
     folder.write_spec(spec)
     num_rows, num_excluded = len(snapshot_rows), len(exclusion_reasons)

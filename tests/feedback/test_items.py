@@ -239,7 +239,7 @@ def test_rows_excluded_by_a_later_step_are_reported_to_their_owners(
         session.get_one(Case, target.case_id).key: "a planted fault"
     }
     for _ in range(2):  # a repeated step records it once
-        snapshots.record_left_out_rows(session, "plan", reasons | {"0" * 64: "nobody's"})
+        snapshots.record_excluded_rows(session, "plan", reasons | {"0" * 64: "nobody's"})
     check_only_target_failed(session, rows, target, "its correction: a planted fault")
     (reason,) = [event.text for event in find_faults_by_subject(session, [dataset.id])[dataset.id]]
     num_train = len(reasons) - 1
