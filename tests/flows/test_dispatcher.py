@@ -1,21 +1,23 @@
-"""Test the dispatcher's duties: isolation of failures, backoff, notices and attempt keys."""
+"""Test the dispatcher's duties: isolation of failures, backoff, notices, due rounds and attempt keys."""
 
 import logging
 import re
+from datetime import timedelta
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from pydantic import SecretStr
 from sqlalchemy import select
+from sqlalchemy.orm import sessionmaker
 
 from feedback import rounds
 from feedback.accounts import add_contributor
-from feedback.contracts import FeedbackIn
+from feedback.contracts import FeedbackIn, RoundParameters
 from feedback.reports import add_feedback
-from feedback.tables import Outbox, new_id
-from flows.context import Context
+from feedback.tables import Feedback, Outbox, new_id, read_transaction_time
+from flows.context import Context, DispatcherContext
 from flows.dispatcher.attempts import make_attempt_key
-from flows.dispatcher.dispatcher import make_duties
+from flows.dispatcher.dispatcher import make_duties, request_due_round
 from flows.duties import MAX_DUTY_PAUSE_S, Duties, Duty, DutyStatus, read_duty_statuses
 from infra.database import make_session_factory
 
@@ -74,6 +76,45 @@ def test_notices_are_delivered_while_registry_and_prefect_are_unreachable(stores
         assert rounds.find_running_round(session) is None
     failing = {name for name, standing in duties.statuses.items() if standing.failures}
     assert failing == {Duty.UPDATE_ALIASES, Duty.REGISTER_DEPLOYMENTS, Duty.END_LOST_FLOW_RUNS}
+
+
+@pytest.fixture
+def request_due(stores, session):
+    """Return a function that requests a due round for a `round_after_reports`, and returns the newest round."""
+
+    def request(min_reports):
+        settings = stores.model_copy(update={"round_after_reports": min_reports})
+        sessions = sessionmaker(session.connection(), join_transaction_mode="create_savepoint")
+        request_due_round(DispatcherContext(settings, sessions))
+        return rounds.find_newest_round(session)
+
+    return request
+
+
+def add_accepted_reports(session, decision_times):
+    reporter = add_contributor(session, new_id()).contributor
+    report = {"contributor_id": reporter.id, "kind": "correction", "body": {}, "state": "accepted"}
+    session.add_all([Feedback(**report, decided_at=time) for time in decision_times])
+    session.commit()
+
+
+def test_round_is_requested_when_enough_reports_were_accepted_since_the_last_one(session, request_due):
+    ended_at = read_transaction_time(session)
+    before, after = ended_at - timedelta(seconds=1), ended_at + timedelta(seconds=1)
+    add_accepted_reports(session, [before, after, after])
+    assert request_due(1) is None  # an operator starts the first round
+
+    first = rounds.request_round(session, "test", RoundParameters(), new_id())
+    session.commit()
+    assert request_due(1) == first  # it is running
+
+    rounds.finish_round(session, first.id, "promoted", "test")
+    first.finished_at = ended_at
+    session.commit()
+    assert request_due(3) == first  # the report that was accepted before its end does not count
+    assert request_due(0) == first  # 0 turns automatic rounds off
+    second = request_due(2)
+    assert second.number == first.number + 1 and second.requested_by == "dispatcher"
 
 
 def test_attempt_keys_cannot_be_computed_without_the_database_password(stores):
