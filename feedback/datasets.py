@@ -18,6 +18,7 @@ from feedback.states import DatasetPurpose, DatasetState
 from feedback.tables import BASE_SUITE, DATASETS_SUITE, REPORTS_SUITE, Contributor, Dataset, IdempotencyKey
 from feedback.withdrawal import find_withdrawal_events
 from yuan.data.rows import BadRow, Row, parse_rows
+from yuan.data.text import make_printable
 
 UPLOADS_FOLDER = "uploads"
 MAX_LISTED_BAD_ROWS = 1000
@@ -26,6 +27,7 @@ READ_CHUNK_BYTES = 2**20
 
 RESERVED_SUITES = (REPORTS_SUITE, BASE_SUITE, DATASETS_SUITE)
 SUITE_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+SUITE_NAME_RULE = "letters a to z, digits, dots, dashes and underscores, with a letter or digit first"  # in words
 
 FetchObject = Callable[[str], bytes]
 
@@ -134,8 +136,7 @@ def check_suite_name(name: str) -> None:
         )
     if not SUITE_NAME_PATTERN.fullmatch(name):
         raise InvalidField(
-            "the name of a suite may have letters a to z, digits, dots, dashes and underscores; choose another name",
-            "name",
+            f"the name of a suite may have {SUITE_NAME_RULE}, got {make_printable(name)}; choose another name", "name"
         )
 
 

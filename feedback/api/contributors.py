@@ -160,7 +160,11 @@ def notices(
 )
 async def push_dataset(
     request: Request,
-    name: Annotated[str, TextRule(100), Query(description="name of the dataset; for a suite: letters, digits, . _ -")],
+    name: Annotated[
+        str,
+        TextRule(100),
+        Query(description=f"name of the dataset; that of a suite may have {datasets.SUITE_NAME_RULE}"),
+    ],
     account: CurrentAccount,
     purpose: DatasetPurpose = DatasetPurpose.MIXTURE,
     idempotency_key: IdempotencyKeyHeader = None,
