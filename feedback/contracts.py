@@ -215,7 +215,7 @@ class RoundParameters(BaseModel):
         default=3000, description="rows of the base mixture to train on again, against forgetting"
     )
     seed: Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)] = Field(
-        default=0, description="seed of the data order and of newly initialised weights"
+        default=0, description="seed of the data order and of newly initialized weights"
     )
     weights: dict[Literal["corrections", "datasets", "base"], PartWeight] | None = Field(
         default=None,

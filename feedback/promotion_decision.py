@@ -37,9 +37,9 @@ def compute_wilson_interval(passed: int, total: int) -> tuple[float, float]:
     if total == 0:
         return 0.0, 1.0
     p, z2 = passed / total, Z_95**2
-    centre = (p + z2 / (2 * total)) / (1 + z2 / total)
+    center = (p + z2 / (2 * total)) / (1 + z2 / total)
     half = Z_95 / (1 + z2 / total) * math.sqrt(p * (1 - p) / total + z2 / (4 * total**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 class SuiteComparison(BaseModel):

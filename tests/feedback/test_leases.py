@@ -158,7 +158,7 @@ def test_devices_of_a_batch_system_node_are_lost_and_restored_together(queue):
     assert (
         leases.set_device_lost(queue, "p", "A/5", "Xid 79", host="gpu-7") == []
     )  # reported by a job that was queued before
-    leases.set_device_lost(queue, "p", "A/1", "burnt")
+    leases.set_device_lost(queue, "p", "A/1", "burned")
     assert leases.find_lost_hosts(queue, "p") == ["gpu-7"]
     assert leases.set_device_lost(queue, "p", "A/0", None) == ["A/0", "A/1", "A/2"]
     assert leases.count_working_devices(queue, "p")["A"] == 5 and leases.find_lost_hosts(queue, "p") == []
