@@ -1,5 +1,6 @@
 """The public records of reports: state, verdict and timeline."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 
@@ -12,6 +13,8 @@ from feedback.states import CaseRole, ReportState
 from feedback.tables import CaseResult, Feedback, Outbox
 from feedback.verdicts import ResultChange, derive_result_changes, parse_verdict
 from feedback.withdrawal import find_withdrawal_events
+
+log = logging.getLogger(__name__)
 
 CASE_USES: dict[str, str] = {
     CaseRole.TRAIN: "train: for training and regression tests",
@@ -52,7 +55,7 @@ def describe_reports(session: Session, reports: Sequence[Feedback]) -> list[Feed
 
 def _list_first_events(report: Feedback) -> list[Event]:
     """Return the events that the report's own row records: received, reproduced, accepted."""
-    events = [Event(at=report.created_at, text=f"received: {report.kind} about v{report.body['model_version']}")]
+    events = [Event(at=report.created_at, text=_describe_receipt(report))]
     if report.reproduction:
         at = report.reproduced_at or report.decided_at or report.created_at  # older rows have no reproduced_at
         events.append(Event(at=at, text=f"prompt retried with v{report.reproduced_version}: {report.reproduction}"))
@@ -60,6 +63,15 @@ def _list_first_events(report: Feedback) -> list[Event]:
         use = CASE_USES.get(report.case.role, report.case.role)
         events.append(Event(at=report.decided_at, text=f"accepted as a case, {use}"))
     return events
+
+
+def _describe_receipt(report: Feedback) -> str:
+    version = report.body.get("model_version")
+    if version is None:
+        # Show the report without it: one malformed record must not hide an account's whole list.
+        log.warning("the stored report %s names no model version", report.id)
+        return f"received: {report.kind}"
+    return f"received: {report.kind} about v{version}"
 
 
 def _build_report_record(

@@ -6,7 +6,7 @@ from datetime import datetime, timezone
 import pytest
 from sqlalchemy import event, update
 
-from feedback import client
+from feedback import client, report_records
 from feedback.accounts import audit
 from feedback.api.app import make_app
 from feedback.client import Client
@@ -151,3 +151,15 @@ def test_list_has_the_first_20_bad_rows_of_a_dataset_and_its_record_has_all(port
     whole = portal.get(f"/api/v1/datasets/{listed['id']}", headers=account.headers).json()
     assert [row["row"] for row in listed["bad_rows"]] == list(range(1, 21))
     assert [row["row"] for row in whole["bad_rows"]] == list(range(1, 301))
+
+
+def test_stored_report_without_a_model_version_does_not_hide_the_others(session, reporter, caplog):
+    bodies = ({"model_version": 1}, {})
+    reports = [Feedback(contributor_id=reporter.id, kind="rating", body=body, state="received") for body in bodies]
+    session.add_all(reports)
+    session.flush()
+    records = report_records.describe_reports(session, reports)
+    assert [record.id for record in records] == [report.id for report in reports]
+    texts = [record.timeline[0].text for record in records]
+    assert texts == ["received: rating about v1", "received: rating"]
+    assert f"the stored report {reports[1].id} names no model version" in caplog.text
