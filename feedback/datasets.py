@@ -1,11 +1,13 @@
 """Datasets: checks of uploaded files, and their public records."""
 
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from pydantic import ValidationError
 from sqlalchemy import cast, func, select
 from sqlalchemy.dialects.postgresql import JSONB, JSONPATH
 from sqlalchemy.orm import Session, defer
@@ -18,7 +20,9 @@ from feedback.states import DatasetPurpose, DatasetState
 from feedback.tables import BASE_SUITE, DATASETS_SUITE, REPORTS_SUITE, Contributor, Dataset, IdempotencyKey
 from feedback.withdrawal import find_withdrawal_events
 from yuan.data.rows import BadRow, Row, parse_rows
-from yuan.data.text import make_printable
+from yuan.data.text import describe_errors, make_printable
+
+log = logging.getLogger(__name__)
 
 UPLOADS_FOLDER = "uploads"
 MAX_LISTED_BAD_ROWS = 1000
@@ -209,11 +213,22 @@ def _build_dataset_records(
                 num_rows=dataset.num_rows,
                 num_duplicates=dataset.num_duplicates,
                 num_closed_out=dataset.num_closed_out,
-                bad_rows=bad_rows[dataset.id],
+                bad_rows=read_bad_rows(dataset.id, bad_rows[dataset.id]),
                 timeline=sorted(events, key=lambda event: event.at),
             )
         )
     return records
+
+
+def read_bad_rows(dataset_id: str, stored: Sequence[Any]) -> list[BadRow]:
+    """Return a dataset's stored bad rows without the malformed entries, one of which would hide a whole list."""
+    bad_rows: list[BadRow] = []
+    for entry in stored:
+        try:
+            bad_rows.append(BadRow.model_validate(entry))
+        except ValidationError as error:
+            log.warning("a stored bad row of dataset %s cannot be read: %s", dataset_id, describe_errors(error))
+    return bad_rows
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from feedback.rounds import notify_dispatcher
 from feedback.states import AccountRole, DatasetPurpose
 from feedback.tables import Contributor, Dataset, Feedback, new_id
 from feedback.verdicts import parse_verdict
-from yuan.data.rows import BadRow, Row
+from yuan.data.rows import Row
 from yuan.data.text import TextRule
 
 router = APIRouter(
@@ -265,7 +265,7 @@ def _record_dataset(
     dataset = datasets.get_dataset(session, contributor, dataset_id)
     if dataset.bad_rows or not dataset.num_rows:
         message = f"dataset {dataset.id}: {dataset.reason}; no row was accepted, correct the file and push it again"
-        bad_rows = [BadRow.model_validate(row) for row in dataset.bad_rows]
+        bad_rows = datasets.read_bad_rows(dataset.id, dataset.bad_rows)
         return make_error_response(422, "malformed", message, rows=bad_rows)
     return datasets.describe_dataset(session, dataset)
 

@@ -6,7 +6,7 @@ from datetime import datetime, timezone
 import pytest
 from sqlalchemy import event, update
 
-from feedback import client, report_records
+from feedback import client, datasets, report_records
 from feedback.accounts import audit
 from feedback.api.app import make_app
 from feedback.client import Client
@@ -163,3 +163,16 @@ def test_stored_report_without_a_model_version_does_not_hide_the_others(session,
     texts = [record.timeline[0].text for record in records]
     assert texts == ["received: rating about v1", "received: rating"]
     assert f"the stored report {reports[1].id} names no model version" in caplog.text
+
+
+def test_malformed_stored_bad_row_does_not_hide_other_rows_and_datasets(session, reporter, caplog):
+    facts = {"name": "d", "purpose": "mixture", "state": "rejected", "sha256": "0", "num_bytes": 1}
+    facts |= {"num_stored_bytes": 0, "contributor_id": reporter.id}
+    entry = {"row": 1, "reason": "r"}
+    stored = [Dataset(**facts, bad_rows=bad_rows) for bad_rows in ([entry], [{"line": 1}, None, entry], [])]
+    session.add_all(stored)
+    session.flush()
+    records = datasets.describe_datasets(session, stored)
+    assert [[row.model_dump() for row in record.bad_rows] for record in records] == [[entry], [entry], []]
+    assert datasets.describe_dataset(session, stored[1]) == records[1]
+    assert f"a stored bad row of dataset {stored[1].id} cannot be read: row" in caplog.text
