@@ -121,7 +121,7 @@ class WaitingReportsCounts:
         """Return the counts as the table `processed-reports` shows them; `failed` is the sum over the steps."""
         review = {} if self.review is None else asdict(self.review)
         failed = self.failed + review.pop("failed", 0)
-        return {"screened": self.screened, "asked_again": self.reproduced, **review, "failed": failed}
+        return {"screened": self.screened, "reproduced": self.reproduced, **review, "failed": failed}
 
 
 def process_waiting_reports(context: Context, limit: int) -> WaitingReportsCounts | None:
