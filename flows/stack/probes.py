@@ -195,7 +195,7 @@ def probe_registry(context: Context, facts: PlatformFacts) -> list[Finding]:
             findings.append(Finding(subject, succeeded_at=facts.promoted_at, fault=fault, fix=fix))
 
     if facts.champion is None:
-        return [Finding(ALIAS_SUBJECT)]
+        return [*findings, Finding(ALIAS_SUBJECT)]
     is_settled = compute_age_s(facts.promoted_at) > PROMOTION_SETTLE_S or alias_set_at is None
     if aliases.get("champion") == facts.champion or not is_settled:
         return [*findings, Finding(ALIAS_SUBJECT, succeeded_at=alias_set_at or get_utc_now())]

@@ -13,6 +13,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -20,6 +21,7 @@ from sqlalchemy import select, text
 from typer.testing import CliRunner
 
 from feedback.contracts import FeedbackIn, RoundParameters
+from feedback.platform_facts import PlatformFacts
 from feedback.tables import ModelVersion, Round
 from flows.cli.app import app
 from flows.round.versions import describe_registration
@@ -27,7 +29,7 @@ from flows.stack import doctor
 from flows.stack.doctor import find_silent_services, find_stack_faults
 from flows.stack.findings import Finding, convert_timestamp
 from flows.stack.probe_runner import Probe, run_probes
-from flows.stack.probes import find_last_success
+from flows.stack.probes import find_last_success, probe_registry
 from flows.stack.stack_config import load_config
 from infra.keeper_lock import hold_keeper_lock
 from infra.keeper_state import read_service_states
@@ -324,6 +326,35 @@ def test_restarting_service_shows_its_ready_time_as_last_success(tmp_path):
         convert_timestamp(1_000),
         True,
     )
+
+
+class EmptyRegistry:
+    """A tracker without versions and aliases."""
+
+    use_short_timeout = staticmethod(contextlib.nullcontext)
+
+    def read_aliases(self):
+        return {}
+
+    def has_version(self, version):
+        return False
+
+
+def test_lost_version_is_reported_while_there_is_no_champion(tmp_path):
+    times = ("promoted_at", "oldest_report", "oldest_notice")
+    successes = ("last_answer", "last_reproduction", "last_notice", "last_upload")
+    facts = PlatformFacts(
+        champion=None,
+        lineage={1: "r"},
+        files={1: ["manifest.json"]},
+        running=None,
+        num_reports_waiting=0,
+        **dict.fromkeys((*times, *successes)),
+    )
+    context = SimpleNamespace(tracker=EmptyRegistry(), settings=SimpleNamespace(home=tmp_path))
+    lost_version, alias = probe_registry(context, facts)
+    assert lost_version.fault == "v1, the version before, is missing from the registry"
+    assert alias.state == "never yet"
 
 
 @pytest.mark.parametrize("command", ["status", "doctor"])
