@@ -178,7 +178,7 @@ class Supervisor:
             processes_per_node=self._compute_processes_per_node(plan),
             environment=environment,
             log_name=TRAIN_LOG_FILE,
-            avoid=() if self._is_local else self.find_bad_hosts(),
+            excluded_hosts=() if self._is_local else self.find_lost_hosts(),
         )
 
     def _find_device_loss(self, lease: GrantedLease) -> RunEnding | None:
@@ -195,8 +195,8 @@ class Supervisor:
     def _is_local(self) -> bool:
         return self.pool.launcher == "local"
 
-    def find_bad_hosts(self) -> tuple[str, ...]:
-        """Return the hosts with a lost device, which jobs of a batch system avoid."""
+    def find_lost_hosts(self) -> tuple[str, ...]:
+        """Return the hosts with a lost device, on which jobs of a batch system do not start."""
         with self.context.sessions() as session:
             return tuple(leases.find_lost_hosts(session, self.pool.name))
 
@@ -215,7 +215,7 @@ class Supervisor:
             return {}
 
     def mark_device_lost(self, device: str, ending: RunEnding) -> None:
-        """Take the device out of use; in a batch system its whole node, and record the host, which jobs then avoid."""
+        """Take the device out of use; in a batch system its whole node, and exclude its host from later jobs."""
         host = None if self._is_local else ending.host
         with self.context.sessions.begin() as session:
             leases.set_device_lost(session, self.pool.name, device, ending.message[:MAX_DEVICE_REASON_CHARACTERS], host)

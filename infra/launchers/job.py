@@ -25,7 +25,7 @@ class Job:
         folder: shared by all nodes.
         environment: variables of the processes.
         log_name: name of the file in the folder to which output goes.
-        avoid: hosts on which no process is started.
+        excluded_hosts: hosts on which no process is started.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Job:
     processes_per_node: int
     environment: Mapping[str, str]
     log_name: str
-    avoid: tuple[str, ...] = ()
+    excluded_hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_processes % self.num_nodes:
@@ -43,8 +43,8 @@ class Job:
                 f"processes must fill their nodes evenly, got {self.num_processes} processes on nodes of "
                 f"{self.processes_per_node}; put the same number on every node"
             )
-        if wrong := [host for host in self.avoid if not HOST_NAME_PATTERN.fullmatch(host)]:
-            raise ValueError(f"avoid must hold valid host names, got {wrong}; correct or remove them")
+        if invalid_hosts := [host for host in self.excluded_hosts if not HOST_NAME_PATTERN.fullmatch(host)]:
+            raise ValueError(f"excluded_hosts must hold valid host names, got {invalid_hosts}; correct or remove them")
 
     @property
     def num_nodes(self) -> int:

@@ -331,9 +331,9 @@ def _build_pod_spec(job: Job, options: KubernetesOptions) -> dict[str, Any]:
         ],
     }
     affinity: dict[str, Any] = {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [apart]}}
-    if job.avoid:  # match the node's name, since its hostname label may differ
-        away = [{"key": "metadata.name", "operator": "NotIn", "values": [host]} for host in job.avoid]
-        terms = {"nodeSelectorTerms": [{"matchFields": away}]}
+    if job.excluded_hosts:  # match the node's name, since its hostname label may differ
+        exclusions = [{"key": "metadata.name", "operator": "NotIn", "values": [host]} for host in job.excluded_hosts]
+        terms = {"nodeSelectorTerms": [{"matchFields": exclusions}]}
         affinity["nodeAffinity"] = {"requiredDuringSchedulingIgnoredDuringExecution": terms}
     optional = {"priorityClassName": options.priority_class, "serviceAccountName": options.service_account}
     return {

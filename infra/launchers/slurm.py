@@ -178,7 +178,7 @@ def render_batch_script(job: Job, options: SlurmOptions) -> str:
         "time": options.time_limit,
         "cpus-per-task": options.cpus_per_node,
         "mem": options.memory_per_node,
-        "exclude": ",".join(job.avoid) or None,
+        "exclude": ",".join(job.excluded_hosts) or None,
     }
     lines = [f"#SBATCH --{name}={value}" for name, value in directives.items() if value is not None]
     values = {
@@ -222,7 +222,7 @@ def _submit_job(job: Job, script: Path) -> str:
     except LauncherUnreachable:
         raise
     except RuntimeError as error:
-        hint = f"; it excludes {', '.join(job.avoid)}, where devices were lost" if job.avoid else ""
+        hint = f"; it excludes {', '.join(job.excluded_hosts)}, where devices were lost" if job.excluded_hosts else ""
         raise RuntimeError(f"{error}{hint}; correct [pool.launch] in the pool's file") from None
 
 

@@ -105,8 +105,8 @@ def test_device_lost_on_a_batch_system_excludes_its_host_from_jobs(supervisor):
     supervisor.mark_device_lost(
         "gpu/3", RunEnding(reason=ExitReason.LOST_DEVICE, message="rank 3: Xid 79", rank=3, host="gpu-7")
     )
-    assert supervisor.find_bad_hosts() == ("gpu-7",)
+    assert supervisor.find_lost_hosts() == ("gpu-7",)
     assert supervisor.planner.get_working_pool(supervisor.pool).groups[0].count == 2
     with supervisor.context.sessions.begin() as session:
         assert leases.set_device_lost(session, "cluster", "gpu/2", None) == ["gpu/2", "gpu/3"]
-    assert supervisor.find_bad_hosts() == ()
+    assert supervisor.find_lost_hosts() == ()

@@ -43,8 +43,8 @@ def test_one_pod_per_node_and_no_automatic_restart(job):
     assert pod["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": "8", "memory": "64Gi"}
 
 
-def test_pods_avoid_bad_nodes_and_get_their_node_name(job):
-    body = build_jobset(Job(**{**job.__dict__, "avoid": ("gpu-7", "gpu-9")}), OPTIONS)
+def test_pods_exclude_lost_nodes_and_get_their_node_name(job):
+    body = build_jobset(Job(**{**job.__dict__, "excluded_hosts": ("gpu-7", "gpu-9")}), OPTIONS)
     assert JobsetV1alpha2JobSet.from_dict(body).to_dict() == body
     spec = client.V1JobTemplateSpec.model_validate(body["spec"]["replicatedJobs"][0]["template"]).spec.template.spec
     (term,) = spec.affinity.node_affinity.required_during_scheduling_ignored_during_execution.node_selector_terms

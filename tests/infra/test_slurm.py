@@ -96,11 +96,11 @@ def test_cancelled_job_is_reported_as_cancelled(slurm, job):
 
 
 @needs_slurm
-def test_job_excludes_bad_nodes(slurm, job):
-    bad = Job(**{**job.__dict__, "avoid": (socket.gethostname().split(".")[0],)})
+def test_job_excludes_lost_nodes(slurm, job):
+    excluding_job = Job(**{**job.__dict__, "excluded_hosts": (socket.gethostname().split(".")[0],)})
     with (
         pytest.raises(RuntimeError, match=r"Requested node configuration is not available.*it excludes"),
-        SlurmLauncher().run(bad),
+        SlurmLauncher().run(excluding_job),
     ):
         pass
 
