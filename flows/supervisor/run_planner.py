@@ -20,8 +20,8 @@ from yuan.safe_files import replace_file_below
 from yuan.train.events import ReplanEvent
 from yuan.train.run_folder import PLAN_PICTURE_FILE, RunFolder
 
-MAX_MEMORY_SHRINKS = 3  # plans for less memory, in a process
-MEMORY_SHRINK_FACTOR = 0.85  # of the memory that a plan may use, for each of them
+MAX_OOM_REPLANS = 3  # in a process
+OOM_MEMORY_FACTOR = 0.85  # by which the memory that a plan may use is multiplied, at each of them
 MAX_EVENT_REASON_CHARACTERS = 500  # of the field `why` of an event
 
 
@@ -33,7 +33,7 @@ class RunPlanner:
         self._round_id = round_id
         self._folder = folder
         self._reporter = reporter
-        self._num_shrinks = 0
+        self._num_oom_replans = 0
 
     def ensure_plan_fits(self, pool: Pool) -> PipelinePlan:
         """Return the run's plan, or a new one if its devices are no longer available; validate before leasing devices.
@@ -49,24 +49,24 @@ class RunPlanner:
             return plan
         return self._replan(pool, f"the plan needs {plan.device_counts}, and {dict(working_counts)} are available")
 
-    def shrink_plan(self, pool: Pool, message: str) -> None:
-        """Plan again with less memory than before.
+    def replan_after_oom(self, pool: Pool, message: str) -> None:
+        """Plan again with less memory after the ranks ran out of memory (OOM).
 
         Raises:
-            TrainingFailed: after MAX_MEMORY_SHRINKS plans, or if no plan fits.
+            TrainingFailed: after MAX_OOM_REPLANS plans, or if no plan fits.
         """
-        self._num_shrinks += 1
-        if self._num_shrinks > MAX_MEMORY_SHRINKS:
-            memory_share = MEMORY_SHRINK_FACTOR**MAX_MEMORY_SHRINKS
+        self._num_oom_replans += 1
+        if self._num_oom_replans > MAX_OOM_REPLANS:
+            memory_share = OOM_MEMORY_FACTOR**MAX_OOM_REPLANS
             raise TrainingFailed(
                 f"out of memory with a plan for {memory_share:.0%} of the memory: {message}; "
                 "start another round on a pool with more devices or more memory per device"
             )
-        memory_share = MEMORY_SHRINK_FACTOR**self._num_shrinks
+        memory_share = OOM_MEMORY_FACTOR**self._num_oom_replans
         self._replan(pool, f"{message}; planning with {memory_share:.0%} of the memory")
 
     def get_working_pool(self, pool: Pool) -> Pool:
-        """Return the pool reduced to its working devices and to the memory that plans may use after shrinks.
+        """Return the pool reduced to its working devices and to the memory that plans may use after OOM.
 
         Raises:
             TrainingFailed: if no device works.
@@ -80,7 +80,7 @@ class RunPlanner:
         changes = {group.device_class: working_counts[group.device_class] - group.count for group in pool.groups}
         working_pool = resize_pool(pool, changes)
 
-        memory_share = MEMORY_SHRINK_FACTOR**self._num_shrinks
+        memory_share = OOM_MEMORY_FACTOR**self._num_oom_replans
         groups = tuple(replace(group, memory_gib=group.memory_gib * memory_share) for group in working_pool.groups)
         return replace(working_pool, groups=groups)
 

@@ -238,7 +238,7 @@ class Supervisor:
 
         match ending.policy:
             case ExitPolicy.REPLAN:
-                self.planner.shrink_plan(self.pool, ending.message)
+                self.planner.replan_after_oom(self.pool, ending.message)
             case ExitPolicy.WAIT:
                 self.reporter.report()  # raises if a later attempt has taken over the round
                 time.sleep(RUN_RESTART_PAUSE_S)
