@@ -11,7 +11,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
 from flows.cli.output import JsonOption, explain_errors, fail, show, stderr_console
-from flows.supervisor.exit_reason import ExitReason, classify
+from flows.supervisor.exit_reason import ExitReason, classify_exit
 from flows.supervisor.status_line import describe_status
 from infra.confinement import build_confined_environment
 from infra.launchers.job import Job
@@ -37,12 +37,12 @@ def train(
             log_name=TRAIN_LOG_FILE,
         )
         with LocalLauncher().run(job) as running, show_progress() as advance:
-            while (ending := running.wait(0.5)) is None:
+            while (job_exit := running.wait(0.5)) is None:
                 advance(folder.read_status(), since)
-        run_ending = classify(folder, ending, since)
-        if run_ending.reason != ExitReason.FINISHED:
+        run_exit = classify_exit(folder, job_exit, since)
+        if run_exit.reason != ExitReason.FINISHED:
             log_file = folder.path / TRAIN_LOG_FILE
-            raise fail(f"training ended, {run_ending.reason}: {run_ending.message}; the log is {log_file}")
+            raise fail(f"training ended, {run_exit.reason}: {run_exit.message}; the log is {log_file}")
         status = folder.read_status()
         show(status.to_json() if status else {}, f"trained: {folder.export}", as_json)
 

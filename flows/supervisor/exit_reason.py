@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import Enum, StrEnum
 
 from infra.error_text import SafeMessageError
-from infra.launchers.job import HOST_NAME_PATTERN, JobEnding, JobEndingCause
+from infra.launchers.job import HOST_NAME_PATTERN, JobExit, JobExitCause
 from yuan.data.text import make_printable
 from yuan.safe_files import NotRegularFileError, read_file_end
 from yuan.train.exit_status import ExitNote, ExitStatus, read_exit_notes
@@ -58,7 +58,7 @@ POLICY_BY_REASON: dict[ExitReason, ExitPolicy] = {
     ExitReason.UNKNOWN: ExitPolicy.RESTART,
 }
 # Launchers name causes in words of their own: infra knows jobs and nodes, and imports no package of the domain.
-REASON_BY_CAUSE: dict[JobEndingCause, ExitReason] = {
+REASON_BY_CAUSE: dict[JobExitCause, ExitReason] = {
     "preempted": ExitReason.PREEMPTED,
     "node lost": ExitReason.LOST_DEVICE,
     "out of memory": ExitReason.OUT_OF_MEMORY,
@@ -82,11 +82,11 @@ RANK_HEARTBEAT_TIMEOUT_S = 4.0  # a rank writes a heartbeat every second
 RANK_EXIT_GRACE_S = 3.0  # time for ranks to exit by themselves
 LOG_TAIL_CHARACTERS = 800
 LOG_TAIL_BYTES = 4 * LOG_TAIL_CHARACTERS
-MAX_ENDING_CHARACTERS = 3000  # of the message of an ending
+MAX_EXIT_MESSAGE_CHARACTERS = 3000
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunEnding:
+class RunExit:
     """The end of a run's processes.
 
     Attributes:
@@ -102,45 +102,46 @@ class RunEnding:
     host: str | None = None
 
     def __post_init__(self) -> None:
-        lines = self.message[:MAX_ENDING_CHARACTERS].split("\n")
-        object.__setattr__(self, "message", "\n".join(make_printable(line, MAX_ENDING_CHARACTERS) for line in lines))
+        lines = self.message[:MAX_EXIT_MESSAGE_CHARACTERS].split("\n")
+        printable_message = "\n".join(make_printable(line, MAX_EXIT_MESSAGE_CHARACTERS) for line in lines)
+        object.__setattr__(self, "message", printable_message)
 
     @property
     def policy(self) -> ExitPolicy:
         return POLICY_BY_REASON[self.reason]
 
 
-def classify(folder: RunFolder, ending: JobEnding, since: float) -> RunEnding:
-    """Classify the ending of a job that was started at `since`, in seconds since the epoch."""
+def classify_exit(folder: RunFolder, job_exit: JobExit, started_at: float) -> RunExit:
+    """Classify the exit of a job that was started at `started_at`, in seconds since the epoch."""
     if folder.is_finished:
-        return RunEnding(reason=ExitReason.FINISHED, message="the weights are exported")
+        return RunExit(reason=ExitReason.FINISHED, message="the weights are exported")
     # The launcher knows best, except for a kill by the OOM killer, which may have hit other processes of the host.
-    is_oom_kill = ending.cause == "out of memory"
-    launcher_message = ending.message or f"the launcher reports: {ending.cause}"
-    if ending.cause is not None and not is_oom_kill:
-        return RunEnding(reason=REASON_BY_CAUSE[ending.cause], message=launcher_message)
+    is_oom_kill = job_exit.cause == "out of memory"
+    launcher_message = job_exit.message or f"the launcher reports: {job_exit.cause}"
+    if job_exit.cause is not None and not is_oom_kill:
+        return RunExit(reason=REASON_BY_CAUSE[job_exit.cause], message=launcher_message)
 
     # A rank's own status, by priority; a hang counts less than the OOM kill that may have caused it.
-    notes = read_exit_notes(folder.path, since)
+    notes = read_exit_notes(folder.path, started_at)
     for status, reason in REASON_BY_STATUS.items():
         if status == ExitStatus.HUNG and is_oom_kill:
-            return RunEnding(reason=ExitReason.OUT_OF_MEMORY, message=launcher_message)
+            return RunExit(reason=ExitReason.OUT_OF_MEMORY, message=launcher_message)
         note = next((note for note in notes if note.status == status), None)
         if note is not None and reason is not None:
-            return _classify_note(folder, reason, note, since)
+            return _classify_note(folder, reason, note, started_at)
 
     # No rank left a note: the one whose heartbeat stopped first was killed.
-    silent_ranks = _find_silent_ranks(folder, since, time.time())
+    silent_ranks = _find_silent_ranks(folder, started_at, time.time())
     prefix = f"rank {silent_ranks[0]} was killed or its machine is lost; " if len(silent_ranks) == 1 else ""
-    message = f"{prefix}status {ending.status}; {read_log_tail(folder)}"
-    return RunEnding(reason=ExitReason.UNKNOWN, message=message, rank=_get_single_rank(silent_ranks))
+    message = f"{prefix}status {job_exit.status}; {read_log_tail(folder)}"
+    return RunExit(reason=ExitReason.UNKNOWN, message=message, rank=_get_single_rank(silent_ranks))
 
 
-def has_hung_rank(folder: RunFolder, since: float) -> bool:
+def has_hung_rank(folder: RunFolder, started_at: float) -> bool:
     """Check whether a rank exited for lack of progress more than RANK_EXIT_GRACE_S ago; the others then hang too."""
     return any(
         note.status == ExitStatus.HUNG and time.time() - note.time > RANK_EXIT_GRACE_S
-        for note in read_exit_notes(folder.path, since)
+        for note in read_exit_notes(folder.path, started_at)
     )
 
 
@@ -155,29 +156,29 @@ def read_log_tail(folder: RunFolder) -> str:
     return tail.decode(errors="replace")[-LOG_TAIL_CHARACTERS:]
 
 
-def _classify_note(folder: RunFolder, reason: ExitReason, note: ExitNote, since: float) -> RunEnding:
+def _classify_note(folder: RunFolder, reason: ExitReason, note: ExitNote, started_at: float) -> RunExit:
     message = f"rank {note.rank}: {note.message}"
     if reason != ExitReason.HUNG:
         host = note.host if HOST_NAME_PATTERN.fullmatch(note.host) else None  # it is written into a batch script
-        return RunEnding(reason=reason, message=message, rank=note.rank, host=host)
+        return RunExit(reason=reason, message=message, rank=note.rank, host=host)
 
     # The rank that reports a hang waited for another one, whose heartbeat may have stopped.
-    silent_ranks = _find_silent_ranks(folder, since, note.time)
+    silent_ranks = _find_silent_ranks(folder, started_at, note.time)
     liveness = "all ranks were alive"
     if silent_ranks:
         liveness = f"without heartbeat: rank {', '.join(map(str, silent_ranks))}"
-    return RunEnding(reason=reason, message=f"{message}; {liveness}", rank=_get_single_rank(silent_ranks))
+    return RunExit(reason=reason, message=f"{message}; {liveness}", rank=_get_single_rank(silent_ranks))
 
 
-def _find_silent_ranks(folder: RunFolder, since: float, at: float) -> list[int]:
+def _find_silent_ranks(folder: RunFolder, started_at: float, at: float) -> list[int]:
     """Return the ranks without a heartbeat for RANK_HEARTBEAT_TIMEOUT_S at a time, which were stopped or had exited.
 
     Args:
-        since: start of the job, in seconds since the epoch; heartbeats of earlier jobs are ignored.
+        started_at: start of the job, in seconds since the epoch; heartbeats of earlier jobs are ignored.
         at: the time, in seconds since the epoch; the newest heartbeat's, if that is earlier.
     """
     heartbeats = read_heartbeats(folder.path)
-    heartbeat_times = {rank: heartbeat.time for rank, heartbeat in heartbeats.items() if heartbeat.time >= since}
+    heartbeat_times = {rank: heartbeat.time for rank, heartbeat in heartbeats.items() if heartbeat.time >= started_at}
     newest_time = max(heartbeat_times.values(), default=at)
     reference_time = min(newest_time, at)
     return [

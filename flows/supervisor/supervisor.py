@@ -12,9 +12,9 @@ from flows.supervisor.checkpoint_sync import restore_checkpoint, upload_in_backg
 from flows.supervisor.exit_reason import (
     ExitPolicy,
     ExitReason,
-    RunEnding,
+    RunExit,
     TrainingFailed,
-    classify,
+    classify_exit,
     has_hung_rank,
     read_log_tail,
 )
@@ -106,14 +106,14 @@ class Supervisor:
             log.info("restored checkpoint %s of run %s from the store", restored_name, self.run_id)
 
         while not self.folder.is_finished:
-            ending = self._run_once()
+            run_exit = self._run_once()
             self.folder.append_event(
-                EndedEvent(kind=ending.reason, why=ending.message[:MAX_EVENT_REASON_CHARACTERS], time=time.time())
+                EndedEvent(kind=run_exit.reason, why=run_exit.message[:MAX_EVENT_REASON_CHARACTERS], time=time.time())
             )
-            self._handle_ending(ending)
+            self._handle_exit(run_exit)
 
-    def _run_once(self) -> RunEnding:
-        """Lease devices and run the processes once, from the last checkpoint until they exit; return the ending."""
+    def _run_once(self) -> RunExit:
+        """Lease devices and run the processes once, from the last checkpoint until they exit; return their exit."""
         plan = self.planner.ensure_plan_fits(self.pool)
         settings = self.context.settings
         try:
@@ -128,20 +128,20 @@ class Supervisor:
             ) as lease:
                 return self._watch_run(plan, lease)
         except leases.NoCapacity as error:  # a device was lost while waiting for the lease
-            return RunEnding(reason=ExitReason.LOST_DEVICE, message=str(error))
+            return RunExit(reason=ExitReason.LOST_DEVICE, message=str(error))
         except leases.LeaseLost as error:
-            return RunEnding(reason=ExitReason.PREEMPTED, message=str(error))
+            return RunExit(reason=ExitReason.PREEMPTED, message=str(error))
         except LauncherUnreachable as error:
             time.sleep(RUN_RESTART_PAUSE_S)
-            return RunEnding(reason=ExitReason.UNKNOWN, message=str(error))
+            return RunExit(reason=ExitReason.UNKNOWN, message=str(error))
 
-    def _watch_run(self, plan: PipelinePlan, lease: GrantedLease) -> RunEnding:
+    def _watch_run(self, plan: PipelinePlan, lease: GrantedLease) -> RunExit:
         """Start the plan's processes on the leased devices, and watch them until they exit or lose a device."""
         rank_devices = _assign_devices(plan, lease.devices)
         job = self._make_job(plan, lease, rank_devices)
         started_at = time.time()
         with self.launcher.run(job) as running_job:
-            while (job_ending := running_job.wait(RUN_REPORT_EVERY_S)) is None:
+            while (job_exit := running_job.wait(RUN_REPORT_EVERY_S)) is None:
                 self.reporter.report()
 
                 # torchrun would wait 30 s for a stopped rank, which cannot handle the signal to exit.
@@ -154,11 +154,15 @@ class Supervisor:
                 if device_loss is not None:
                     return device_loss
 
-        ending = classify(self.folder, job_ending, started_at)
+        run_exit = classify_exit(self.folder, job_exit, started_at)
         # The rank's number comes from a note that a rank wrote, so it may be out of range.
-        if ending.policy == ExitPolicy.REPLACE_DEVICE and ending.rank is not None and ending.rank < len(rank_devices):
-            self.mark_device_lost(rank_devices[ending.rank], ending)
-        return ending
+        if (
+            run_exit.policy == ExitPolicy.REPLACE_DEVICE
+            and run_exit.rank is not None
+            and run_exit.rank < len(rank_devices)
+        ):
+            self.mark_device_lost(rank_devices[run_exit.rank], run_exit)
+        return run_exit
 
     def _make_job(self, plan: PipelinePlan, lease: GrantedLease, rank_devices: Sequence[str]) -> Job:
         settings = self.context.settings
@@ -181,15 +185,15 @@ class Supervisor:
             excluded_hosts=() if self._is_local else self.find_lost_hosts(),
         )
 
-    def _find_device_loss(self, lease: GrantedLease) -> RunEnding | None:
-        """Return the ending of a run whose processes must not continue on its devices; None if they may."""
+    def _find_device_loss(self, lease: GrantedLease) -> RunExit | None:
+        """Return the exit of a run whose processes must not continue on its devices; None if they may."""
         if lease.lost.is_set():
-            return RunEnding(reason=ExitReason.PREEMPTED, message="the lease was revoked")
+            return RunExit(reason=ExitReason.PREEMPTED, message="the lease was revoked")
         lost_devices = self._find_lost_devices(lease)
         if not lost_devices:
             return None
         message = "; ".join(f"{device}: {reason}" for device, reason in lost_devices.items())
-        return RunEnding(reason=ExitReason.LOST_DEVICE, message=message)
+        return RunExit(reason=ExitReason.LOST_DEVICE, message=message)
 
     @property
     def _is_local(self) -> bool:
@@ -214,38 +218,39 @@ class Supervisor:
         except DATABASE_ERRORS:
             return {}
 
-    def mark_device_lost(self, device: str, ending: RunEnding) -> None:
+    def mark_device_lost(self, device: str, run_exit: RunExit) -> None:
         """Take the device out of use; in a batch system its whole node, and exclude its host from later jobs."""
-        host = None if self._is_local else ending.host
+        reason = run_exit.message[:MAX_DEVICE_REASON_CHARACTERS]
+        host = None if self._is_local else run_exit.host
         with self.context.sessions.begin() as session:
-            leases.set_device_lost(session, self.pool.name, device, ending.message[:MAX_DEVICE_REASON_CHARACTERS], host)
+            leases.set_device_lost(session, self.pool.name, device, reason, host)
 
-    def _handle_ending(self, ending: RunEnding) -> None:
+    def _handle_exit(self, run_exit: RunExit) -> None:
         """Decide how to continue; return if the processes are to be restarted.
 
         Raises:
             TrainingFailed: if a restart would not help.
             OSError: if the disk is full.
         """
-        shown_message = make_printable(ending.message, MAX_LOGGED_CHARACTERS)
-        log.warning("the processes of run %s ended, %s: %s", self.run_id, ending.reason, shown_message)
-        if ending.policy == ExitPolicy.STOP:
-            raise TrainingFailed(f"{ending.reason}: {ending.message}")
+        shown_message = make_printable(run_exit.message, MAX_LOGGED_CHARACTERS)
+        log.warning("the processes of run %s ended, %s: %s", self.run_id, run_exit.reason, shown_message)
+        if run_exit.policy == ExitPolicy.STOP:
+            raise TrainingFailed(f"{run_exit.reason}: {run_exit.message}")
         if not has_free_disk(self.folder.path):
             raise OSError(
                 f"the disk of {self.folder.path} is full; free space, and the run resumes from its checkpoint"
             )
 
-        match ending.policy:
+        match run_exit.policy:
             case ExitPolicy.REPLAN:
-                self.planner.replan_after_oom(self.pool, ending.message)
+                self.planner.replan_after_oom(self.pool, run_exit.message)
             case ExitPolicy.WAIT:
                 self.reporter.report()  # raises if a later attempt has taken over the round
                 time.sleep(RUN_RESTART_PAUSE_S)
             case ExitPolicy.RESTART | ExitPolicy.REPLACE_DEVICE:
-                self._count_restart(ending)
+                self._count_restart(run_exit)
 
-    def _count_restart(self, ending: RunEnding) -> None:
+    def _count_restart(self, run_exit: RunExit) -> None:
         """Count consecutive restarts without a new checkpoint; a new checkpoint resets the count."""
         newest_step = self.folder.newest_step()
         has_progressed = newest_step > self.last_checkpoint_step
@@ -253,7 +258,7 @@ class Supervisor:
         self.last_checkpoint_step = max(self.last_checkpoint_step, newest_step)
         if self.num_restarts > MAX_RESTARTS_WITHOUT_PROGRESS:
             raise TrainingFailed(
-                f"started {self.num_restarts} times without getting beyond step {newest_step}: {ending.message}; "
+                f"started {self.num_restarts} times without getting beyond step {newest_step}: {run_exit.message}; "
                 f"remove the cause and start another round; the log ends with: {read_log_tail(self.folder)}"
             )
 

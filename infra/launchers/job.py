@@ -1,4 +1,4 @@
-"""Define the interface of every launcher: a job of equal processes on some nodes, and its ending."""
+"""Define the interface of every launcher: a job of equal processes on some nodes, and its exit."""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ RANK_VARIABLES = ("COTRAIN_HOME", "OMP_NUM_THREADS", "PYTHONPATH", "LD_LIBRARY_P
 RANK_VARIABLE_PREFIXES = ("NCCL_", "GLOO_", "TORCH_")
 
 HOST_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
-JobEndingCause = Literal["preempted", "node lost", "out of memory", "cancelled"]
+JobExitCause = Literal["preempted", "node lost", "out of memory", "cancelled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,24 +57,24 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobEnding:
+class JobExit:
     """Hold how a job ended.
 
     Attributes:
         status: an exit status; 0 for success.
         cause: None if the launcher cannot determine it.
-        message: what the launcher reports about the ending.
+        message: what the launcher reports about the exit.
     """
 
     status: int
-    cause: JobEndingCause | None = None
+    cause: JobExitCause | None = None
     message: str = ""
 
 
 class RunningJob(Protocol):
     """Represent a job that was started."""
 
-    def wait(self, seconds: float) -> JobEnding | None:
+    def wait(self, seconds: float) -> JobExit | None:
         """Wait at most so many seconds for the job to end; None if it still runs."""
 
 

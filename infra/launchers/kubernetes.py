@@ -20,8 +20,8 @@ from urllib3.exceptions import HTTPError
 from infra.files import open_log, remove_path
 from infra.launchers.job import (
     Job,
-    JobEnding,
-    JobEndingCause,
+    JobExit,
+    JobExitCause,
     LauncherUnreachable,
     RunningJob,
     select_rank_variables,
@@ -167,10 +167,10 @@ class _RunningJobSet:
         self._job = job
         self.over = threading.Event()
 
-    def wait(self, seconds: float) -> JobEnding | None:
-        return poll_until(self._read_ending, timeout_s=seconds, pause_s=1.0)
+    def wait(self, seconds: float) -> JobExit | None:
+        return poll_until(self._read_exit, timeout_s=seconds, pause_s=1.0)
 
-    def _read_ending(self) -> JobEnding | None:
+    def _read_exit(self) -> JobExit | None:
         try:
             jobset = self._objects.get_namespaced_custom_object(
                 JOBSET_API_GROUP,
@@ -182,11 +182,11 @@ class _RunningJobSet:
             )
             pods = self._list_pods()
         except client.exceptions.NotFoundException:
-            return JobEnding(status=1, cause="cancelled", message=f"{self._job.name} was deleted from the cluster")
+            return JobExit(status=1, cause="cancelled", message=f"{self._job.name} was deleted from the cluster")
         except KUBERNETES_ERRORS as error:
             log.warning("the cluster does not respond: %s", str(error)[:150])
             return None
-        return find_job_ending(jobset.get("status", {}), pods)
+        return find_job_exit(jobset.get("status", {}), pods)
 
     def _list_pods(self) -> list[Any]:
         selector = f"{JOBSET_NAME_LABEL}={self._job.name}"
@@ -226,24 +226,24 @@ class _RunningJobSet:
                 continue
 
 
-def find_job_ending(status: dict[str, Any], pods: list[Any]) -> JobEnding | None:
-    """Determine a job's ending from its status and its pods; None if it is pending or running.
+def find_job_exit(status: dict[str, Any], pods: list[Any]) -> JobExit | None:
+    """Determine a job's exit from its status and its pods; None if it is pending or running.
 
     The first pod that failed is the cause; the others failed because they lost their peer. A pod on a lost node can
     remain for minutes before the job fails, so its condition is reported at once.
     """
     terminal = status.get("terminalState")
     if terminal == "Completed":  # also if a pod was evicted after it had finished
-        return JobEnding(status=0)
+        return JobExit(status=0)
 
     for pod in pods:
         for condition in pod.status.conditions or []:
             if condition.type == "DisruptionTarget" and condition.status == "True":
-                cause: JobEndingCause = "node lost" if condition.reason in NODE_LOSS_REASONS else "preempted"
-                return JobEnding(status=1, cause=cause, message=f"pod {pod.metadata.name}: {condition.reason}")
+                cause: JobExitCause = "node lost" if condition.reason in NODE_LOSS_REASONS else "preempted"
+                return JobExit(status=1, cause=cause, message=f"pod {pod.metadata.name}: {condition.reason}")
         if pod.status.reason in ("Evicted", "NodeLost"):
             cause = "node lost" if pod.status.reason == "NodeLost" else "preempted"
-            return JobEnding(status=1, cause=cause, message=f"pod {pod.metadata.name}: {pod.status.reason}")
+            return JobExit(status=1, cause=cause, message=f"pod {pod.metadata.name}: {pod.status.reason}")
     if terminal is None:
         return None
 
@@ -254,10 +254,10 @@ def find_job_ending(status: dict[str, Any], pods: list[Any]) -> JobEnding | None
         if state.terminated is not None and state.terminated.exit_code
     ]
     if not failures:
-        return JobEnding(status=1, message="the cluster reports that the job failed, and no pod of it remains")
+        return JobExit(status=1, message="the cluster reports that the job failed, and no pod of it remains")
     _, first, name = min(failures, key=lambda failure: str(failure[0]))
-    cause_of_first: JobEndingCause | None = "out of memory" if first.reason == "OOMKilled" else None
-    return JobEnding(
+    cause_of_first: JobExitCause | None = "out of memory" if first.reason == "OOMKilled" else None
+    return JobExit(
         status=first.exit_code, cause=cause_of_first, message=f"pod {name}: {first.reason}, {first.exit_code}"
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from infra.confinement import SHARED_MEMORY_FOLDER, Confinement
-from infra.launchers.job import Job, JobEnding, RunningJob
+from infra.launchers.job import Job, JobExit, RunningJob
 from infra.polling import poll_until
 from infra.process_group import build_torchrun_command, run_child
 from infra.processes import find_pids, kill_processes
@@ -69,13 +69,13 @@ class _RunningLocalJob:
         self._process = process
         self._oom_kills_at_start = count_oom_kills()
 
-    def wait(self, seconds: float) -> JobEnding | None:
+    def wait(self, seconds: float) -> JobExit | None:
         try:
             status = self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
         is_out_of_memory = status != 0 and count_oom_kills() > self._oom_kills_at_start
-        return JobEnding(status=status, cause="out of memory" if is_out_of_memory else None)
+        return JobExit(status=status, cause="out of memory" if is_out_of_memory else None)
 
 
 def count_oom_kills() -> int:

@@ -1,7 +1,7 @@
 """Run jobs through Slurm: submit a script with `sbatch` that starts torchrun on every node with `srun`.
 
 Slurm requeues a job itself after preemption or a node loss (`--requeue`), and the run resumes from its checkpoint.
-Every other ending is reported to the supervisor, which decides what to do.
+Every other exit is reported to the supervisor, which decides what to do.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from pathlib import Path
 from infra.files import remove_path, replace_file
 from infra.launchers.job import (
     Job,
-    JobEnding,
-    JobEndingCause,
+    JobExit,
+    JobExitCause,
     LauncherUnreachable,
     RunningJob,
     select_rank_variables,
@@ -39,7 +39,7 @@ SLURM_UNREACHABLE_MESSAGES = (
     "connect failure",
 )
 
-CAUSE_BY_FINAL_STATE: dict[str, JobEndingCause | None] = {
+CAUSE_BY_FINAL_STATE: dict[str, JobExitCause | None] = {
     "COMPLETED": None,
     "FAILED": None,
     "TIMEOUT": None,  # the site's limit: restarted, and failed if no start reaches a checkpoint
@@ -129,25 +129,25 @@ class _RunningSlurmJob:
     def __init__(self, number: str) -> None:
         self._number = number
 
-    def wait(self, seconds: float) -> JobEnding | None:
-        return poll_until(self._read_ending, timeout_s=seconds, pause_s=0.5)
+    def wait(self, seconds: float) -> JobExit | None:
+        return poll_until(self._read_exit, timeout_s=seconds, pause_s=0.5)
 
-    def _read_ending(self) -> JobEnding | None:
+    def _read_exit(self) -> JobExit | None:
         try:
             job_line = _run_slurm_command("scontrol", "show", "job", "--oneliner", self._number)
         except RuntimeError as error:
             if "Invalid job id" in str(error):  # the controller forgets ended jobs after MinJobAge
-                return JobEnding(status=1, message=f"Slurm no longer knows job {self._number}")
+                return JobExit(status=1, message=f"Slurm no longer knows job {self._number}")
             log.warning("Slurm does not respond: %s", str(error)[:150])
             return None
-        return parse_job_ending(job_line)
+        return parse_job_exit(job_line)
 
 
-def parse_job_ending(job_line: str) -> JobEnding | None:
+def parse_job_exit(job_line: str) -> JobExit | None:
     """Parse the output of `scontrol show job --oneliner`; None if the job is pending, running or completing.
 
-    >>> parse_job_ending("JobId=7 JobState=RUNNING Reason=None ExitCode=0:0")
-    >>> parse_job_ending("JobId=7 JobState=NODE_FAIL Reason=NodeDown ExitCode=0:0").cause
+    >>> parse_job_exit("JobId=7 JobState=RUNNING Reason=None ExitCode=0:0")
+    >>> parse_job_exit("JobId=7 JobState=NODE_FAIL Reason=NodeDown ExitCode=0:0").cause
     'node lost'
     """
     fields = dict(word.split("=", 1) for word in job_line.split() if "=" in word)
@@ -156,7 +156,7 @@ def parse_job_ending(job_line: str) -> JobEnding | None:
         return None
     code, _, signal = fields.get("ExitCode", "0:0").partition(":")
     status = int(code) or int(signal or 0) or int(state != "COMPLETED")
-    return JobEnding(
+    return JobExit(
         status=status,
         cause=CAUSE_BY_FINAL_STATE[state],
         message=f"Slurm reports {state}, {fields.get('Reason', '')}, {code}:{signal}",

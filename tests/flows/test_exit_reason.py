@@ -12,10 +12,10 @@ from flows.supervisor.exit_reason import (
     REASON_BY_CAUSE,
     REASON_BY_STATUS,
     ExitReason,
-    RunEnding,
-    classify,
+    RunExit,
+    classify_exit,
 )
-from infra.launchers.job import JobEnding, JobEndingCause
+from infra.launchers.job import JobExit, JobExitCause
 from yuan.train.exit_status import ExitStatus, classify_error, write_exit_note
 from yuan.train.guard import NumericalError
 from yuan.train.run_folder import RunFolder, write_json
@@ -50,41 +50,41 @@ def write_heartbeat(folder, rank, age_s):
 def test_first_error_determines_the_exit_reason(folder, error, reason):
     write_exit_note(folder.path, 1, ExitStatus.PEER_LOST, "RuntimeError: Connection closed by peer")
     write_exit_note(folder.path, 0, classify_error(error), str(error))
-    ended = classify(folder, JobEnding(status=1), since=0)
-    assert (ended.reason, ended.rank) == (reason, 0)
+    run_exit = classify_exit(folder, JobExit(status=1), started_at=0)
+    assert (run_exit.reason, run_exit.rank) == (reason, 0)
 
 
 def test_a_lost_device_names_its_machine(folder, monkeypatch):
     monkeypatch.setenv("SLURMD_NODENAME", "gpu-7")
     write_exit_note(folder.path, 0, ExitStatus.DEVICE_LOST, "Xid 79")
-    assert classify(folder, JobEnding(status=1), since=0).host == "gpu-7"
+    assert classify_exit(folder, JobExit(status=1), started_at=0).host == "gpu-7"
 
 
 def test_invalid_host_name_is_ignored(folder, monkeypatch):
     monkeypatch.setenv("SLURMD_NODENAME", "gpu-7\nrm -rf /")
     write_exit_note(folder.path, 0, ExitStatus.DEVICE_LOST, "Xid 79")
-    assert classify(folder, JobEnding(status=1), since=0).host is None
+    assert classify_exit(folder, JobExit(status=1), started_at=0).host is None
 
 
 def test_hung_run_names_the_rank_without_heartbeat(folder):
     write_heartbeat(folder, 0, 0)
     write_heartbeat(folder, 1, 30)
     write_exit_note(folder.path, 0, ExitStatus.HUNG, "no progress for 20 s in RecvGrad")
-    ended = classify(folder, JobEnding(status=1), since=time.time() - 60)
-    assert (ended.reason, ended.rank) == ("hung", 1) and "without heartbeat: rank 1" in ended.message
+    run_exit = classify_exit(folder, JobExit(status=1), started_at=time.time() - 60)
+    assert (run_exit.reason, run_exit.rank) == ("hung", 1) and "without heartbeat: rank 1" in run_exit.message
 
 
 def test_killed_rank_is_named_with_the_log_tail(folder):
     write_heartbeat(folder, 0, 0)
     write_heartbeat(folder, 1, 10)
     write_exit_note(folder.path, 0, ExitStatus.PEER_LOST, "Connection reset by peer")
-    ended = classify(folder, JobEnding(status=1), since=time.time() - 60)
-    assert (ended.reason, ended.rank) == ("unknown", 1) and "the last words" in ended.message
+    run_exit = classify_exit(folder, JobExit(status=1), started_at=time.time() - 60)
+    assert (run_exit.reason, run_exit.rank) == ("unknown", 1) and "the last words" in run_exit.message
 
 
 def test_exit_notes_of_an_earlier_start_are_ignored(folder):
     write_exit_note(folder.path, 0, ExitStatus.NUMERICAL, "long ago")
-    assert classify(folder, JobEnding(status=-9), since=time.time() + 1).reason == "unknown"
+    assert classify_exit(folder, JobExit(status=-9), started_at=time.time() + 1).reason == "unknown"
 
 
 @pytest.mark.parametrize(
@@ -93,18 +93,18 @@ def test_exit_notes_of_an_earlier_start_are_ignored(folder):
 )
 def test_cause_from_the_launcher_takes_precedence(folder, cause, reason):
     write_exit_note(folder.path, 0, ExitStatus.UNKNOWN, "an effect")
-    assert classify(folder, JobEnding(status=1, cause=cause), since=0).reason == reason
+    assert classify_exit(folder, JobExit(status=1, cause=cause), started_at=0).reason == reason
 
 
 def test_run_with_exported_weights_is_finished_with_any_exit_status(folder):
     folder.export.mkdir()
     (folder.export / "manifest.json").write_text("{}")
-    assert classify(folder, JobEnding(status=1), since=0).reason == "finished"
+    assert classify_exit(folder, JobExit(status=1), started_at=0).reason == "finished"
 
 
 def test_every_status_cause_and_reason_has_a_row():
     assert set(REASON_BY_STATUS) == set(ExitStatus)
-    assert set(REASON_BY_CAUSE) == set(get_args(JobEndingCause))
+    assert set(REASON_BY_CAUSE) == set(get_args(JobExitCause))
     assert set(POLICY_BY_REASON) == set(ExitReason)
 
 
@@ -118,12 +118,12 @@ def test_the_page_about_reliability_lists_every_reason():
 def test_secondary_exit_status_is_not_the_exit_reason(folder, status):
     write_exit_note(folder.path, 0, status, "an effect")
     write_exit_note(folder.path, 1, ExitStatus.DISK_FULL, "the cause")
-    assert classify(folder, JobEnding(status=1), since=0).reason == "disk full"
+    assert classify_exit(folder, JobExit(status=1), started_at=0).reason == "disk full"
 
 
 def test_oom_kill_takes_precedence_over_a_hang_but_not_over_a_lost_device(folder):
-    kill = JobEnding(status=1, cause="out of memory", message="1 OOM kill")
+    kill = JobExit(status=1, cause="out of memory", message="1 OOM kill")
     write_exit_note(folder.path, 0, ExitStatus.HUNG, "no progress")
-    assert classify(folder, kill, since=0) == RunEnding(reason=ExitReason.OUT_OF_MEMORY, message="1 OOM kill")
+    assert classify_exit(folder, kill, started_at=0) == RunExit(reason=ExitReason.OUT_OF_MEMORY, message="1 OOM kill")
     write_exit_note(folder.path, 1, ExitStatus.DEVICE_LOST, "Xid 79")
-    assert classify(folder, kill, since=0).reason == "lost device"
+    assert classify_exit(folder, kill, started_at=0).reason == "lost device"

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from flows.supervisor.exit_reason import classify, read_log_tail
-from infra.launchers.job import JobEnding
+from flows.supervisor.exit_reason import classify_exit, read_log_tail
+from infra.launchers.job import JobExit
 from yuan.safe_files import NotRegularFileError, is_file, list_names, open_file, read_file
 from yuan.train.checkpoint_manifest import list_committed_checkpoints
 from yuan.train.events import EndedEvent
@@ -46,7 +46,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("plant", PLANTS)
 def test_exit_reason_contains_no_content_of_other_files(folder, victim, plant):
     PLANTS[plant](folder.path / "train.log", victim)
-    message = classify(folder, JobEnding(status=1), since=0).message
+    message = classify_exit(folder, JobExit(status=1), started_at=0).message
     assert "secret" not in message and "status 1" in message and len(read_log_tail(folder)) <= 800
 
 

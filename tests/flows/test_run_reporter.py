@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from flows.supervisor import run_reporter
-from flows.supervisor.exit_reason import ExitReason, RunEnding
+from flows.supervisor.exit_reason import ExitReason, RunExit
 from flows.supervisor.run_reporter import MAX_EVENT_CHARACTERS, MAX_EVENTS_PER_MINUTE, RunReporter
 from yuan.train.run_folder import EVENTS_FILE, RunFolder
 
@@ -54,5 +54,5 @@ def test_flood_of_events_is_rate_limited_with_a_count_of_the_rest(log_events, mo
 
 
 def test_exit_message_keeps_its_lines_and_escapes_control_characters():
-    message = RunEnding(reason=ExitReason.UNKNOWN, message="status 1; first\n\x1b[31mlast\r").message
+    message = RunExit(reason=ExitReason.UNKNOWN, message="status 1; first\n\x1b[31mlast\r").message
     assert message == "status 1; first\n\\x1b[31mlast\\r"

@@ -11,7 +11,7 @@ from sqlalchemy import select, update
 
 from feedback import leases
 from feedback.tables import Lease, PoolDevice
-from flows.supervisor.exit_reason import ExitReason, RunEnding, TrainingFailed
+from flows.supervisor.exit_reason import ExitReason, RunExit, TrainingFailed
 from tests.yuan.runs import RECIPE, make_training_inputs
 from yuan.plan.pool import CPU_POOL_NAME
 from yuan.train.events import EndedEvent, ReplanEvent
@@ -103,7 +103,7 @@ def test_device_lost_on_a_batch_system_excludes_its_host_from_jobs(supervisor):
     with supervisor.context.sessions.begin() as session:
         leases.register_pool(session, supervisor.pool)
     supervisor.mark_device_lost(
-        "gpu/3", RunEnding(reason=ExitReason.LOST_DEVICE, message="rank 3: Xid 79", rank=3, host="gpu-7")
+        "gpu/3", RunExit(reason=ExitReason.LOST_DEVICE, message="rank 3: Xid 79", rank=3, host="gpu-7")
     )
     assert supervisor.find_lost_hosts() == ("gpu-7",)
     assert supervisor.planner.get_working_pool(supervisor.pool).groups[0].count == 2

@@ -1,4 +1,4 @@
-"""Check JobSets against the published models of their API, and job endings against the official client's objects."""
+"""Check JobSets against the published models of their API, and job exits against the official client's objects."""
 
 from datetime import datetime, timezone
 
@@ -7,7 +7,7 @@ from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 from kubernetes import client
 
 from infra.launchers.job import Job
-from infra.launchers.kubernetes import KubernetesOptions, build_jobset, find_job_ending
+from infra.launchers.kubernetes import KubernetesOptions, build_jobset, find_job_exit
 
 OPTIONS = KubernetesOptions(image="registry/cotrain:1", claim="runs", mount_path="/home/cotrain", memory="64Gi")
 
@@ -109,6 +109,6 @@ def pod(name, code=None, reason=None, second=0, condition=None, status_reason=No
         ({}, [pod("a", status_reason="NodeLost")], (1, "node lost")),
     ],
 )
-def test_job_status_and_pods_determine_the_job_ending(status, pods, expected):
-    ending = find_job_ending(status, pods)
-    assert (ending and (ending.status, ending.cause)) == expected
+def test_job_status_and_pods_determine_the_job_exit(status, pods, expected):
+    job_exit = find_job_exit(status, pods)
+    assert (job_exit and (job_exit.status, job_exit.cause)) == expected

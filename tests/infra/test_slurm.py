@@ -10,7 +10,7 @@ import pytest
 from flows.supervisor.pool_launcher import find_launcher_files
 from infra.confinement import Confinement
 from infra.launchers.job import Job
-from infra.launchers.slurm import SlurmLauncher, SlurmOptions, parse_job_ending, render_batch_script
+from infra.launchers.slurm import SlurmLauncher, SlurmOptions, parse_job_exit, render_batch_script
 from infra.processes import find_pids
 from tests.infra.cluster import needs_slurm, run_command, start_slurm_cluster
 from tests.waiting import wait_until
@@ -60,11 +60,11 @@ def wait_for_rank_pids(job):
     return [int((job.folder / f"rank-{n}").read_text()) for n in range(2)]
 
 
-def wait_for_ending(running):
+def wait_for_exit(running):
     end = time.monotonic() + 90
-    while (ending := running.wait(0.2)) is None:
+    while (job_exit := running.wait(0.2)) is None:
         assert time.monotonic() < end, "did not end in time"
-    return ending
+    return job_exit
 
 
 @needs_slurm
@@ -74,8 +74,8 @@ def test_a_job_runs_to_its_end(slurm, job, status):
         wait_for_rank_pids(job)
         assert running.wait(0.1) is None
         (job.folder / "leave").write_text(str(status))
-        ending = wait_for_ending(running)
-    assert ending.cause is None and (ending.status == 0) == (status == 0)
+        job_exit = wait_for_exit(running)
+    assert job_exit.cause is None and (job_exit.status == 0) == (status == 0)
     assert (job.folder / "train.log").read_text().count("restart 0") == 2
 
 
@@ -92,7 +92,7 @@ def test_cancelled_job_is_reported_as_cancelled(slurm, job):
     with SlurmLauncher().run(job) as running:
         wait_for_rank_pids(job)
         run_command("scancel", f"--name={job.name}")
-        assert wait_for_ending(running).cause == "cancelled"
+        assert wait_for_exit(running).cause == "cancelled"
 
 
 @needs_slurm
@@ -115,7 +115,7 @@ def test_requeued_job_restarts_and_finishes(slurm, job):
         run_command("scontrol", "requeue", run_command("squeue", "--noheader", f"--name={job.name}", "--format=%i"))
         assert wait_for_rank_pids(job) != first_pids
         (job.folder / "leave").write_text("0")
-        assert wait_for_ending(running).status == 0
+        assert wait_for_exit(running).status == 0
     assert "restart 1" in (job.folder / "train.log").read_text()
 
 
@@ -158,11 +158,11 @@ def test_batch_script_contains_no_secret_and_sets_the_rendezvous_endpoint(job):
         ("CANCELLED", "0:0", "cancelled", 1),
     ],
 )
-def test_final_job_state_determines_the_job_ending(state, code, cause, status):
-    ending = parse_job_ending(f"JobId=7 JobName=x JobState={state} Reason=R ExitCode={code} Comment=a b")
-    assert (ending.cause, ending.status) == (cause, status)
+def test_final_job_state_determines_the_job_exit(state, code, cause, status):
+    job_exit = parse_job_exit(f"JobId=7 JobName=x JobState={state} Reason=R ExitCode={code} Comment=a b")
+    assert (job_exit.cause, job_exit.status) == (cause, status)
 
 
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "CONFIGURING"])
-def test_unfinished_job_has_no_ending(state):
-    assert parse_job_ending(f"JobId=7 JobState={state} Reason=None ExitCode=0:0") is None
+def test_unfinished_job_has_no_exit(state):
+    assert parse_job_exit(f"JobId=7 JobState={state} Reason=None ExitCode=0:0") is None

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from flows.supervisor.exit_reason import classify, has_hung_rank
+from flows.supervisor.exit_reason import classify_exit, has_hung_rank
 from flows.supervisor.status_line import describe_status
-from infra.launchers.job import JobEnding
+from infra.launchers.job import JobExit
 from tests.yuan.test_run_status import STORED_TRAINING
 from yuan.data.text import find_unstorable
 from yuan.train.exit_status import ExitStatus, read_exit_notes
@@ -49,8 +49,8 @@ def test_job_exit_is_classified_with_any_content_of_rank_files(tmp_path, folder,
     write_with_value(tmp_path / "heartbeats" / "1.json", HEARTBEAT, "", "")
     for name in record:
         write_with_value(tmp_path / folder / "0.json", record, name, value)
-        has_hung_rank(run, since=0)
-        assert classify(run, JobEnding(status=1), since=0).message
+        has_hung_rank(run, started_at=0)
+        assert classify_exit(run, JobExit(status=1), started_at=0).message
         assert {note.rank for note in read_exit_notes(tmp_path, since=0)} <= {0, 1}
         assert 1 in read_heartbeats(tmp_path)
 
