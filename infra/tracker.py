@@ -62,7 +62,7 @@ class Tracker:
             del os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]
 
     def start_run(self, name: str, tags: Mapping[str, str]) -> str:
-        """Find or create the run with this name, and return its id."""
+        """Find or create MLflow's run with this name, and return its id."""
         experiment = self.client.get_experiment_by_name(EXPERIMENT_NAME)
         assert experiment is not None, "set_up creates the experiment"
         runs = self.client.search_runs(
@@ -74,7 +74,7 @@ class Tracker:
 
     def log(
         self,
-        run_id: str,
+        mlflow_run_id: str,
         metrics: Iterable[tuple[int, Mapping[str, float | None]]],
         params: Mapping[str, object] | None = None,
     ) -> None:
@@ -87,19 +87,21 @@ class Tracker:
             if value is not None
         ]
         pairs = [Param(key, str(value)) for key, value in (params or {}).items()]
-        self.client.log_batch(run_id, metrics=points[:1000], params=pairs)
+        self.client.log_batch(mlflow_run_id, metrics=points[:1000], params=pairs)
         for start in range(1000, len(points), 1000):
-            self.client.log_batch(run_id, metrics=points[start : start + 1000])
+            self.client.log_batch(mlflow_run_id, metrics=points[start : start + 1000])
 
-    def log_text(self, run_id: str, name: str, text: str) -> None:
-        """Store a text as an artifact of a run; the name may be a path with folders."""
-        self.client.log_text(run_id, text, name)
+    def log_text(self, mlflow_run_id: str, name: str, text: str) -> None:
+        """Store a text as an artifact of MLflow's run; the name may be a path with folders."""
+        self.client.log_text(mlflow_run_id, text, name)
 
-    def end_run(self, run_id: str, status: str = "FINISHED") -> None:
-        self.client.set_terminated(run_id, status)
+    def end_run(self, mlflow_run_id: str, status: str = "FINISHED") -> None:
+        self.client.set_terminated(mlflow_run_id, status)
 
-    def register_version(self, run_id: str, folder: Path, tags: Mapping[str, str], version: int | None = None) -> int:
-        """Upload a model folder to a run and register it; a repeated call for the same run returns the same version.
+    def register_version(
+        self, mlflow_run_id: str, folder: Path, tags: Mapping[str, str], version: int | None = None
+    ) -> int:
+        """Upload a model folder to MLflow's run and register it; a repeated call for the run returns the same version.
 
         Args:
             version: the number of a lost version that is registered again; it keeps this number.
@@ -107,16 +109,20 @@ class Tracker:
         Returns:
             `version` if it is given, else the number that MLflow assigns.
         """
-        registered = self.client.search_model_versions(f"name = '{REGISTERED_MODEL_NAME}' and run_id = '{run_id}'")
+        registered = self.client.search_model_versions(
+            f"name = '{REGISTERED_MODEL_NAME}' and run_id = '{mlflow_run_id}'"
+        )
         if registered:
             return self._get_version(int(registered[0].version))
-        if self.client.get_run(run_id).info.lifecycle_stage == "deleted":
-            self.client.restore_run(run_id)
-        self.client.log_artifacts(run_id, str(folder), "model")
+        if self.client.get_run(mlflow_run_id).info.lifecycle_stage == "deleted":
+            self.client.restore_run(mlflow_run_id)
+        self.client.log_artifacts(mlflow_run_id, str(folder), "model")
         # The run's artifact URI and not `runs:/...`: the server cannot show artifacts of a version with the latter.
-        source = f"{self.client.get_run(run_id).info.artifact_uri}/model"
+        source = f"{self.client.get_run(mlflow_run_id).info.artifact_uri}/model"
         version_tag = {} if version is None else {VERSION_TAG: str(version)}
-        created = self.client.create_model_version(REGISTERED_MODEL_NAME, source, run_id, tags={**tags, **version_tag})
+        created = self.client.create_model_version(
+            REGISTERED_MODEL_NAME, source, mlflow_run_id, tags={**tags, **version_tag}
+        )
         return int(created.version) if version is None else version
 
     def has_version(self, version: int) -> bool:
@@ -129,8 +135,8 @@ class Tracker:
         Raises:
             VersionLost: if the version is not in the registry.
         """
-        run = self.client.get_model_version(REGISTERED_MODEL_NAME, str(self.require_number(version))).run_id
-        stored = {Path(file.path).name for file in self.client.list_artifacts(run, "model") if file.file_size}
+        mlflow_run_id = self._find_mlflow_run_id(version)
+        stored = {Path(file.path).name for file in self.client.list_artifacts(mlflow_run_id, "model") if file.file_size}
         return sorted(set(names) - stored)
 
     def require_files(self, version: int, names: Iterable[str]) -> None:
@@ -144,8 +150,16 @@ class Tracker:
 
     def upload_version(self, version: int, folder: Path) -> None:
         """Upload a version's files again; replace existing ones."""
-        run = self.client.get_model_version(REGISTERED_MODEL_NAME, str(self.require_number(version))).run_id
-        self.client.log_artifacts(run, str(folder), "model")
+        mlflow_run_id = self._find_mlflow_run_id(version)
+        self.client.log_artifacts(mlflow_run_id, str(folder), "model")
+
+    def _find_mlflow_run_id(self, version: int) -> str:
+        """Return the id of MLflow's run that has a version's files.
+
+        Raises:
+            VersionLost: if the version is not in the registry.
+        """
+        return str(self.client.get_model_version(REGISTERED_MODEL_NAME, str(self.require_number(version))).run_id)
 
     def _find_number(self, version: int) -> int | None:
         """Return MLflow's number of a version; None if the version is not in the registry."""
@@ -208,9 +222,9 @@ class Tracker:
             VersionLost: if the version or a required file is not in the registry.
         """
         self.require_files(version, required)
-        run = self.client.get_model_version(REGISTERED_MODEL_NAME, str(self.require_number(version))).run_id
+        mlflow_run_id = self._find_mlflow_run_id(version)
         folder.mkdir(parents=True, exist_ok=True)
-        return Path(self.client.download_artifacts(run, "model", str(folder)))
+        return Path(self.client.download_artifacts(mlflow_run_id, "model", str(folder)))
 
     def set_up(self, readers: Mapping[str, str]) -> None:
         """Create the experiment, the registered model, and the accounts that may read both, each with the role.

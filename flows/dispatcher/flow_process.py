@@ -47,22 +47,22 @@ def main() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() == 1:
         sys.exit("the worker has exited")
-    run_id = UUID(sys.argv[1])
+    flow_run_id = UUID(sys.argv[1])
     configure_from_env()  # the worker's control channel, which distinguishes a cancelled flow from a crashed one
-    with handle_engine_signals(run_id):
-        run(run_id)
+    with handle_engine_signals(flow_run_id):
+        run(flow_run_id)
 
 
-def run(run_id: UUID) -> None:
+def run(flow_run_id: UUID) -> None:
     """Run the allowed flow that a flow run names; fail a run with an unknown flow or invalid parameters."""
     with get_client(sync_client=True) as client:
-        flow_run = client.read_flow_run(run_id)
+        flow_run = client.read_flow_run(flow_run_id)
         name = client.read_flow(flow_run.flow_id).name
         try:
             form = parse_form(name, flow_run.parameters)
         except ValueError as refusal:
             flow_run_logger(flow_run).error(str(refusal))
-            client.set_flow_run_state(run_id, Failed(message=str(refusal)), force=True)
+            client.set_flow_run_state(flow_run_id, Failed(message=str(refusal)), force=True)
             return
     run_allowed_flow(name, flow_run, form)
 

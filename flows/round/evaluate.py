@@ -39,7 +39,7 @@ def register_version(context: Context, round_id: str) -> int:
     with context.sessions() as session:
         run = rounds.get_or_create_training_run(session, round_id)
         run_id = run.id
-        mlflow_run = str(run.mlflow_run_id)
+        mlflow_run_id = str(run.mlflow_run_id)
         earlier_record = rounds.find_version_of_run(session, run_id)
     earlier_version = None if earlier_record is None else earlier_record.version
 
@@ -47,8 +47,8 @@ def register_version(context: Context, round_id: str) -> int:
     # Ranks can write the folder and consumers read the registry, so only verified copies of manifest files go there.
     with make_scratch_folder(context.runs / f".register-{run_id}") as scratch:
         manifest = copy_export(context.runs / run_id, scratch)
-        version = context.tracker.register_version(mlflow_run, scratch, tags, earlier_version)
-    context.tracker.end_run(mlflow_run)
+        version = context.tracker.register_version(mlflow_run_id, scratch, tags, earlier_version)
+    context.tracker.end_run(mlflow_run_id)
 
     with context.sessions.begin() as session:
         rounds.add_version(session, round_id, version, manifest)

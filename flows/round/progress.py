@@ -53,10 +53,10 @@ def raise_if_cancelled() -> None:
     Raises:
         RunCancelled: if it is being cancelled, or was.
     """
-    run_id = flow_run.id
-    if run_id is None:
+    flow_run_id = flow_run.id
+    if flow_run_id is None:
         return
     with get_client(sync_client=True) as client:
-        state = client.read_flow_run(run_id).state
+        state = client.read_flow_run(flow_run_id).state
     if state is not None and (state.is_cancelling() or state.is_cancelled()):
         raise RunCancelled("cancelled in Prefect")

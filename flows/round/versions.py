@@ -55,7 +55,7 @@ def restore_version(context: Context, folder: Path, version: int | None = None) 
     with context.sessions.begin() as session:
         rounds.lock_registrations(session)
         record = rounds.identify_version(session, manifest, version, folder.parent.name)
-        mlflow_run = str(rounds.get_or_create_training_run(session, record.round_id).mlflow_run_id)
+        mlflow_run_id = str(rounds.get_or_create_training_run(session, record.round_id).mlflow_run_id)
         recorded_manifest = ModelManifest.from_json(record.manifest)
         differences = describe_manifest_differences(manifest, recorded_manifest)
         if differences:
@@ -72,7 +72,7 @@ def restore_version(context: Context, folder: Path, version: int | None = None) 
             if is_registered:
                 context.tracker.upload_version(record.version, scratch)
             else:
-                context.tracker.register_version(mlflow_run, scratch, tags, record.version)
+                context.tracker.register_version(mlflow_run_id, scratch, tags, record.version)
     log.info("registered v%d again from %s", record.version, folder)
     return RestoredVersion(record.version, was_missing=True)
 

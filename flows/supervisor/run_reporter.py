@@ -77,7 +77,7 @@ class RunReporter:
         self._progress = progress
 
         self._metrics_log = LogTail(folder.path / METRICS_FILE)
-        self._mlflow_run: str | None = None
+        self._mlflow_run_id: str | None = None
         self._unsent_rows: list[MetricsRow] = []
         self._last_sent_step = -1
         self._tracker_retry_at = 0.0  # of the monotonic clock, in seconds
@@ -119,9 +119,9 @@ class RunReporter:
         """
         self._log_suppressed_count()
         self._unsent_rows += parse_metrics_rows(self._metrics_log.read_all())
-        mlflow_run = self._sync_tracker()
-        self._publish(mlflow_run, EVENTS_FILE)
-        return mlflow_run
+        mlflow_run_id = self._sync_tracker()
+        self._publish(mlflow_run_id, EVENTS_FILE)
+        return mlflow_run_id
 
     def publish_new_plan(self) -> None:
         """Upload the run's changed plan to the tracker."""
@@ -156,17 +156,17 @@ class RunReporter:
 
     def _sync_tracker(self) -> str:
         """Send the metrics that the tracker does not have yet, start its run if there is none, and return its id."""
-        if self._mlflow_run is None:
-            self._mlflow_run = self._start_tracker_run()
+        if self._mlflow_run_id is None:
+            self._mlflow_run_id = self._start_tracker_run()
 
         # Rows are kept until they are sent. After a restart, steps are repeated that were sent before.
         self._unsent_rows += parse_metrics_rows(self._metrics_log.read())
         new_rows = [row for row in self._unsent_rows if row.step > self._last_sent_step]
         if new_rows:
-            self._context.tracker.log(self._mlflow_run, [(row.step, row.metrics) for row in new_rows])
+            self._context.tracker.log(self._mlflow_run_id, [(row.step, row.metrics) for row in new_rows])
             self._last_sent_step = new_rows[-1].step
         self._unsent_rows.clear()
-        return self._mlflow_run
+        return self._mlflow_run_id
 
     def _start_tracker_run(self) -> str:
         """Start the tracker's run, with plan, snapshot id and configuration, and return its id."""
@@ -175,30 +175,30 @@ class RunReporter:
         with self._context.sessions() as session:
             run_id = rounds.get_or_create_training_run(session, self._round_id).id
             number = rounds.find_round(session, self._round_id).number
-        mlflow_run = tracker.start_run(f"round-{number}-{run_id[:8]}", {RUN_TAG: run_id})
+        mlflow_run_id = tracker.start_run(f"round-{number}-{run_id[:8]}", {RUN_TAG: run_id})
 
         provenance = {"snapshot": spec.snapshot, "parent": spec.parent, "kind": spec.kind}
-        tracker.log(mlflow_run, [], {**dataclasses.asdict(spec.recipe), **provenance})
-        self._log_plan(mlflow_run)
+        tracker.log(mlflow_run_id, [], {**dataclasses.asdict(spec.recipe), **provenance})
+        self._log_plan(mlflow_run_id)
 
         with self._context.sessions.begin() as session:
-            rounds.get_or_create_training_run(session, self._round_id).mlflow_run_id = mlflow_run
-        return mlflow_run
+            rounds.get_or_create_training_run(session, self._round_id).mlflow_run_id = mlflow_run_id
+        return mlflow_run_id
 
-    def _log_plan(self, mlflow_run: str) -> None:
+    def _log_plan(self, mlflow_run_id: str) -> None:
         plan_json = json.dumps(self._folder.read_spec().plan.to_json(), indent=2)
         replace_file_below(self._folder.path, PLAN_FILE, plan_json.encode())
         for name in (RUN_SPEC_FILE, PLAN_FILE, PLAN_PICTURE_FILE):
-            self._publish(mlflow_run, name)
+            self._publish(mlflow_run_id, name)
 
-    def _publish(self, mlflow_run: str, name: str) -> None:
+    def _publish(self, mlflow_run_id: str, name: str) -> None:
         """Upload a text file of the run folder, which ranks can write, to the tracker, where consumers read it."""
         try:
             text = read_file(self._folder.path, name, MAX_PUBLISHED_BYTES).decode(errors="replace")
         except (FileNotFoundError, NotRegularFileError) as error:
             log.warning("%s of the run is not published: %s", name, error.strerror)
             return
-        self._context.tracker.log_text(mlflow_run, name, text)
+        self._context.tracker.log_text(mlflow_run_id, name, text)
 
 
 @contextlib.contextmanager
