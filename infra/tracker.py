@@ -25,6 +25,8 @@ EXPERIMENT_NAME = "yuan"
 WORKSPACE_NAME = "default"  # MLflow's own, which always exists
 READERS_ROLE = "readers"
 SHORT_REQUEST_TIMEOUT_S = 5
+MLFLOW_ADMIN_TIMEOUT_S = 30  # of a request that creates or changes accounts and roles
+MAX_METRICS_PER_REQUEST = 1000  # the server's limit
 VERSION_TAG = "cotrain.version"  # on a version that was registered again: the platform's number
 ROUND_TAG = "cotrain.round"  # on a version: the id of the round that produced it
 RUN_TAG = "cotrain.run"  # on a version and on MLflow's run: the id of the platform's training run
@@ -78,18 +80,18 @@ class Tracker:
         metrics: Iterable[tuple[int, Mapping[str, float | None]]],
         params: Mapping[str, object] | None = None,
     ) -> None:
-        """Send the metrics of steps by name, up to 1000 per request; skip values of None."""
-        now = int(time.time() * 1000)
+        """Send the metrics of steps by name, up to MAX_METRICS_PER_REQUEST at once; skip values of None."""
+        now_ms = int(time.time() * 1000)
         points = [
-            Metric(key, float(value), now, step)
+            Metric(key, float(value), now_ms, step)
             for step, value_by_name in metrics
             for key, value in value_by_name.items()
             if value is not None
         ]
         pairs = [Param(key, str(value)) for key, value in (params or {}).items()]
-        self.client.log_batch(mlflow_run_id, metrics=points[:1000], params=pairs)
-        for start in range(1000, len(points), 1000):
-            self.client.log_batch(mlflow_run_id, metrics=points[start : start + 1000])
+        self.client.log_batch(mlflow_run_id, metrics=points[:MAX_METRICS_PER_REQUEST], params=pairs)
+        for start in range(MAX_METRICS_PER_REQUEST, len(points), MAX_METRICS_PER_REQUEST):
+            self.client.log_batch(mlflow_run_id, metrics=points[start : start + MAX_METRICS_PER_REQUEST])
 
     def log_text(self, mlflow_run_id: str, name: str, text: str) -> None:
         """Store a text as an artifact of MLflow's run; the name may be a path with folders."""
@@ -252,8 +254,10 @@ class Tracker:
         body = {"username": name, "password": password}
         self._post_if_missing("2.0/mlflow/users/create", body)
         users = f"{self._url}/api/2.0/mlflow/users"
-        if httpx.get(f"{users}/current", auth=(name, password), timeout=30).status_code == 401:
-            httpx.patch(f"{users}/update-password", json=body, auth=self._auth, timeout=30).raise_for_status()
+        login = httpx.get(f"{users}/current", auth=(name, password), timeout=MLFLOW_ADMIN_TIMEOUT_S)
+        if login.status_code == 401:
+            url = f"{users}/update-password"
+            httpx.patch(url, json=body, auth=self._auth, timeout=MLFLOW_ADMIN_TIMEOUT_S).raise_for_status()
 
     def _grant_read(self, user: str, kind: str, name: str) -> None:
         body = {"username": user, "resource_type": kind, "resource_id": name, "permission": "READ"}
@@ -263,12 +267,13 @@ class Tracker:
         """Assign a role without permissions, since MLflow lists a workspace only to accounts with a role in it."""
         self._post_if_missing("3.0/mlflow/roles/create", {"workspace": WORKSPACE_NAME, "name": READERS_ROLE})
         url = f"{self._url}/api/3.0/mlflow/roles/list"
-        response = httpx.get(url, params={"workspace": WORKSPACE_NAME}, auth=self._auth, timeout=30).raise_for_status()
+        workspace = {"workspace": WORKSPACE_NAME}
+        response = httpx.get(url, params=workspace, auth=self._auth, timeout=MLFLOW_ADMIN_TIMEOUT_S).raise_for_status()
         role_id = next(role["id"] for role in response.json()["roles"] if role["name"] == READERS_ROLE)
         self._post_if_missing("3.0/mlflow/roles/assign", {"username": user, "role_id": role_id})
 
     def _post_if_missing(self, path: str, body: dict[str, Any]) -> None:
         """Create an object in MLflow; do nothing if it exists."""
-        response = httpx.post(f"{self._url}/api/{path}", json=body, auth=self._auth, timeout=30)
+        response = httpx.post(f"{self._url}/api/{path}", json=body, auth=self._auth, timeout=MLFLOW_ADMIN_TIMEOUT_S)
         if not (response.status_code == 400 and "ALREADY_EXISTS" in response.text):
             response.raise_for_status()
