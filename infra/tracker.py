@@ -9,6 +9,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ MAX_METRICS_PER_REQUEST = 1000  # the server's limit
 VERSION_TAG = "cotrain.version"  # on a version that was registered again: the platform's number
 ROUND_TAG = "cotrain.round"  # on a version: the id of the round that produced it
 RUN_TAG = "cotrain.run"  # on a version and on MLflow's run: the id of the platform's training run
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """The metrics of a training step by name; None for a value that is not known."""
+
+    step: int
+    values: Mapping[str, float | None]
 
 
 class VersionLost(SafeMessageError, ValueError):
@@ -77,15 +86,15 @@ class Tracker:
     def log(
         self,
         mlflow_run_id: str,
-        metrics: Iterable[tuple[int, Mapping[str, float | None]]],
+        metrics: Iterable[StepMetrics],
         params: Mapping[str, object] | None = None,
     ) -> None:
-        """Send the metrics of steps by name, up to MAX_METRICS_PER_REQUEST at once; skip values of None."""
+        """Send the metrics of steps, up to MAX_METRICS_PER_REQUEST at once; skip values of None."""
         now_ms = int(time.time() * 1000)
         points = [
-            Metric(key, float(value), now_ms, step)
-            for step, value_by_name in metrics
-            for key, value in value_by_name.items()
+            Metric(name, float(value), now_ms, step_metrics.step)
+            for step_metrics in metrics
+            for name, value in step_metrics.values.items()
             if value is not None
         ]
         pairs = [Param(key, str(value)) for key, value in (params or {}).items()]

@@ -15,7 +15,7 @@ from feedback import rounds
 from flows.context import Context
 from infra.error_text import describe_error
 from infra.faults import DATABASE_ERRORS
-from infra.tracker import RUN_TAG
+from infra.tracker import RUN_TAG, StepMetrics
 from yuan.data.text import make_printable
 from yuan.safe_files import NotRegularFileError, read_file, replace_file_below
 from yuan.train.events import (
@@ -163,7 +163,7 @@ class RunReporter:
         self._unsent_rows += parse_metrics_rows(self._metrics_log.read())
         new_rows = [row for row in self._unsent_rows if row.step > self._last_sent_step]
         if new_rows:
-            self._context.tracker.log(self._mlflow_run_id, [(row.step, row.metrics) for row in new_rows])
+            self._context.tracker.log(self._mlflow_run_id, [StepMetrics(row.step, row.metrics) for row in new_rows])
             self._last_sent_step = new_rows[-1].step
         self._unsent_rows.clear()
         return self._mlflow_run_id

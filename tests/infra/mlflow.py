@@ -13,7 +13,7 @@ from flows.stack.services import make_services
 from flows.stack.stack_config import load_config
 from infra.mlflow_gate import MLFLOW_ROUTE_CLOSED_MESSAGE
 from infra.mlflow_rules import CONSUMER_ACCOUNT, READER_ACCOUNT
-from infra.tracker import Tracker
+from infra.tracker import StepMetrics, Tracker
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 SECRET = "the private experiment's text"
@@ -103,7 +103,7 @@ def fill_mlflow(settings, folder):
     (folder / "model" / "config.json").write_text('{"public": true}')
     (folder / "secret.txt").write_text(SECRET)
     run = tracker.start_run("round-1", {})
-    tracker.log(run, [(1, {"train/loss": 2.0})])
+    tracker.log(run, [StepMetrics(1, {"train/loss": 2.0})])
     version = tracker.register_version(run, folder / "model", {})
     tracker.set_alias("champion", version)
     private = client.create_experiment("private")
