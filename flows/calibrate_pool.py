@@ -84,5 +84,9 @@ def run_measurement(request: CalibrationRequest, num_ranks: int) -> CalibrationR
         ) as process:
             status = process.wait(CALIBRATION_TIMEOUT_S)
         if status:
-            raise RuntimeError(f"measuring ended with status {status}: {read_tail(folder / 'measure.log', 2000)}")
+            log_tail = read_tail(folder / "measure.log", 2000)
+            raise RuntimeError(
+                f"the measurement with {num_ranks} processes ended with status {status}; remove the cause, or reduce "
+                f"--seq-len if memory ran out, and run `cotrain calibrate` again; its log ends with: {log_tail}"
+            )
         return CalibrationResult.read(folder)

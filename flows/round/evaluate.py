@@ -123,7 +123,8 @@ def evaluate_version(context: Context, version: int, scratch_parent: Path | None
             log_file = folder / EVAL_LOG_FILE
             # Without a parent folder, the scratch folder and its log are about to be removed.
             log_hint = f"ends with: {_read_log_tail(log_file)}" if scratch_parent is None else f"is {log_file}"
-            raise RuntimeError(f"{error}; its log {log_hint}") from None
+            retry_hint = f"remove the cause and retry with `cotrain evaluate v{version}`"
+            raise RuntimeError(f"{error}; {retry_hint}; its log {log_hint}") from None
         with context.sessions.begin() as session:
             promotion.store_results(session, version, results)
 
@@ -188,14 +189,14 @@ def run_evaluation(context: Context, folder: Path, model: str, case_lines: Seque
             status = process.wait()
         if status == 0:
             break
-        log.warning("an evaluation ended with status %d", status)
+        log.warning("the evaluation of %s ended with status %d", model, status)
     else:
-        raise RuntimeError(f"evaluation ended with status {status}")
+        raise RuntimeError(f"the evaluation of {model} ended with status {status}, {MAX_EVAL_ATTEMPTS} times")
 
     try:
         return parse_results(read_regular(results_file, MAX_RESULT_BYTES_PER_CASE * len(case_lines)))
     except (OSError, ValueError) as error:
-        raise RuntimeError(f"the results of an evaluation cannot be read: {error}") from None
+        raise RuntimeError(f"the results of the evaluation of {model} cannot be read: {error}") from None
 
 
 def build_evaluation_environment(context: Context, folder: Path) -> dict[str, str]:

@@ -124,6 +124,7 @@ def test_failed_evaluation_command_shows_its_log_tail_and_leaves_no_files(mlflow
     version = context.tracker.register_version(context.tracker.start_run("broken", {}), folder, {}, 765_003)
     record_version(version)
     add_case(context)
-    with pytest.raises(RuntimeError, match=r"evaluation ended with status 1; its log ends with: .*Error"):
+    message = rf"evaluation of v{version} ended with status 1, 3 times; .*its log ends with: .*Error"
+    with pytest.raises(RuntimeError, match=message):
         evaluate.evaluate_version(context, version)
     assert list((tmp_path / "scratch").iterdir()) == []
