@@ -254,7 +254,7 @@ def find_mounts_below_proc() -> list[str]:
 
 
 def is_of_a_process(entry: "os.DirEntry[str]") -> bool:
-    """Tell whether an entry of /proc is a process, or a link into the calling one such as `self`."""
+    """Return True if an entry of /proc is a process, or a link into the calling one such as `self`."""
     return entry.name.isdigit() or entry.is_symlink()
 
 
@@ -358,7 +358,7 @@ def allow_path(ruleset: int, path: str, rights: int) -> None:
 
 
 def has_seccomp() -> bool:
-    """Tell whether the kernel supports seccomp filters and this file knows the architecture's call numbers."""
+    """Return True if the kernel supports seccomp filters and this file knows the architecture's call numbers."""
     machine = os.uname().machine
     if machine not in ARCHITECTURES or sys.byteorder != "little" or sys.maxsize < 1 << 32:
         return False

@@ -109,12 +109,12 @@ def find_accelerator_files() -> tuple[Path, ...]:
 
 
 def is_landlock_enforced() -> bool:
-    """Tell whether the kernel enforces file confinement (Landlock)."""
+    """Return True if the kernel enforces file confinement (Landlock)."""
     return confined_child.get_landlock_version() > 0
 
 
 def is_seccomp_enforced() -> bool:
-    """Tell whether the kernel can refuse the system calls that Landlock does not restrict (seccomp)."""
+    """Return True if the kernel can refuse the system calls that Landlock does not restrict (seccomp)."""
     return confined_child.has_seccomp()
 
 

@@ -16,7 +16,7 @@ PROGRAM_LIMIT_SQLSTATE_CLASS = "54"  # SQLSTATE class 54: too long for an index,
 
 
 def is_transient_error(error: Exception) -> bool:
-    """Tell whether a network or a server failed, so that the same request may succeed later."""
+    """Return True if a network or a server failed, so that the same request may succeed later."""
     if isinstance(error, httpx.HTTPStatusError):
         return _is_transient_status(error.response.status_code)
     if isinstance(error, ClientError):
@@ -27,7 +27,7 @@ def is_transient_error(error: Exception) -> bool:
 
 
 def is_item_error(error: Exception) -> bool:
-    """Tell whether an error that occurred while processing one item concerns this item only.
+    """Return True if an error that occurred while processing one item concerns this item only.
 
     False for transient errors, a full disk or memory, a wrong password and a missing table: all items meet these.
     """

@@ -68,7 +68,7 @@ def choose_listen_options(url: str) -> ListenOptions:
 
 
 def is_listening_descriptor(descriptor: int) -> bool:
-    """Tell whether a descriptor is a listening socket."""
+    """Return True if a descriptor is a listening socket."""
     try:
         inherited = socket.socket(fileno=descriptor)
     except OSError:  # closed, or not a socket

@@ -92,5 +92,5 @@ def find_keeper(folder: Path) -> KeeperLockHolder | None:
 
 
 def is_keeper_running(folder: Path) -> bool:
-    """Tell whether a keeper holds this folder's lock, with or without a recent heartbeat."""
+    """Return True if a keeper holds this folder's lock, with or without a recent heartbeat."""
     return find_keeper(folder) is not None

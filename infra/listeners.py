@@ -59,7 +59,7 @@ def open_listener(url: str, *, replaces: socket.socket | None = None) -> socket.
 
 
 def is_listening(opened: socket.socket) -> bool:
-    """Tell whether a socket is listening."""
+    """Return True if a socket is listening."""
     return bool(opened.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 

@@ -11,7 +11,7 @@ FAST_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
 def has_fast_bf16() -> bool:
-    """Tell whether the CPU multiplies bf16 matrices in hardware, by its flags, which psutil does not read."""
+    """Return True if the CPU multiplies bf16 matrices in hardware, by its flags, which psutil does not read."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -21,7 +21,7 @@ def has_fast_bf16() -> bool:
 
 
 def has_free_disk(folder: Path) -> bool:
-    """Tell whether the disk of a folder has at least `MIN_FREE_DISK_BYTES` free; below that, writers start to fail."""
+    """Return True if the disk of a folder has at least `MIN_FREE_DISK_BYTES` free; with less, writers begin to fail."""
     return shutil.disk_usage(folder).free >= MIN_FREE_DISK_BYTES
 
 

@@ -303,7 +303,7 @@ def read_credentials(headers: AsgiHeaders) -> Credentials | None:
 
 
 def is_plain_path(scope: AsgiScope) -> bool:
-    r"""Tell whether a path has the same meaning for the gate and for every router behind it.
+    r"""Return True if a path has the same meaning for the gate and for every router behind it.
 
     Refused: empty and dot segments, encoded slashes, a second layer of encoding, control characters, `\` and `;`.
     """
@@ -326,7 +326,7 @@ def _rewrite_headers(scope: AsgiScope, caller: Credentials | None) -> AsgiScope:
 
 
 def _is_header_dropped(name: bytes, path: str) -> bool:
-    """Tell whether to drop a header.
+    """Return True if a header is to be dropped.
 
     Dropped are other credentials, names that WSGI maps to other names, and for the page the headers with which the
     response would not be the whole page (range and conditional requests).

@@ -166,7 +166,7 @@ def _check_scalar(name: str, value: Any) -> None:
 
 
 def _is_over_limit(value: Any, limit: int) -> bool:
-    """Tell whether a number, or a string that protobuf parses as one, exceeds a limit."""
+    """Return True if a number, or a string that protobuf parses as one, exceeds a limit."""
     try:
         return float(value) > limit
     except (TypeError, ValueError, OverflowError):

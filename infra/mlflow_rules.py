@@ -24,7 +24,7 @@ def _compile_path_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def is_route_allowed(rules: Iterable[RouteRule], method: str, path: str) -> bool:
-    """Tell whether a request is on a list; HEAD counts as GET.
+    """Return True if a request is on a list; HEAD counts as GET.
 
     >>> is_route_allowed(PUBLIC_RULES, "HEAD", "/health"), is_route_allowed(PUBLIC_RULES, "GET", "/health/")
     (True, False)

@@ -167,7 +167,7 @@ class Postgres:
 
 
 def _is_server_running(pid: int) -> bool:
-    """Tell whether a process of PostgreSQL has this pid, and is not a zombie."""
+    """Return True if a process of PostgreSQL has this pid, and is not a zombie."""
     try:
         process = psutil.Process(pid)
         return process.name() == "postgres" and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)

@@ -145,13 +145,13 @@ def get_own_identity() -> str:
 
 
 def is_known_exited(name: str) -> bool:
-    """Tell whether the process of an identity has certainly exited; false for another host, whose state is unknown."""
+    """Return True if an identity's process has certainly exited; False for another host, whose state is unknown."""
     host, pid, started = name.rsplit(":", 2)
     return host == socket.gethostname() and _read_start_tick(int(pid)) != started
 
 
 def is_known_alive(name: str) -> bool:
-    """Tell whether the process of an identity certainly runs; false for another host, whose state is unknown."""
+    """Return True if an identity's process certainly runs; False for another host, whose state is unknown."""
     return name.rsplit(":", 2)[0] == socket.gethostname() and not is_known_exited(name)
 
 
@@ -171,7 +171,7 @@ def kill_by_identity(name: str) -> bool:
 
 
 def has_exited(pid: int) -> bool:
-    """Tell whether no process has this pid, or only a zombie has it."""
+    """Return True if no process has this pid, or only a zombie has it."""
     return _read_start_tick(pid) is None
 
 

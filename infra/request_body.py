@@ -28,7 +28,7 @@ class RequestBodyRefused(Exception):
 
 
 def has_body(headers: AsgiHeaders) -> bool:
-    """Tell whether a request announces a body."""
+    """Return True if a request announces a body."""
     header_by_name = dict(headers)
     return b"transfer-encoding" in header_by_name or header_by_name.get(b"content-length", b"0").strip() != b"0"
 

@@ -137,7 +137,7 @@ class Tracker:
         return int(created.version) if version is None else version
 
     def has_version(self, version: int) -> bool:
-        """Tell whether a version is in the registry; its files may still be missing, see `find_missing_files`."""
+        """Return True if a version is in the registry; its files may still be missing, see `find_missing_files`."""
         return self._find_number(version) is not None
 
     def find_missing_files(self, version: int, names: Iterable[str]) -> list[str]:

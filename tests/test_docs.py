@@ -44,7 +44,7 @@ def make_anchor(heading):
 
 
 def is_repository_path(name):
-    """Tell if a path exists, from the root or, for a Python file, from a folder of the repository."""
+    """Return True if a path exists, from the root or, for a Python file, from a folder of the repository."""
     if any(ROOT.glob(name.rstrip("/"))):
         return True
     tails = (path for folder in FOLDERS for path in (ROOT / folder).rglob(Path(name).name))
@@ -76,7 +76,7 @@ def read_members(path, class_name=None):
 
 
 def is_module_or_name(dotted):
-    """Tell if a dotted name is a package, a module, or a name or a class's member in one."""
+    """Return True if a dotted name is a package, a module, or a name or a class's member in one."""
     parts = dotted.split(".")
     for length in range(len(parts), 0, -1):
         folder = ROOT.joinpath(*parts[:length])
@@ -157,7 +157,7 @@ def find_files(name):
 
 
 def has_slow_tests_only(path):
-    """Tell if every test of a file is marked as slow, by itself or by the file's `pytestmark`."""
+    """Return True if every test of a file is marked as slow, by itself or by the file's `pytestmark`."""
     assignments = [ast.unparse(node) for node in parse_module(path) if isinstance(node, ast.Assign)]
     if any(text.startswith("pytestmark = ") and "pytest.mark.slow" in text for text in assignments):
         return True

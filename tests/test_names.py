@@ -87,6 +87,8 @@ REPLACED_IN_TESTS = re.compile(rf"^test_(what|those|it)_|_({REPLACED_WORDS})(_|$
 REPLACED_IN_CODE = re.compile(rf"(^|_)({REPLACED_WORDS}|which)(_|$)")
 PRONOUN = re.compile(r"_*(done|found|it|left|made|most|one|own|that|them|these|they|those|what)_*")
 QUESTION = re.compile(r"(How|That|Those|What|Whether|Which|Who|Whose|Where)\b")
+# Of functions that return a bool; they begin with "Return True if".
+PREDICATE = re.compile(r"(Check|Say|Tell) (if|whether)\b")
 
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -120,6 +122,15 @@ def test_names_in_code_are_no_pronouns_and_have_no_word_that_the_glossary_replac
         for line, name in find_names(parse(module)):
             if PRONOUN.fullmatch(name) or REPLACED_IN_CODE.search(name):
                 offenders.append(f"{module.relative_to(ROOT)}:{line} {name}")
+    assert offenders == []
+
+
+def test_docstrings_of_predicates_begin_with_return_true_if():
+    offenders = []
+    for module in list_modules(*PACKAGES, "tests", "benchmarks"):
+        for node in ast.walk(parse(module)):
+            if isinstance(node, FUNCTIONS) and PREDICATE.match(ast.get_docstring(node) or ""):
+                offenders.append(f"{module.relative_to(ROOT)}:{node.lineno} {node.name}")
     assert offenders == []
 
 

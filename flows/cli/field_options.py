@@ -58,7 +58,7 @@ def _make_option(name: str, field: FieldInfo) -> inspect.Parameter:
 
 
 def _is_mapping(field: FieldInfo) -> bool:
-    """Check whether the field's type is a dictionary, or a union with one."""
+    """Return True if the field's type is a dictionary, or a union with one."""
     is_union = get_origin(field.annotation) in (Union, UnionType)
     member_types = get_args(field.annotation) if is_union else (field.annotation,)
     return any(get_origin(member_type) is dict for member_type in member_types)

@@ -131,7 +131,7 @@ def end_lost_flow_runs(client: SyncPrefectClient) -> None:
 
 
 def end_if_lost(client: SyncPrefectClient, run: FlowRun) -> bool:
-    """Check whether a run has ended; mark one that is lost or postponed as crashed or cancelled."""
+    """Return True if a run has ended; mark one that is lost or postponed as crashed or cancelled."""
     state = run.state
     if state is None or state.is_final():
         return True
@@ -151,7 +151,7 @@ def end_if_lost(client: SyncPrefectClient, run: FlowRun) -> bool:
 
 
 def has_live_process(run: FlowRun) -> bool:
-    """Check whether the process recorded in Prefect for a run exists and, by its command line, belongs to the run."""
+    """Return True if the process recorded in Prefect for a run exists and, by its command line, belongs to the run."""
     try:
         command = psutil.Process(int(run.infrastructure_pid or 0)).cmdline()
     except (psutil.Error, OSError, ValueError):

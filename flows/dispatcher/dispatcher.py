@@ -134,7 +134,7 @@ class DeploymentRegistrar:
 
 
 def is_busy(context: DispatcherContext) -> bool:
-    """Check whether a round runs or reports wait, for which the dispatcher polls more often."""
+    """Return True if a round runs or reports wait, for which the dispatcher polls more often."""
     with context.sessions() as session:
         training_round = rounds.find_running_round(session)
         pending = reports.count_pending_reports(session, with_review=training_round is None)

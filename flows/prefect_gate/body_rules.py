@@ -198,7 +198,7 @@ def _fill_in_kinds(value: Any) -> Any:
 
 
 def _is_unsafe_date(value: str | float) -> bool:
-    """Check whether a date is too far away for the server's calculations, or has another format.
+    """Return True if a date is too far away for the server's calculations, or has another format.
 
     The server itself accepts more formats, such as week dates and numbers of seconds since 1970.
     """

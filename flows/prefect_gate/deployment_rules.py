@@ -131,12 +131,12 @@ def _find_interval_fault(schedule: Any) -> str | None:
 
 
 def _is_slow_interval(interval: Any) -> bool:
-    """Check whether an interval is a number of at least MIN_SCHEDULE_INTERVAL_S, as Prefect's client and UI send it."""
+    """Return True if an interval is a number of at least MIN_SCHEDULE_INTERVAL_S, the form that clients send."""
     return isinstance(interval, (int, float)) and interval >= MIN_SCHEDULE_INTERVAL_S
 
 
 def _has_next_date(cron: Any) -> bool:
-    """Check whether a cron expression has five fields (a sixth one would be seconds) and a next date."""
+    """Return True if a cron expression has five fields (a sixth one would be seconds) and a next date."""
     if not isinstance(cron, str) or len(cron) > MAX_CRON_CHARACTERS or len(cron.split()) != 5:
         return False
     try:

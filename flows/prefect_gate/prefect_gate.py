@@ -134,7 +134,7 @@ class PrefectGate:
         return 401, "wrong user or password; PREFECT_AUTH in the settings has both"
 
     def _is_first_message_refused(self, address: str, message: AsgiMessage) -> bool:
-        """Check whether a websocket's first message must not reach the server, which itself checks its password."""
+        """Return True if a websocket's first message must not reach the server, which itself checks its password."""
         text = message.get("text")
         if text is None or len(text) > MAX_FIRST_MESSAGE_CHARACTERS:
             return True
@@ -244,7 +244,7 @@ def find_foreign_schema(path: str, form: Any) -> str | None:
 
 
 def _is_message_refused(message: AsgiMessage) -> bool:
-    """Check whether a websocket's message after the first one must not reach the server."""
+    """Return True if a websocket's message after the first one must not reach the server."""
     try:
         check_message(message.get("text") or "")
     except PrefectInputRefused as refused:

@@ -19,7 +19,7 @@ class RouteAllowList:
         self._patterns = [(method, compile_path(path)[0]) for method, path in self.routes]
 
     def is_allowed(self, method: str, path: str) -> bool:
-        """Check whether a request is on the list.
+        """Return True if a request is on the list.
 
         >>> PUBLIC_ROUTES.is_allowed("GET", "/api/ready"), PUBLIC_ROUTES.is_allowed("GET", "/api/ready/")
         (True, False)
@@ -32,7 +32,7 @@ class RouteAllowList:
 
 
 def is_page(method: str, path: str) -> bool:
-    """Check whether a request is for a page or its static files; both versions of Prefect's UI are single-page apps.
+    """Return True if a request is for a page or its static files; both versions of Prefect's UI are single-page apps.
 
     >>> is_page("GET", "/runs/flow-run/7"), is_page("GET", "/api/flows/"), is_page("GET", "/docs")
     (True, False, False)

@@ -57,14 +57,14 @@ def hide_error_text(name: str) -> Iterator[None]:
 
 
 def is_retryable(error: Exception) -> bool:
-    """Check whether a network or server outage caused the error; a request that a server rejects is not retried."""
+    """Return True if a network or server outage caused the error; a request that a server rejects is not retried."""
     if isinstance(error, MlflowException):  # its client reports status 500 for an unreachable server
         return bool(error.get_http_status_code() >= 500)
     return is_transient_error(error)
 
 
 def is_server_unavailable(task_: Any, run: TaskRun, state: State[Any]) -> bool:
-    """Check whether a step's task failed because a server was unavailable."""
+    """Return True if a step's task failed because a server was unavailable."""
     try:
         state.result()
     except ServerUnavailable:

@@ -106,7 +106,7 @@ def find_machine_faults(home: Path) -> list[Finding]:
 
 
 def find_disk_faults(home: Path) -> list[Finding]:
-    """Check whether the disk is full or nearly full."""
+    """Return a fault if the disk is full or nearly full, else nothing."""
     place = find_existing_folder(home)
     free = shutil.disk_usage(place).free
     if free >= MIN_DISK_GIB * 2**30:

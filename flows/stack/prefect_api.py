@@ -82,7 +82,7 @@ def fetch_work_pool(http: httpx.Client) -> WorkPoolRecord:
 
 
 def has_online_worker(http: httpx.Client) -> bool:
-    """Tell whether Prefect counts a worker of the work pool as online, by the worker's heartbeats."""
+    """Return True if Prefect counts a worker of the work pool as online, by the worker's heartbeats."""
     workers = http.post(f"/work_pools/{WORK_POOL_NAME}/workers/filter", json={}).raise_for_status().json()
     return any(worker["status"] == "ONLINE" for worker in workers)
 

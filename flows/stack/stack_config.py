@@ -87,7 +87,7 @@ def load_or_make_config(home: Path, *, durable: bool = True) -> StackConfig:
 
 
 def has_data(home: Path) -> bool:
-    """Check whether a stack has been started in this folder; its data needs the original config."""
+    """Return True if a stack has been started in this folder; its data needs the original config."""
     return any((home / name).exists() for name in (CONFIG_COPY_FILE, "pg", "env"))
 
 
@@ -220,7 +220,7 @@ def get_weed_socket(name: str, port: int) -> Path:
 
 
 def is_port_blocked(name: str, port: int) -> bool:
-    """Check whether a port is unusable because a file that we cannot remove is at the path of its socket."""
+    """Return True if a port is unusable because a file that we cannot remove is at the path of its socket."""
     if not name.endswith("_grpc"):
         return False
     try:
@@ -272,7 +272,7 @@ def _describe_listener(port: int, stack_id: str) -> str | None:
 
 
 def is_port_free(port: int) -> bool:
-    """Check whether a server of this user can listen on a port, even with lingering connections of an earlier one."""
+    """Return True if a server of this user can listen on a port, even with lingering connections of an earlier one."""
     if find_listener_uids(f"tcp://127.0.0.1:{port}"):
         return False
     with socket.socket() as probe:

@@ -119,7 +119,7 @@ def _wait_until_ready(home: Path, keeper: _KeeperProcess | None, show_states: Sh
     has_keeper_exited = False
 
     def is_over() -> bool:
-        """Tell whether waiting longer would change nothing."""
+        """Return True if waiting longer would change nothing."""
         nonlocal states, has_keeper_exited
         states = read_service_states(home)
         show_states(states)
@@ -140,7 +140,7 @@ def _wait_until_ready(home: Path, keeper: _KeeperProcess | None, show_states: Sh
 
 
 def are_all_ready(states: ServiceStates) -> bool:
-    """Tell whether there are services and all of them are ready."""
+    """Return True if there are services and all of them are ready."""
     return bool(states) and all(state.state == "ready" for state in states.values())
 
 

@@ -138,7 +138,7 @@ def classify_exit(folder: RunFolder, job_exit: JobExit, started_at: float) -> Ru
 
 
 def has_hung_rank(folder: RunFolder, started_at: float) -> bool:
-    """Check whether a rank exited for lack of progress more than RANK_EXIT_GRACE_S ago; the others then hang too."""
+    """Return True if a rank exited for lack of progress more than RANK_EXIT_GRACE_S ago; the others then hang too."""
     return any(
         note.status == ExitStatus.HUNG and time.time() - note.time > RANK_EXIT_GRACE_S
         for note in read_exit_notes(folder.path, started_at)

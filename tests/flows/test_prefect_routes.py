@@ -164,7 +164,7 @@ def test_websockets_open_only_on_listed_paths_with_the_password(server, routes):
 
 
 def accepts_password(base, path, token):
-    """Tell if a websocket confirms the password."""
+    """Return True if a websocket confirms the password."""
     try:
         with connect(base.replace("http:", "ws:") + path, subprotocols=["prefect"]) as socket:
             socket.send(json.dumps({"type": "auth", "token": token} if token else {"type": "filter", "filter": {}}))

@@ -73,7 +73,7 @@ def test_another_user_cannot_bind_while_a_listener_is_replaced_or_shut_down():
 
 
 def is_taken(port):
-    """Tell whether another user can listen on a port, with any combination of the socket options that share it."""
+    """Return True if another user can listen on a port, with any combination of the socket options that share it."""
     for options in ([], [socket.SO_REUSEADDR], [socket.SO_REUSEPORT], [socket.SO_REUSEADDR, socket.SO_REUSEPORT]):
         for host in ("127.0.0.1", "0.0.0.0"):
             with run_as_user(ORDINARY), socket.socket() as other:

@@ -76,7 +76,7 @@ def find_listening_ports(pid):
 
 
 def can_exchange_over_tls(port, version):
-    """Tell whether a client without the store's certificate can exchange data over TLS."""
+    """Return True if a client without the store's certificate can exchange data over TLS."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.minimum_version = context.maximum_version = version
