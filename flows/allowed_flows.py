@@ -111,8 +111,8 @@ def parse_form(name: str, parameters: Mapping[str, Any]) -> BaseModel:
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, e['loc']))[:80] or 'together'}: {e['msg']}" for e in error.errors()]
         num_hidden = len(faults) - MAX_SHOWN_PARAMETER_ERRORS
-        more = f"; and {num_hidden} more" if num_hidden > 0 else ""
+        hidden_hint = f"; and {num_hidden} more" if num_hidden > 0 else ""
         raise ValueError(
-            f"parameters of {name} are not valid: {'; '.join(faults[:MAX_SHOWN_PARAMETER_ERRORS])}{more}; "
+            f"parameters of {name} are not valid: {'; '.join(faults[:MAX_SHOWN_PARAMETER_ERRORS])}{hidden_hint}; "
             "see the Run form of its deployment"
         ) from None

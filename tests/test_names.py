@@ -85,7 +85,18 @@ REPLACED_WORDS = (
 )
 REPLACED_IN_TESTS = re.compile(rf"^test_(what|those|it)_|_({REPLACED_WORDS})(_|$)")
 REPLACED_IN_CODE = re.compile(rf"(^|_)({REPLACED_WORDS}|which)(_|$)")
-PRONOUN = re.compile(r"_*(done|found|it|left|made|most|one|own|that|them|these|they|those|what)_*")
+PRONOUN = re.compile(
+    r"_*(doing|done|found|it|left|made|most|one|own|redone|that|them|these|they|those|wanted|what|when|where|why)_*"
+)
+# Names that PRONOUN matches, by file; the list shrinks only. `left` and `right` are the halves of a Feistel network.
+EXCEPTED_NAMES = {
+    ("tests/feedback/test_items.py", "when"),
+    ("tests/yuan/test_convert.py", "one"),
+    ("tests/yuan/test_convert.py", "where"),
+    ("yuan/data/shuffle.py", "left"),
+    ("yuan/plan/pool.py", "what"),
+    ("yuan/safe_files.py", "why"),
+}
 QUESTION = re.compile(r"(How|That|Those|What|Whether|Which|Who|Whose|Where)\b")
 # Of functions that return a bool; they begin with "Return True if".
 PREDICATE = re.compile(r"(Check|Say|Tell) (if|whether)\b")
@@ -94,7 +105,10 @@ FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def find_names(tree):
-    """Yield the functions, methods, classes and parameters of a module with their line, classes in snake case."""
+    """Yield every name that a module defines with its line: functions, classes in snake case, parameters, values.
+
+    Values are variables, fields of classes, and attributes that are assigned.
+    """
     for node in ast.walk(tree):
         if isinstance(node, FUNCTIONS):
             yield node.lineno, node.name
@@ -102,6 +116,10 @@ def find_names(tree):
             yield node.lineno, re.sub(r"(?<=[a-z])(?=[A-Z])", "_", node.name).lower()
         elif isinstance(node, ast.arg):
             yield node.lineno, node.arg
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.attr
 
 
 def test_names_of_tests_have_no_word_that_the_glossary_replaces():
@@ -119,9 +137,11 @@ def test_names_in_code_are_no_pronouns_and_have_no_word_that_the_glossary_replac
     """A value is a noun, named by what it is, and a function a verb: `found` and `who` have to be looked up."""
     offenders = []
     for module in list_modules(*PACKAGES, "tests", "benchmarks"):
+        file = str(module.relative_to(ROOT))
         for line, name in find_names(parse(module)):
-            if PRONOUN.fullmatch(name) or REPLACED_IN_CODE.search(name):
-                offenders.append(f"{module.relative_to(ROOT)}:{line} {name}")
+            is_pronoun = PRONOUN.fullmatch(name) and (file, name) not in EXCEPTED_NAMES
+            if is_pronoun or REPLACED_IN_CODE.search(name):
+                offenders.append(f"{file}:{line} {name}")
     assert offenders == []
 
 

@@ -102,11 +102,11 @@ def describe_regressions(decision: PromotionDecision) -> list[str]:
     lines = []
     for account in decision.regressions_by_account:
         shown_reports = account.reports[:MAX_SHOWN_REPORTS]
-        more = ", ..." if len(account.reports) > len(shown_reports) else ""
+        ellipsis = ", ..." if len(account.reports) > len(shown_reports) else ""
         gained = f"{account.num_gained} earlier ones pass now (p = {account.p_value:.2g})"
         weight = "" if account.is_significant else ", which may be chance and does not count"
         change = f"{account.num_lost} reports fail again, {gained}{weight}"
-        lines.append(f"  {account.name}: {change}: {', '.join(shown_reports)}{more}")
+        lines.append(f"  {account.name}: {change}: {', '.join(shown_reports)}{ellipsis}")
     if lines and not decision.regressions_may_be_chance:
         lines.append("  if the reports of an account are invalid: cotrain withdraw account NAME --reason TEXT")
     return lines

@@ -45,8 +45,11 @@ def probe_flow_runs(settings: FlowSettings) -> list[Finding]:
             return [Finding(FLOW_RUN_SUBJECT, fault=fault, fix=fix)]
         newest = fetch_first_flow_run(http, {"start_time": {"is_null_": False}}, sort="START_TIME_DESC")
         started_at = newest.started_at if newest else None
-        faults = list(_find_start_faults(http))
-    findings = [Finding(FLOW_RUN_SUBJECT, succeeded_at=started_at, fault=each.fault, fix=each.fix) for each in faults]
+        start_faults = list(_find_start_faults(http))
+    findings = [
+        Finding(FLOW_RUN_SUBJECT, succeeded_at=started_at, fault=start_fault.fault, fix=start_fault.fix)
+        for start_fault in start_faults
+    ]
     return findings or [Finding(FLOW_RUN_SUBJECT, succeeded_at=started_at)]
 
 

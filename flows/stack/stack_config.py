@@ -169,7 +169,7 @@ def drop_retired_secrets(home: Path) -> None:
         save_config(home, replace(config, retired={}))
 
 
-def choose_ports(names: Sequence[str] = PORT_NAMES, taken: Collection[int] = ()) -> dict[str, int]:
+def choose_ports(names: Sequence[str] = PORT_NAMES, taken_ports: Collection[int] = ()) -> dict[str, int]:
     """Choose free loopback ports: the default ones for web interfaces, others outside the ephemeral range.
 
     With COTRAIN_PORT_RANGE=FIRST-LAST all are chosen from that range.
@@ -185,7 +185,7 @@ def choose_ports(names: Sequence[str] = PORT_NAMES, taken: Collection[int] = ())
         default_ports = [defaults[name]] if name in defaults else []
         random_ports = (random.SystemRandom().randint(*port_range) for _ in range(MAX_PORT_TRIES))
         for port in (*default_ports, *random_ports):
-            is_taken = port in taken or port in ports.values()
+            is_taken = port in taken_ports or port in ports.values()
             if not is_taken and is_port_free(port) and not is_port_blocked(name, port):
                 ports[name] = port
                 break

@@ -312,7 +312,10 @@ def _build_pod_spec(job: Job, options: KubernetesOptions) -> dict[str, Any]:
     limits = {options.device_resource: str(per_node * options.devices_per_process)}
     if options.memory:
         limits["memory"] = options.memory
-    apart = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": {"cotrain/job": job.name}}}
+    anti_affinity_term = {
+        "topologyKey": "kubernetes.io/hostname",
+        "labelSelector": {"matchLabels": {"cotrain/job": job.name}},
+    }
     container = {
         "name": CONTAINER_NAME,
         "image": options.image,
@@ -330,7 +333,9 @@ def _build_pod_spec(job: Job, options: KubernetesOptions) -> dict[str, Any]:
             {"name": "shared-memory", "mountPath": "/dev/shm"},
         ],
     }
-    affinity: dict[str, Any] = {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [apart]}}
+    affinity: dict[str, Any] = {
+        "podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [anti_affinity_term]}
+    }
     if job.excluded_hosts:  # match the node's name, since its hostname label may differ
         exclusions = [{"key": "metadata.name", "operator": "NotIn", "values": [host]} for host in job.excluded_hosts]
         terms = {"nodeSelectorTerms": [{"matchFields": exclusions}]}

@@ -94,9 +94,11 @@ def test_too_long_or_failing_prompts_are_refused_and_the_others_answered(model_s
 def test_wrong_version_or_token_is_not_an_item_error(model_server):
     with pytest.raises(ConnectionError, match="the request was for v4"):
         ask_model(model_server, ["a"], version=4)
-    wrong = model_server.model_copy(update={"model_server_token": type(model_server.model_server_token)("wrong")})
+    server_with_wrong_token = model_server.model_copy(
+        update={"model_server_token": type(model_server.model_server_token)("wrong")}
+    )
     with pytest.raises(Exception, match="401"):
-        ask_model(wrong, ["a"])
+        ask_model(server_with_wrong_token, ["a"])
 
 
 def test_only_the_dataset_with_missing_bytes_is_rejected(stores, engine, objects, portal, account):

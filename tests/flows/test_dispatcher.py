@@ -120,7 +120,11 @@ def test_round_is_requested_when_enough_reports_were_accepted_since_the_last_one
 def test_attempt_keys_cannot_be_computed_without_the_database_password(stores):
     """A holder of Prefect's password could otherwise create a run with the key first, and so block the attempt."""
     other = stores.model_copy(update={"database_url": SecretStr("postgresql://cotrain:guessed@127.0.0.1/cotrain")})
-    ours, theirs = (Context(settings, None, None) for settings in (stores, other))
-    keys = {make_attempt_key(context, "0" * 32, attempt) for context in (ours, theirs) for attempt in (1, 2)}
-    assert len(keys) == 4 and make_attempt_key(ours, "0" * 32, 1) in keys
+    context, guessing_context = (Context(settings, None, None) for settings in (stores, other))
+    keys = {
+        make_attempt_key(key_context, "0" * 32, attempt)
+        for key_context in (context, guessing_context)
+        for attempt in (1, 2)
+    }
+    assert len(keys) == 4 and make_attempt_key(context, "0" * 32, 1) in keys
     assert all(re.fullmatch("round:[0-9a-f]{64}", key) and "0" * 32 not in key for key in keys)

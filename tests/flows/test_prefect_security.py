@@ -66,11 +66,11 @@ def overwrite(stores):
     config = load_config(stores.home)
     url = f"postgresql://prefect:{config.secrets['prefect_database']}@127.0.0.1:{config.ports['postgres']}/prefect"
 
-    def write(table, where, **columns):
-        named = ", ".join(f"{name} = %s" for name in columns)
+    def write(table, row_name, **columns):
+        assignments = ", ".join(f"{name} = %s" for name in columns)
         values = [Jsonb(value) if isinstance(value, (dict, list)) else value for value in columns.values()]
         with psycopg.connect(url) as connection:
-            cursor = connection.execute(f"update {table} set {named} where name = %s", [*values, where])
+            cursor = connection.execute(f"update {table} set {assignments} where name = %s", [*values, row_name])
             assert cursor.rowcount > 0
 
     yield write

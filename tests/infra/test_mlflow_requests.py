@@ -27,7 +27,9 @@ class RecordingApp:
     """Record forwarded paths and body sizes; respond to searches only while `may_answer` is set."""
 
     def __init__(self):
-        self.reached, self.inside, self.most = [], 0, 0
+        self.reached = []
+        self.num_requests = 0  # at present
+        self.max_requests = 0
         self.may_answer = threading.Event()
         self.may_answer.set()
 
@@ -37,11 +39,11 @@ class RecordingApp:
             message = await receive()
             size, has_more = size + len(message.get("body", b"")), message.get("more_body", False)
         self.reached.append((scope["path"], size))
-        self.inside += 1
-        self.most = max(self.most, self.inside)
+        self.num_requests += 1
+        self.max_requests = max(self.max_requests, self.num_requests)
         while scope["path"] == SEARCH and not self.may_answer.is_set():
             await asyncio.sleep(0.01)
-        self.inside -= 1
+        self.num_requests -= 1
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body", "body": b""})
 
@@ -133,9 +135,9 @@ def test_concurrent_consumer_requests_are_limited_and_do_not_block_the_platform(
         ]
         while not any(future.done() for future in futures):
             time.sleep(0.05)
-        assert app.most == MAX_CONCURRENT_REQUESTS
+        assert app.max_requests == MAX_CONCURRENT_REQUESTS
         reading = pool.submit(httpx.post, url, content="{}", auth=READER, timeout=30)
-        while app.most == MAX_CONCURRENT_REQUESTS:
+        while app.max_requests == MAX_CONCURRENT_REQUESTS:
             time.sleep(0.05)
         assert post("{}", LOG, ADMINISTRATOR).status_code == httpx.get(f"http://127.0.0.1:{port}/health").status_code
         app.may_answer.set()
