@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 DISPATCHER_HEARTBEAT_FILE = Path("dispatcher/alive.json")
 WORKER_HEARTBEAT_FILE = Path("worker/alive")
 SERVICE_HEARTBEAT_TIMEOUT_S = 30.0  # heartbeat age from which such a service counts as silent
-FIRST_DUTY_PAUSE_S, MAX_DUTY_PAUSE_S = 1.0, 30.0
+FIRST_DUTY_PAUSE_S = 1.0
+MAX_DUTY_PAUSE_S = 30.0
 
 
 class Duty(StrEnum):

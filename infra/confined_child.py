@@ -30,19 +30,29 @@ PR_SET_SECUREBITS = 28
 PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
 SECBIT_NO_SETUID_FIXUP = 4  # without it access(2), which PostgreSQL calls, ignores the capability
-CLONE_NEWUSER, CLONE_NEWNS = 0x10000000, 0x00020000
-MS_NO_SUID, MS_NO_DEVICES, MS_NO_EXEC = 2, 4, 8
-MS_BIND, MS_RECURSIVE = 1 << 12, 1 << 14
-MS_PRIVATE, MS_SLAVE = 1 << 18, 1 << 19
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWNS = 0x00020000
+MS_NO_SUID = 2
+MS_NO_DEVICES = 4
+MS_NO_EXEC = 8
+MS_BIND = 1 << 12
+MS_RECURSIVE = 1 << 14
+MS_PRIVATE = 1 << 18
+MS_SLAVE = 1 << 19
 MOUNT_SETATTR = 442  # the system call's number, the same on every architecture
 MOUNT_READ_ONLY = 1
-AT_FDCWD, AT_RECURSIVE = -100, 0x8000
+AT_FDCWD = -100
+AT_RECURSIVE = 0x8000
 MAX_OPEN_FILES = 65_536
 LAST_CAPABILITY = 63
 
 # Landlock: system calls (the same numbers on every architecture), and access rights of linux/landlock.h.
-CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
-GET_VERSION, PATH_BENEATH, NET_PORT = 1, 1, 2
+CREATE_RULESET = 444
+ADD_RULE = 445
+RESTRICT_SELF = 446
+GET_VERSION = 1
+PATH_BENEATH = 1
+NET_PORT = 2
 EXECUTE_RIGHT = 1 << 0
 WRITE_FILE_RIGHT = 1 << 1
 READ_FILE_RIGHT = 1 << 2
@@ -50,7 +60,9 @@ READ_DIR_RIGHT = 1 << 3
 CHANGE_RIGHTS = sum(1 << bit for bit in (4, 5, 7, 8, 9, 10, 12))  # remove and create folders, files, sockets, ...
 MAKE_DEVICE_RIGHTS = 1 << 6 | 1 << 11  # create device files: never granted
 MAKE_SOCKET_RIGHT = 1 << 9
-REFER_RIGHT, TRUNCATE_RIGHT, IOCTL_DEV_RIGHT = 1 << 13, 1 << 14, 1 << 15
+REFER_RIGHT = 1 << 13
+TRUNCATE_RIGHT = 1 << 14
+IOCTL_DEV_RIGHT = 1 << 15
 # The rights that a rule for a single file may contain.
 FILE_RIGHTS = EXECUTE_RIGHT | WRITE_FILE_RIGHT | READ_FILE_RIGHT | TRUNCATE_RIGHT | IOCTL_DEV_RIGHT
 READ_RIGHTS = EXECUTE_RIGHT | READ_FILE_RIGHT | READ_DIR_RIGHT
@@ -58,8 +70,10 @@ READ_RIGHTS = EXECUTE_RIGHT | READ_FILE_RIGHT | READ_DIR_RIGHT
 WRITE_RIGHTS = (
     WRITE_FILE_RIGHT | READ_FILE_RIGHT | READ_DIR_RIGHT | CHANGE_RIGHTS | REFER_RIGHT | TRUNCATE_RIGHT | IOCTL_DEV_RIGHT
 )
-BIND_TCP, CONNECT_TCP = 1, 2
-SCOPE_ABSTRACT_SOCKETS, SCOPE_SIGNALS = 1, 2
+BIND_TCP = 1
+CONNECT_TCP = 2
+SCOPE_ABSTRACT_SOCKETS = 1
+SCOPE_SIGNALS = 2
 
 # seccomp: the audit architecture and the numbers of the system calls, x86_64 before aarch64.
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -85,17 +99,27 @@ SYSTEM_V_CALLS = (
     *("shmget", "shmat", "shmctl", "semget", "semctl", "semop", "semtimedop"),
     *("msgget", "msgctl", "msgsnd", "msgrcv"),
 )
-PR_SET_SECCOMP, SECCOMP_MODE_FILTER, SECCOMP_GET_ACTION_AVAIL = 22, 2, 2
+PR_SET_SECCOMP = 22
+SECCOMP_MODE_FILTER = 2
+SECCOMP_GET_ACTION_AVAIL = 2
 # BPF instructions on a 32-bit word.
-BPF_LOAD, BPF_AND = 0x20, 0x54
-BPF_EQUAL, BPF_NOT_LESS = 0x15, 0x35
+BPF_LOAD = 0x20
+BPF_AND = 0x54
+BPF_EQUAL = 0x15
+BPF_NOT_LESS = 0x35
 BPF_RETURN = 0x06
-SECCOMP_ALLOW, SECCOMP_ERRNO = 0x7FFF0000, 0x00050000
-NUMBER_OFFSET, ARCHITECTURE_OFFSET, ARGUMENTS_OFFSET = 0, 4, 16  # of struct seccomp_data
+SECCOMP_ALLOW = 0x7FFF0000
+SECCOMP_ERRNO = 0x00050000
+# Offsets of the fields of struct seccomp_data.
+NUMBER_OFFSET = 0
+ARCHITECTURE_OFFSET = 4
+ARGUMENTS_OFFSET = 16
 FIRST_X32_CALL = 0x40000000  # on x86_64, numbers from here on are the x32 ABI's
-ALL_BITS_MASK, SOCKET_TYPE_MASK = 0xFFFFFFFF, 0xF
+ALL_BITS_MASK = 0xFFFFFFFF
+SOCKET_TYPE_MASK = 0xF
 MSG_FASTOPEN = 0x20000000
-PRIO_PROCESS, IOPRIO_WHO_PROCESS = 0, 1
+PRIO_PROCESS = 0
+IOPRIO_WHO_PROCESS = 1
 
 BpfInstruction = tuple[int, int, int, int]  # code, instructions to skip if true, and if false, operand
 ArgumentTest = tuple[int, int, tuple[int, ...]]  # argument's index, the bits that count, their allowed values

@@ -17,7 +17,9 @@ MAX_STRING_CHARACTERS = 10_000  # of a string
 MAX_RESULTS = 25_000  # the client library requests this number of metric points at a time
 MAX_JSON_DEPTH = 20
 MAX_GRAPHQL_CHARACTERS = 4_096  # of a GraphQL query; those of MLflow's pages have at most 1,500
-MAX_GRAPHQL_TOKENS, MAX_GRAPHQL_FIELDS, MAX_GRAPHQL_ALIASES = 1_000, 200, 10
+MAX_GRAPHQL_TOKENS = 1_000
+MAX_GRAPHQL_FIELDS = 200
+MAX_GRAPHQL_ALIASES = 10
 
 
 class MlflowRequestRefused(ValueError):

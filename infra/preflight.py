@@ -8,7 +8,8 @@ import os
 import shutil
 import sys
 
-SETUP_DISK_GIB, SETUP_MEMORY_GIB = 15, 7.5
+SETUP_DISK_GIB = 15
+SETUP_MEMORY_GIB = 7.5
 
 
 def find_setup_faults(folder: str) -> "list[str]":

@@ -11,7 +11,8 @@ from asyncpg import protocol
 
 # PostgreSQL's protocol, version 3: a message has its type, its length without the type byte, and its content. The
 # content of an authentication message begins with a request code.
-AUTHENTICATION_TYPE, MESSAGE_HEADER = b"R", struct.Struct("!ci")
+AUTHENTICATION_TYPE = b"R"
+MESSAGE_HEADER = struct.Struct("!ci")
 SCRAM_REQUEST_ORDER = [10, 11, 12, 0]  # SASL (asyncpg supports only SCRAM), SASLContinue, SASLFinal, Ok
 MAX_SIGN_IN_MESSAGE_BYTES = 64 * 1024
 

@@ -16,7 +16,8 @@ from feedback.client import PortalError
 from yuan.data.text import BadJson, describe_errors, find_unstorable, make_printable, parse_json
 from yuan.version_names import parse_version_number
 
-EXIT_FAILED, EXIT_USAGE = 1, 2
+EXIT_FAILED = 1
+EXIT_USAGE = 2
 MAX_LINE_CHARACTERS = 1000
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout; progress goes to stderr")]
 

@@ -21,7 +21,8 @@ from yuan.version_names import parse_model_name
 
 REPORTS_PER_SKILL = 60
 DATASET_ROWS = 5000
-QUESTIONS_PER_REQUEST, MAX_QUESTIONS_PER_SKILL = 40, 600
+QUESTIONS_PER_REQUEST = 40
+MAX_QUESTIONS_PER_SKILL = 600
 MALFORMED_DATASET = b'{"prompt": "2+2", "answer": "4"}\n{"prompt": "3+3"}\nnot json\n'
 
 

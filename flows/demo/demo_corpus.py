@@ -9,9 +9,11 @@ from yuan.data.rows import Row
 from yuan.data.skills import Skill, load_skills
 
 HERE = Path(__file__).parent
-BASE_SKILLS, REPORTED_SKILLS = HERE / "base_skills.py", HERE / "reported_skills.py"
+BASE_SKILLS = HERE / "base_skills.py"
+REPORTED_SKILLS = HERE / "reported_skills.py"
 ROWS_PER_SKILL = 2600
-NUM_DOCUMENTS, DOCUMENT_CHARACTERS = 300, 800
+NUM_DOCUMENTS = 300
+DOCUMENT_CHARACTERS = 800
 # Listed by name, so that every Python from 3.11 on gives documents of the same kind.
 STDLIB_MODULES = (
     "argparse", "ast", "bisect", "calendar", "collections/__init__", "csv", "dataclasses", "difflib", "enum",

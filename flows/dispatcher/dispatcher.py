@@ -34,10 +34,13 @@ from infra.settings import DispatcherSettings
 
 log = logging.getLogger(__name__)
 
-REGISTER_EVERY_S, END_LOST_EVERY_S = 300.0, 10.0
-IDLE_POLL_S, BUSY_POLL_S = 10.0, 2.0
+REGISTER_EVERY_S = 300.0
+END_LOST_EVERY_S = 10.0
+IDLE_POLL_S = 10.0
+BUSY_POLL_S = 2.0
 # Reports are processed in batches: REPORT_BATCH_WAIT_S after the first arrived, or at once from REPORT_BATCH_SIZE on.
-REPORT_BATCH_WAIT_S, REPORT_BATCH_SIZE = 10.0, 500
+REPORT_BATCH_WAIT_S = 10.0
+REPORT_BATCH_SIZE = 500
 REPRODUCTION_RETRY_PAUSE_S = 60.0
 RECONNECT_PAUSE_S = 1.0
 PREFECT_TIMEOUT_S = 10.0  # for a server that hangs; the duty's backoff sets the time of the retry

@@ -24,7 +24,8 @@ DATE_FIELD_PATTERN = re.compile(
 DATE_VALUE_PATTERN = re.compile(r"(19[7-9]\d|[2-8]\d{3})-\d\d-\d\d(?!\d).*")
 RUN_PARAMETERS_PATH = re.compile(r"/api/deployments/[^/]+/(create_flow_run|schedules/[^/]+)|/api/flow_runs/[^/]+")
 SCHEMA_VALIDATION_PATH = "/api/ui/schemas/validate"
-EVENTS_PATH, EVENT_PAGES_PATH = "/api/events", "/api/events/filter/next"
+EVENTS_PATH = "/api/events"
+EVENT_PAGES_PATH = "/api/events/filter/next"
 # Limit of one event or other websocket message. The server queues up to 50,000 events, limited only by their number;
 # those that the platform and its pages send have less than 8 KiB.
 MAX_EVENT_BYTES = 32 * 1024

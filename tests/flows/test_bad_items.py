@@ -30,7 +30,8 @@ from yuan.serve.request import ServedModel
 from yuan.serve.response_schemas import TextChoice, TextCompletion
 from yuan.serve.service import ModelService
 
-VERSION, WINDOW = 3, 64
+VERSION = 3
+WINDOW = 64
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from infra.keeper_state import read_service_states
 
 SETTINGS = "COTRAIN_ROUND_AFTER_REPORTS=0\n"
 # The dispatcher's liveness timeout is five minutes, since a duty may wait for servers; it hangs during the whole test.
-SLOWEST, GROUPS = "dispatcher", (("postgres",), ("s3", "prefect"), ("mlflow", "portal"), ("model-server", "worker"))
+SLOWEST = "dispatcher"
+GROUPS = (("postgres",), ("s3", "prefect"), ("mlflow", "portal"), ("model-server", "worker"))
 
 
 def count_restarts(stack):

@@ -17,7 +17,8 @@ from flows.prefect_gate.deployment_rules import DEPLOYMENT_FIXED_FIELDS, MAX_CRO
 from flows.prefect_gate.prefect_gate import MAX_PREFECT_BODY_BYTES, PrefectGate
 from infra.throttle import MAX_ACCOUNT_FAILURES
 
-RIGHT, RUNS = ("cotrain", "a-generated-secret"), "/api/flow_runs/filter"
+RIGHT = ("cotrain", "a-generated-secret")
+RUNS = "/api/flow_runs/filter"
 RUN = f"/api/deployments/{'0' * 8}-0000-4000-8000-{'0' * 12}/create_flow_run"
 RUN_ITSELF = f"/api/flow_runs/{'0' * 8}-0000-4000-8000-{'0' * 12}"
 

@@ -23,7 +23,8 @@ from tests.waiting import wait_until
 pytestmark = pytest.mark.slow
 
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-REPRODUCE, ROUND = "cotrain-reproduce", "cotrain-round"
+REPRODUCE = "cotrain-reproduce"
+ROUND = "cotrain-round"
 
 
 class Marker:

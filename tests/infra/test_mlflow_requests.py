@@ -18,8 +18,11 @@ from infra.mlflow_requests import MAX_ORDER_BY_ENTRIES, MAX_RESULTS, MlflowReque
 from infra.request_limiter import RequestLimiter, RequestLimitReached
 from infra.throttle import compute_credential_digest
 
-ADMINISTRATOR, CONSUMER, READER = ("root", "r" * 40), ("consumer", "c" * 40), (mlflow_rules.READER_ACCOUNT, "p" * 40)
-SEARCH, LOG = "/api/2.0/mlflow/runs/search", "/api/2.0/mlflow/runs/log-batch"
+ADMINISTRATOR = ("root", "r" * 40)
+CONSUMER = ("consumer", "c" * 40)
+READER = (mlflow_rules.READER_ACCOUNT, "p" * 40)
+SEARCH = "/api/2.0/mlflow/runs/search"
+LOG = "/api/2.0/mlflow/runs/log-batch"
 UPLOAD = "/api/2.0/mlflow-artifacts/artifacts/1/model"
 
 

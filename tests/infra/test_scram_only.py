@@ -19,7 +19,10 @@ from tests.infra.listening import listen_on_port
 from tests.waiting import wait_until
 
 PASSWORD = "secret-of-the-database"
-CLEARTEXT, MD5, KERBEROS, SIGNED_IN = 3, 5, 7, 0
+CLEARTEXT = 3
+MD5 = 5
+KERBEROS = 7
+SIGNED_IN = 0
 
 
 @pytest.fixture(autouse=True)
