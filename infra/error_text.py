@@ -30,7 +30,7 @@ def describe_error(error: BaseException) -> str:
 def _redact_message(error: BaseException) -> str:
     """Return the part of an error's message without user data.
 
-    Error types are recognised by their attributes, so that no large library is imported.
+    Error types are recognized by their attributes, so that no large library is imported.
     """
     cause = getattr(error, "orig", error)  # SQLAlchemy's errors hold the driver's error
     sqlstate = getattr(cause, "sqlstate", None)

@@ -103,7 +103,7 @@ def choose_backlog(open_files: int) -> int:
     """Return the size of the accept queue (the backlog of listen(2)).
 
     asyncio accepts all queued connections at once, before it reads from any. So the backlog is at most a quarter of
-    the connection limit: an accepted client is not closed in favour of those behind it before its request is read.
+    the connection limit: an accepted client is not closed in favor of those behind it before its request is read.
     Three iterations of the event loop pass before a connection beyond the limit is closed, so four times the backlog
     takes at most half of the files that the connection limit leaves.
 

@@ -141,7 +141,7 @@ def _walk_nodes(root: Any) -> Iterator[Any]:
 
 
 def _normalize_name(name: str) -> str:
-    """Normalise a field's name, since protobuf accepts both `order_by` and `orderBy`."""
+    """Normalize a field's name, since protobuf accepts both `order_by` and `orderBy`."""
     return name.replace("_", "").lower()
 
 

@@ -51,7 +51,7 @@ class Postgres:
     def data(self) -> Path:
         return self.folder / "data"
 
-    def initialise(self) -> None:
+    def initialize(self) -> None:
         """Create the cluster if it does not exist, else remove the pid file of a killed server."""
         if (self.data / "PG_VERSION").exists():
             self._remove_stale_pid_file()

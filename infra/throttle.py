@@ -99,7 +99,7 @@ def _make_counter_keys(account: str, address: str) -> tuple[bytes, bytes]:
 
 
 def compute_credential_digest(account: str, password: str) -> str:
-    """Return the sha256 with which a process recognises a generated secret without storing it."""
+    """Return the sha256 with which a process recognizes a generated secret without storing it."""
     return hashlib.sha256(f"{account}:{password}".encode("utf-8", "surrogatepass")).hexdigest()
 
 

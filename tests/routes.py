@@ -1,4 +1,4 @@
-"""List a server's routes, and summarise in a table which of them each caller may use."""
+"""List a server's routes, and summarize in a table which of them each caller may use."""
 
 import re
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ def _flatten(routes):
             yield route
 
 
-def summarise(server, num_walked, open_to):
+def summarize(server, num_walked, open_to):
     """Return one row of the table: how many of the requested methods and paths each caller may use."""
     counts = ", ".join(f"{caller} {len(routes)}" for caller, routes in open_to.items())
     return f"| {server} | {num_walked} | {counts} |"

@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 from feedback.accounts import add_contributor
 from feedback.tables import new_id
 from infra.database import make_session_factory
-from tests.routes import METHODS, Route, list_routes, summarise
+from tests.routes import METHODS, Route, list_routes, summarize
 from yuan.serve.api import make_api
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.service import ModelService
@@ -97,7 +97,7 @@ def test_portal_allows_each_caller_only_its_listed_routes(portal, account, other
     assert open_to["owner"] == accounts | PORTAL["owner"]
     assert open_to["another"] == accounts
     assert open_to["operator"] - PORTAL["owner"] == accounts | PORTAL["operator"]
-    assert summarise("portal", num_walked, open_to) in (ROOT / "docs" / "reliability.md").read_text()
+    assert summarize("portal", num_walked, open_to) in (ROOT / "docs" / "reliability.md").read_text()
 
 
 def test_model_server_accepts_only_its_token():
@@ -109,4 +109,4 @@ def test_model_server_accepts_only_its_token():
         unknown = [client.get(path).status_code for path in ("/docs", "/openapi.json", "/redoc", "/new")]
     assert open_to == {"anonymous": HEALTH, "wrong token": HEALTH, "token": MODEL_SERVER}
     assert set(unknown) <= {401, 404}
-    assert summarise("model server", num_walked, open_to) in (ROOT / "docs" / "reliability.md").read_text()
+    assert summarize("model server", num_walked, open_to) in (ROOT / "docs" / "reliability.md").read_text()

@@ -40,7 +40,7 @@ def make_postgres_service(config: StackConfig, settings: Settings, postgres: Pos
         command=postgres.command,
         env={"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"},
         cwd=Path("/"),
-        before=postgres.initialise,
+        before=postgres.initialize,
         check=postgres.check,
         liveness=LivenessPolicy(postgres.check_answer),
         addresses=(postgres.address,),

@@ -22,7 +22,7 @@ from flows.prefect_gate.route_rules import OPERATOR_ROUTES, PUBLIC_ROUTES, WEBSO
 from flows.stack.services import make_services
 from flows.stack.stack_config import load_config
 from tests.conftest import start
-from tests.routes import METHODS, Route, summarise
+from tests.routes import METHODS, Route, summarize
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
@@ -142,7 +142,7 @@ def test_only_listed_routes_are_open_and_only_to_their_callers(server, routes):
     open_routes = {caller: status & routes for caller, status in open_to.items()}
     assert open_routes["anonymous"] == open_routes["wrong password"] == list_rule_routes(PUBLIC_ROUTES)
     assert open_routes["operator"] == list_rule_routes(PUBLIC_ROUTES, OPERATOR_ROUTES)
-    row = summarise("Prefect", len(http_routes), open_routes)
+    row = summarize("Prefect", len(http_routes), open_routes)
     assert row in (ROOT / "docs" / "reliability.md").read_text(), row
 
 

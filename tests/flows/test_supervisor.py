@@ -83,7 +83,7 @@ def test_run_is_replanned_without_the_lost_device(supervisor):
 def test_a_pool_without_devices_is_refused_before_anything_starts(supervisor):
     with supervisor.context.sessions.begin() as session:
         leases.register_pool(session, supervisor.pool)
-        session.execute(update(PoolDevice).values(lost_reason="burnt"))
+        session.execute(update(PoolDevice).values(lost_reason="burned"))
     with pytest.raises(TrainingFailed, match="has lost all its devices"):
         supervisor.run()
     assert not (supervisor.folder.path / "train.log").exists()

@@ -87,7 +87,7 @@ def test_killed_postgres_keeps_committed_rows(tmp_path):
     config = load_or_make_config(tmp_path)
     server = Postgres(tmp_path / "pg", port=config.ports["postgres"], password=config.secrets["postgres"])
     for round_ in range(2):
-        server.initialise()
+        server.initialize()
         process = subprocess.Popen(
             server.command(), stderr=subprocess.DEVNULL, env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
         )
@@ -105,7 +105,7 @@ def test_postgres_without_free_connections_is_alive_and_serves_open_ones(tmp_pat
     """Open 260 connections that never authenticate."""
     config = load_or_make_config(tmp_path)
     server = Postgres(tmp_path / "pg", port=config.ports["postgres"], password=config.secrets["postgres"])
-    server.initialise()
+    server.initialize()
     with contextlib.ExitStack() as cleanup:
         process = cleanup.enter_context(
             subprocess.Popen(server.command(), stderr=subprocess.DEVNULL, env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"})

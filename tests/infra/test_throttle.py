@@ -82,7 +82,7 @@ def test_number_of_counters_is_limited_and_the_least_recently_used_is_evicted(th
     assert throttle.admit("ann", "10.0.0.1") == 0
 
 
-def test_only_the_exact_generated_secret_is_recognised():
+def test_only_the_exact_generated_secret_is_recognized():
     digests = [compute_credential_digest("cotrain", "right"), compute_credential_digest("consumer", "other")]
     assert is_machine_secret("cotrain", "right", digests)
     assert not is_machine_secret("cotrain", "other", digests)
