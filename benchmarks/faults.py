@@ -316,7 +316,7 @@ def retry(call: Callable[[], Any]) -> Any:
 def count_events(folder: RunFolder) -> dict[str, int]:
     counts: dict[str, int] = {}
     for event in folder.read_events():
-        name = f"{event.name}: {event.kind}" if isinstance(event, EndedEvent) else event.name
+        name = f"{event.name}: {event.exit_reason}" if isinstance(event, EndedEvent) else event.name
         counts[name] = counts.get(name, 0) + 1
     routine = (CheckpointEvent.name, CheckpointStoredEvent.name)
     return {name: count for name, count in counts.items() if name not in routine}

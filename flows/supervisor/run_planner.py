@@ -98,7 +98,7 @@ class RunPlanner:
         picture = draw_plan(work, working_pool, plan)
         replace_file_below(self._folder.path, PLAN_PICTURE_FILE, picture.encode())
         event = ReplanEvent(
-            why=reason[:MAX_EVENT_REASON_CHARACTERS],
+            reason=reason[:MAX_EVENT_REASON_CHARACTERS],
             bounds=plan.bounds,
             data_size=plan.data_size,
             explanation=move.explanation,

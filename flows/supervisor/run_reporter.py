@@ -137,8 +137,8 @@ class RunReporter:
 
         for record in self._event_log.read():
             event = parse_event(record)
-            if isinstance(event, RollBackEvent):  # the steps after `to` are repeated and reported again
-                self._last_sent_step = min(self._last_sent_step, event.to)
+            if isinstance(event, RollBackEvent):  # the steps after the checkpoint are repeated and reported
+                self._last_sent_step = min(self._last_sent_step, event.checkpoint_step)
             # An event is reported even if its other fields are not valid.
             if record.get("event") not in REPORTED_EVENT_NAMES:
                 continue

@@ -108,7 +108,9 @@ class Supervisor:
         while not self.folder.is_finished:
             run_exit = self._run_once()
             self.folder.append_event(
-                EndedEvent(kind=run_exit.reason, why=run_exit.message[:MAX_EVENT_REASON_CHARACTERS], time=time.time())
+                EndedEvent(
+                    exit_reason=run_exit.reason, reason=run_exit.message[:MAX_EVENT_REASON_CHARACTERS], time=time.time()
+                )
             )
             self._handle_exit(run_exit)
 

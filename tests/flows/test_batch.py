@@ -56,6 +56,6 @@ def test_lost_device_excludes_its_node_until_it_is_returned(supervisor, monkeypa
         assert len(leases.set_device_lost(session, "cluster", "cpu-process/0", None)) == 2
     monkeypatch.setenv("PYTHONPATH", os.getcwd())
     supervisor.run()
-    kinds = [event.kind for event in supervisor.folder.read_events() if isinstance(event, EndedEvent)]
+    kinds = [event.exit_reason for event in supervisor.folder.read_events() if isinstance(event, EndedEvent)]
     assert kinds == ["lost device", "finished"]
     assert [row.metrics["data/first_position"] for row in supervisor.folder.read_metrics()] == list(range(0, 320, 8))

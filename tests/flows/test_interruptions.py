@@ -98,7 +98,7 @@ def cancel_flow_run(prefect, flow_run):
 
 
 def list_ending_kinds(folder):
-    return [event.kind for event in folder.read_events() if isinstance(event, EndedEvent)]
+    return [event.exit_reason for event in folder.read_events() if isinstance(event, EndedEvent)]
 
 
 def check_run_finishes(stack, folder):
@@ -133,7 +133,7 @@ def test_run_with_a_rank_killed_out_of_memory_is_replanned_with_less_memory(star
     limit_memory(read_heartbeats(folder.path)[1].pid)
     check_run_finishes(stack, folder)
     assert list_ending_kinds(folder)[0] == "out of memory"
-    assert any(isinstance(event, ReplanEvent) and "85%" in event.why for event in folder.read_events())
+    assert any(isinstance(event, ReplanEvent) and "85%" in event.reason for event in folder.read_events())
 
 
 def test_run_with_a_lost_disk_resumes_from_the_object_store(checkpointed_run, stack, sessions):

@@ -16,7 +16,7 @@ from yuan.train.heartbeat import read_heartbeats
 from yuan.train.log_tail import LOG_READ_BYTES, LogTail
 from yuan.train.run_folder import RunFolder, write_json
 
-ENDED = EndedEvent(kind="unknown", why="status 1", time=1.5)
+ENDED = EndedEvent(exit_reason="unknown", reason="status 1", time=1.5)
 SECRET = "COTRAIN_S3_SECRET_KEY=secret\n"
 PLANTS = {
     "link": lambda place, victim: place.symlink_to(victim),

@@ -32,7 +32,7 @@ def supervisor(supervise, training_inputs):
 
 
 def list_ending_kinds(folder: RunFolder):
-    return [event.kind for event in folder.read_events() if isinstance(event, EndedEvent)]
+    return [event.exit_reason for event in folder.read_events() if isinstance(event, EndedEvent)]
 
 
 def run_when_checkpointed(folder, action):

@@ -111,7 +111,7 @@ def test_damaged_checkpoint_is_skipped_and_reported(store, tmp_path, events, dam
     damage(tmp_path / "step-00000002" / "__0_0.distcp")
     assert store.find_newest().step == 1
     assert isinstance(events[-1], CheckpointDamagedEvent) and events[-1].step == 2
-    assert "__0_0.distcp" in events[-1].what and message in events[-1].what
+    assert "__0_0.distcp" in events[-1].reason and message in events[-1].reason
 
 
 @pytest.mark.parametrize("key", ["model", "order"])
@@ -131,7 +131,7 @@ def test_edited_manifest_is_reported_as_damage(store, tmp_path, events, text):
     edited = json.dumps({**json.loads(manifest.read_text()), "updates": 77})
     manifest.write_text(edited if text is None else text)
     assert store.find_newest().step == 1
-    assert events[-1] == CheckpointDamagedEvent(step=2, what="manifest.json differs from its seal")
+    assert events[-1] == CheckpointDamagedEvent(step=2, reason="manifest.json differs from its seal")
 
 
 def test_error_for_a_missing_tensor_names_the_tensor(store):

@@ -49,13 +49,13 @@ def test_an_event_is_read_as_it_was_written(event_type, tmp_path):
 
 
 def test_the_time_is_stored_last_and_only_if_it_is_known():
-    assert list(EndedEvent(kind="hung", why="", time=9.0).to_json()) == ["event", "kind", "why", "time"]
+    assert list(EndedEvent(exit_reason="hung", reason="", time=9.0).to_json()) == ["event", "kind", "why", "time"]
     assert CheckpointStoredEvent(step=4).to_json() == {"event": "checkpoint stored", "step": 4}
 
 
 def test_unknown_fields_are_ignored_and_whole_numbers_are_valid_times():
     line = '{"event": "ended", "kind": "hung", "why": "rank 1", "time": 9, "added_later": 1}'
-    assert parse_event(json.loads(line)) == EndedEvent(kind="hung", why="rank 1", time=9)
+    assert parse_event(json.loads(line)) == EndedEvent(exit_reason="hung", reason="rank 1", time=9)
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_persistent_faults_escalate_from_skip_to_rollback_to_stop():
         actions.append(rung)
         step = 50 if rung == "roll back" else step + 1
     assert actions == ["skip", "skip", "roll back"] * 2 + ["skip", "skip", "stop"]
-    assert [decisions.compute_rate_factor(step) for step in (49, 50)] == [1.0, 0.5]
+    assert [decisions.compute_learning_rate_factor(step) for step in (49, 50)] == [1.0, 0.5]
 
 
 def test_rollback_skips_only_the_data_of_faulty_steps():
@@ -89,7 +89,7 @@ def test_rollback_skips_only_the_data_of_faulty_steps():
     for step in (55, 57, 58):
         _, decisions = apply_action(decisions, step)
     assert decisions.skipped == ((8 * 55, 8 * 56), (8 * 57, 8 * 59))
-    assert decisions.compute_rate_factor(100) == 1.0
+    assert decisions.compute_learning_rate_factor(100) == 1.0
 
 
 def test_faults_older_than_the_memory_limit_are_ignored():

@@ -4,7 +4,7 @@ Ranks and the supervisor append events, so readers must expect lines that are no
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, get_origin
 
 
@@ -13,6 +13,7 @@ class RunEvent:
     """Base of all events.
 
     `name` is stored under the key `event`. `time`, in seconds since the epoch, is stored last, or not at all if None.
+    A field is stored under its own name, or under the `key` in its metadata, which keeps the logs' original keys.
     """
 
     name: ClassVar[str]
@@ -24,7 +25,8 @@ class RunEvent:
         >>> CheckpointEvent(step=5, time=9.5).to_json()
         {'event': 'checkpoint', 'step': 5, 'time': 9.5}
         """
-        stored = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "time"}
+        stored_fields = [event_field for event_field in fields(self) if event_field.name != "time"]
+        stored = {_get_key(event_field): getattr(self, event_field.name) for event_field in stored_fields}
         return {"event": self.name, **stored, **({} if self.time is None else {"time": self.time})}
 
 
@@ -34,16 +36,16 @@ class RepeatEvent(RunEvent):
 
     name = "repeat"
     step: int
-    why: str
+    reason: str = field(metadata={"key": "why"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class CleanRepeatEvent(RunEvent):
-    """The repeat of a step was clean, so the machine caused the fault; `why` is the fault of the first pass."""
+    """The repeat of a step was clean, so the machine caused the fault; `reason` is the fault of the first pass."""
 
     name = "repeat was clean"
     step: int
-    why: str
+    reason: str = field(metadata={"key": "why"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,22 +54,22 @@ class SkipEvent(RunEvent):
 
     name = "skip"
     step: int
-    why: str
+    reason: str = field(metadata={"key": "why"})
     positions: Sequence[int]
     samples: Sequence[str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RollBackEvent(RunEvent):
-    """The run returns from a step to the checkpoint of step `to`, without the data in the spans `positions`."""
+    """The run returns from a step to the checkpoint of `checkpoint_step`, without the data in the spans `positions`."""
 
     name = "roll back"
     step: int
-    to: int
-    why: str
+    checkpoint_step: int = field(metadata={"key": "to"})
+    reason: str = field(metadata={"key": "why"})
     positions: Sequence[Sequence[int]]
     samples: Sequence[str]
-    rate_factor: float  # on the learning rate, from step `to` on
+    learning_rate_factor: float = field(metadata={"key": "rate_factor"})  # from `checkpoint_step` on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,7 @@ class StopEvent(RunEvent):
 
     name = "stop"
     step: int
-    why: str
+    reason: str = field(metadata={"key": "why"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,20 +91,20 @@ class ResumeEvent(RunEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class NotCompiledEvent(RunEvent):
-    """GPUs run the operations one by one, which is slower; `why` says what prevents compiling."""
+    """GPUs run the operations one by one, which is slower; `reason` says what prevents compiling."""
 
     name = "not compiled"
-    why: str
+    reason: str = field(metadata={"key": "why"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class StragglerEvent(RunEvent):
-    """A rank became slower than the others, relative to the plan, by the factor `slower`."""
+    """A rank became slower than the others, relative to the plan, by the factor `slowdown_ratio`."""
 
     name = "straggler"
     rank: int
     stage: int
-    slower: float
+    slowdown_ratio: float = field(metadata={"key": "slower"})
     step: int
 
 
@@ -112,7 +114,7 @@ class CaughtUpEvent(RunEvent):
 
     name = "straggler caught up"
     rank: int
-    slower: float
+    slowdown_ratio: float = field(metadata={"key": "slower"})
     step: int
 
 
@@ -130,7 +132,7 @@ class CheckpointDamagedEvent(RunEvent):
 
     name = "checkpoint damaged"
     step: int
-    what: str
+    reason: str = field(metadata={"key": "what"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +141,7 @@ class CheckpointFailedEvent(RunEvent):
 
     name = "checkpoint failed"
     step: int
-    what: str
+    reason: str = field(metadata={"key": "what"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +157,7 @@ class ReplanEvent(RunEvent):
     """The supervisor replaced the plan of the run; `bounds` and `data_size` are those of the new plan."""
 
     name = "re-plan"
-    why: str
+    reason: str = field(metadata={"key": "why"})
     bounds: Sequence[int]
     data_size: int
     explanation: str
@@ -163,11 +165,11 @@ class ReplanEvent(RunEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class EndedEvent(RunEvent):
-    """The processes of the run ended; `kind` is the exit reason, see flows/supervisor/exit_reason.py."""
+    """The processes of the run ended for an `exit_reason` of flows/supervisor/exit_reason.py; `reason` explains it."""
 
     name = "ended"
-    kind: str
-    why: str
+    exit_reason: str = field(metadata={"key": "kind"})
+    reason: str = field(metadata={"key": "why"})
 
 
 EVENT_TYPES: tuple[type[RunEvent], ...] = (
@@ -202,10 +204,17 @@ def parse_event(record: Mapping[str, Any]) -> RunEvent | None:
     event_type = next((event_type for event_type in EVENT_TYPES if event_type.name == record.get("event")), None)
     if event_type is None:
         return None
-    values = {field.name: record[field.name] for field in fields(event_type) if field.name in record}
-    if any(not _is_valid(values.get(field.name), field.type) for field in fields(event_type)):
+    event_fields = fields(event_type)
+    stored_fields = [event_field for event_field in event_fields if _get_key(event_field) in record]
+    values = {event_field.name: record[_get_key(event_field)] for event_field in stored_fields}
+    if any(not _is_valid(values.get(event_field.name), event_field.type) for event_field in event_fields):
         return None
     return event_type(**values)
+
+
+def _get_key(event_field: Field[Any]) -> str:
+    """Return the key under which a field of an event is stored."""
+    return str(event_field.metadata.get("key", event_field.name))
 
 
 def _is_valid(value: object, field_type: Any) -> bool:

@@ -81,7 +81,7 @@ class GuardDecisions:
     cuts: tuple[int, ...] = ()
     faults: tuple[StepFault, ...] = ()
 
-    def compute_rate_factor(self, step: int) -> float:
+    def compute_learning_rate_factor(self, step: int) -> float:
         """Return the factor on the learning rate of a step."""
         return LEARNING_RATE_CUT ** sum(cut <= step for cut in self.cuts)
 

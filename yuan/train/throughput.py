@@ -88,14 +88,14 @@ class ThroughputMeter:
 
         events: list[StragglerEvent | CaughtUpEvent] = []
         for rank, ratio in enumerate(ratios):
-            slower = ratio / lower_median
-            if rank not in self._straggling and slower > STRAGGLER_RATIO:
-                self._straggling[rank] = slower
+            slowdown_ratio = ratio / lower_median
+            if rank not in self._straggling and slowdown_ratio > STRAGGLER_RATIO:
+                self._straggling[rank] = slowdown_ratio
                 stage = rank // self._plan.data_size
-                events.append(StragglerEvent(rank=rank, stage=stage, slower=slower, step=step))
-            elif rank in self._straggling and slower < CAUGHT_UP_RATIO:
+                events.append(StragglerEvent(rank=rank, stage=stage, slowdown_ratio=slowdown_ratio, step=step))
+            elif rank in self._straggling and slowdown_ratio < CAUGHT_UP_RATIO:
                 del self._straggling[rank]
-                events.append(CaughtUpEvent(rank=rank, slower=slower, step=step))
+                events.append(CaughtUpEvent(rank=rank, slowdown_ratio=slowdown_ratio, step=step))
             elif rank in self._straggling:
-                self._straggling[rank] = slower
+                self._straggling[rank] = slowdown_ratio
         return events

@@ -65,7 +65,7 @@ class Trainer:
             self.module, self.recipe, build_deepspeed_config(self.recipe, spec.plan.data_size)
         )
         if self.engine.device.type == "cuda" and (obstacle := find_compile_obstacle()):
-            self.run_log.log_event(NotCompiledEvent(why=obstacle))
+            self.run_log.log_event(NotCompiledEvent(reason=obstacle))
         # Creates the optimizer moments, so that even the first update can be skipped.
         collect_pieces(self.engine, spec.model.num_layers)
         self.stepper = StepRunner(
@@ -114,7 +114,7 @@ class Trainer:
         """Run one guarded step; return False if the run rolled back to a checkpoint instead."""
         size = self.recipe.global_batch_size
         positions = find_unskipped_positions(self.step * size, size, self.decisions.skipped)
-        rate = compute_learning_rate(self.step, self.recipe) * self.decisions.compute_rate_factor(self.step)
+        rate = compute_learning_rate(self.step, self.recipe) * self.decisions.compute_learning_rate_factor(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
@@ -140,10 +140,10 @@ class Trainer:
         if first.fault is None:
             return first
 
-        self.run_log.log_event(RepeatEvent(step=self.step, why=first.fault))
+        self.run_log.log_event(RepeatEvent(step=self.step, reason=first.fault))
         second = self.run_pass(positions)
         if second.fault is None:
-            self.run_log.log_event(CleanRepeatEvent(step=self.step, why=first.fault))
+            self.run_log.log_event(CleanRepeatEvent(step=self.step, reason=first.fault))
         return second
 
     def run_pass(self, positions: Int64Array) -> StepResult:
@@ -159,7 +159,7 @@ class Trainer:
         span = (int(positions[0]), int(positions[-1]) + 1)
         action = self.decisions.choose_action(self.step, self.recipe)
         if action == GuardAction.STOP:
-            self.run_log.log_event(StopEvent(step=self.step, why=fault))
+            self.run_log.log_event(StopEvent(step=self.step, reason=fault))
             raise NumericalError(
                 f"step {self.step} is faulty, {fault}, after {self.recipe.max_rollbacks} roll backs; look at the "
                 f"data at positions {span} and at the learning rate, then start a new run from a checkpoint"
@@ -170,7 +170,7 @@ class Trainer:
 
         self._save_decisions(self.decisions.skip(self.step, span))
         samples = self.corpus.describe_windows(positions[:MAX_LISTED_SAMPLES])
-        self.run_log.log_event(SkipEvent(step=self.step, why=fault, positions=span, samples=samples))
+        self.run_log.log_event(SkipEvent(step=self.step, reason=fault, positions=span, samples=samples))
         self.step += 1
         self.heartbeat.record_step(self.step, seconds)
         return True
@@ -195,11 +195,11 @@ class Trainer:
         positions = np.concatenate([np.arange(*part, dtype=np.int64) for part in spans])
         event = RollBackEvent(
             step=self.step,
-            to=step,
-            why=fault,
+            checkpoint_step=step,
+            reason=fault,
             positions=spans,
             samples=self.corpus.describe_windows(positions[:MAX_LISTED_SAMPLES]),
-            rate_factor=self.decisions.compute_rate_factor(step),
+            learning_rate_factor=self.decisions.compute_learning_rate_factor(step),
         )
         self.run_log.log_event(event)
 

@@ -132,7 +132,7 @@ class CheckpointStore:
 
     def _report_damage(self, path: Path, damage: str) -> None:
         log.warning("checkpoint %s is damaged: %s", path, damage)
-        self._emit_event(CheckpointDamagedEvent(step=parse_step(path), what=damage))
+        self._emit_event(CheckpointDamagedEvent(step=parse_step(path), reason=damage))
 
     def load(self, step: int, pieces: Mapping[str, TensorPiece]) -> None:
         """Fill the pieces from a checkpoint, written under any plan.
@@ -173,7 +173,7 @@ class CheckpointStore:
                 self._emit_event(CheckpointEvent(step=step))
         except (OSError, CheckpointException) as error:  # a full disk: the run continues, with the previous checkpoint
             log.warning("checkpoint of step %d failed: %s", step, error)
-            self._emit_event(CheckpointFailedEvent(step=step, what=str(error)[:MAX_FAILURE_CHARACTERS]))
+            self._emit_event(CheckpointFailedEvent(step=step, reason=str(error)[:MAX_FAILURE_CHARACTERS]))
 
     def _write_files(self, path: Path) -> dict[str, FileDigest]:
         """Write this rank's files, and return the digests of the files of all ranks.
