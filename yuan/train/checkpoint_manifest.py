@@ -12,7 +12,8 @@ from yuan.safe_files import is_file, list_names, read_file
 from yuan.train.file_digest import FileDigest, find_difference
 
 CHECKPOINT_MANIFEST_FILE, MANIFEST_SEAL_KEY, MANIFEST_SCHEMA = "manifest.json", "sha256", 1
-CHECKPOINT_NAME_PATTERN = re.compile(r"step-[0-9]{8}")  # no run reaches 10**8 steps
+CHECKPOINT_PREFIX = "step-"  # of the name of a checkpoint's folder, before the step in eight digits
+CHECKPOINT_NAME_PATTERN = re.compile(CHECKPOINT_PREFIX + r"[0-9]{8}")  # no run reaches 10**8 steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +123,12 @@ def format_checkpoint_name(step: int) -> str:
     >>> format_checkpoint_name(200)
     'step-00000200'
     """
-    return f"step-{step:08d}"
+    return f"{CHECKPOINT_PREFIX}{step:08d}"
 
 
 def parse_step(path: Path) -> int:
     """Return the step from a checkpoint's folder name."""
-    return int(path.name.removeprefix("step-"))
+    return int(path.name.removeprefix(CHECKPOINT_PREFIX))
 
 
 def find_damage(path: Path, manifest: CheckpointManifest) -> str | None:

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from yuan.train.checkpoint.dcp import TensorPiece, read_pieces, write_pieces
 from yuan.train.checkpoint_manifest import (
     CHECKPOINT_MANIFEST_FILE,
+    CHECKPOINT_PREFIX,
     CheckpointManifest,
     find_differences,
     format_checkpoint_name,
@@ -201,7 +202,9 @@ class CheckpointStore:
 
     def _clear(self, path: Path) -> None:
         """Remove a folder of the same step, and all partial checkpoints, which a kill leaves."""
-        partial_checkpoints = set(self.folder.glob("step-*")) - set(list_committed_checkpoints(self.folder))
+        partial_checkpoints = set(self.folder.glob(f"{CHECKPOINT_PREFIX}*")) - set(
+            list_committed_checkpoints(self.folder)
+        )
         for folder in partial_checkpoints | {path}:
             shutil.rmtree(folder, ignore_errors=True)
 
