@@ -37,8 +37,9 @@ def test_heartbeats_are_read_with_unknown_fields_and_without_optional_ones(folde
     (folder.path / "heartbeats").mkdir()
     (folder.path / "heartbeats" / "0.json").write_text(json.dumps({**STORED_HEARTBEAT, "added_later": 1}))
     (folder.path / "heartbeats" / "1.json").write_text('{"pid": 8, "time": 1001}')
-    first = Heartbeat(pid=7, time=1000.5, step=3, doing="RecvGrad", silent_s=0.5)
+    first = Heartbeat(pid=7, time=1000.5, step=3, instruction="RecvGrad", instruction_s=0.5)
     assert read_heartbeats(folder.path) == {0: first, 1: Heartbeat(pid=8, time=1001)}
+    assert first.to_json() == STORED_HEARTBEAT
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from yuan.train.exit_status import ExitStatus, write_exit_note
 from yuan.train.rank_json import RANK_FILE_PATTERN, get_count, get_number, get_text, parse_rank_object
 from yuan.train.run_folder import write_json
 
-HEARTBEATS_FOLDER, MAX_DOING_CHARACTERS = "heartbeats", 200
+HEARTBEATS_FOLDER = "heartbeats"
+MAX_INSTRUCTION_CHARACTERS = 200
 RANK_HEARTBEAT_INTERVAL_S = 1.0
 HANG_MEDIAN_RATIO = 20.0  # an instruction that takes this many median steps counts as a hang, but
 MIN_HANG_LIMIT_S = 20.0  # never in less than this, since a busy machine can stall for several seconds
@@ -34,15 +35,25 @@ class Heartbeat:
     Attributes:
         time: seconds since the epoch.
         step: the last complete step.
-        doing: the current instruction.
-        silent_s: seconds since the instruction began.
+        instruction: the current instruction; stored as `doing`.
+        instruction_s: seconds since the instruction began; stored as `silent_s`.
     """
 
     pid: int
     time: float
     step: int = 0
-    doing: str = ""
-    silent_s: float = 0.0
+    instruction: str = ""
+    instruction_s: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of the rank's heartbeat file."""
+        return {
+            "pid": self.pid,
+            "time": self.time,
+            "step": self.step,
+            "doing": self.instruction,
+            "silent_s": self.instruction_s,
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Heartbeat":
@@ -54,9 +65,12 @@ class Heartbeat:
         pid, timestamp = get_count(data, "pid"), get_number(data, "time")
         if pid is None or timestamp is None:
             raise ValueError(f"a heartbeat needs pid and time, got {data.get('pid')!r} and {data.get('time')!r}")
-        step, silent_s = get_count(data, "step") or 0, get_number(data, "silent_s") or 0.0
         return cls(
-            pid=pid, time=timestamp, step=step, doing=get_text(data, "doing", MAX_DOING_CHARACTERS), silent_s=silent_s
+            pid=pid,
+            time=timestamp,
+            step=get_count(data, "step") or 0,
+            instruction=get_text(data, "doing", MAX_INSTRUCTION_CHARACTERS),
+            instruction_s=get_number(data, "silent_s") or 0.0,
         )
 
 
@@ -73,15 +87,15 @@ class HeartbeatWriter:
         self._rank = rank
         self._max_limit_s = limit_s
         self._step = 0
-        # Instruction, start time, use of the longest limit: one tuple, so that the thread reads a consistent state.
+        # Instruction, start time, uses_max_limit: one tuple, so that the thread reads a consistent state.
         self._progress = ("starting", time.monotonic(), True)
         self._steps: deque[float] = deque(maxlen=32)
         (run / HEARTBEATS_FOLDER).mkdir(exist_ok=True)
-        threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
+        threading.Thread(target=self._write_heartbeats, daemon=True, name="heartbeat").start()
 
-    def record_progress(self, doing: str, *, is_patient: bool = False) -> None:
-        """Record that an instruction begins; `is_patient` (not part of a step) allows it the longest limit."""
-        self._progress = (doing, time.monotonic(), is_patient)
+    def record_progress(self, instruction: str, *, uses_max_limit: bool = False) -> None:
+        """Record that an instruction begins; `uses_max_limit` is for one that is not part of a step."""
+        self._progress = (instruction, time.monotonic(), uses_max_limit)
 
     def record_step(self, step: int, seconds: float) -> None:
         """Record that a step is complete."""
@@ -89,26 +103,36 @@ class HeartbeatWriter:
         self._steps.append(seconds)
         self.record_progress("between steps")
 
-    def limit_s(self, is_patient: bool) -> float:
+    def limit_s(self, uses_max_limit: bool) -> float:
         """Return the time limit for one instruction, in seconds."""
-        if is_patient or len(self._steps) < MIN_TIMED_STEPS:
+        if uses_max_limit or len(self._steps) < MIN_TIMED_STEPS:
             return self._max_limit_s
         return min(self._max_limit_s, max(MIN_HANG_LIMIT_S, HANG_MEDIAN_RATIO * statistics.median(list(self._steps))))
 
-    def _beat(self) -> None:
+    def _write_heartbeats(self) -> None:
+        """Write the heartbeat every second; end the process when its instruction exceeds the limit."""
         while True:
-            doing, start, is_patient = self._progress
-            silent_s, limit_s = time.monotonic() - start, self.limit_s(is_patient)
-            if silent_s > limit_s:
+            instruction, started_at, uses_max_limit = self._progress
+            instruction_s = time.monotonic() - started_at
+            limit_s = self.limit_s(uses_max_limit)
+            if instruction_s > limit_s:
                 message = (
-                    f"no progress for {silent_s:.0f} s in {doing} after step {self._step}, {limit_s:.0f} s allowed"
+                    f"no progress for {instruction_s:.0f} s in {instruction} after step {self._step}, "
+                    f"{limit_s:.0f} s allowed"
                 )
                 write_exit_note(self._run, self._rank, ExitStatus.HUNG, message)
                 print(f"rank {self._rank}: {message}", file=sys.stderr, flush=True)
                 os._exit(ExitStatus.HUNG)  # the main thread is blocked in a collective and cannot raise
-            heartbeat = Heartbeat(pid=os.getpid(), time=time.time(), step=self._step, doing=doing, silent_s=silent_s)
+
+            heartbeat = Heartbeat(
+                pid=os.getpid(),
+                time=time.time(),
+                step=self._step,
+                instruction=instruction,
+                instruction_s=instruction_s,
+            )
             try:
-                write_json(self._run / HEARTBEATS_FOLDER / f"{self._rank}.json", asdict(heartbeat))
+                write_json(self._run / HEARTBEATS_FOLDER / f"{self._rank}.json", heartbeat.to_json())
             except OSError:  # a full disk is reported by the main thread
                 pass
             time.sleep(RANK_HEARTBEAT_INTERVAL_S)

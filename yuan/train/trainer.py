@@ -177,7 +177,7 @@ class Trainer:
 
     def _roll_back(self, span: PositionSpan, fault: str) -> None:
         """Restore the last checkpoint before the first open skip, and exclude the data of the faulty steps."""
-        self.heartbeat.record_progress("reading a checkpoint", is_patient=True)
+        self.heartbeat.record_progress("reading a checkpoint", uses_max_limit=True)
         open_skips = self.decisions.list_open_skips(self.step)
         manifest = self.checkpoints.find_newest(max_step=open_skips[0].step if open_skips else self.step)
         if manifest is None:
@@ -215,7 +215,7 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         """Copy this rank's pieces; a thread writes them while training continues."""
-        self.heartbeat.record_progress("copying a checkpoint", is_patient=True)  # waits for the previous checkpoint
+        self.heartbeat.record_progress("copying a checkpoint", uses_max_limit=True)  # waits for the previous checkpoint
         pieces, updates = collect_state(self.engine, self.spec.model.num_layers)
         loss = statistics.fmean(self._losses) if self._losses else None
         self._losses.clear()
@@ -244,7 +244,7 @@ class Trainer:
     def _restore_checkpoint(self, manifest: CheckpointManifest) -> None:
         """Restore weights, optimizer, metrics and the judge's good steps from a checkpoint."""
         step = manifest.step
-        self.heartbeat.record_progress("reading a checkpoint", is_patient=True)
+        self.heartbeat.record_progress("reading a checkpoint", uses_max_limit=True)
         read = functools.partial(self.checkpoints.load, step)
         restore_state(self.engine, self.spec.model.num_layers, read, manifest.updates)
         self.run_log.drop_metrics_after(step)
@@ -267,7 +267,7 @@ class Trainer:
 
     def _export(self) -> None:
         """Export the last checkpoint as a model folder, on rank 0."""
-        self.heartbeat.record_progress("exporting", is_patient=True)
+        self.heartbeat.record_progress("exporting", uses_max_limit=True)
         manifest = self.checkpoints.find_newest()
         if manifest is None or manifest.step != self.step:
             raise OSError(f"the last checkpoint, of step {self.step}, could not be written; see {EVENTS_FILE}")
