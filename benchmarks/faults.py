@@ -36,6 +36,7 @@ from yuan.data.skills import load_skills
 from yuan.train.checkpoint_manifest import list_committed_checkpoints
 from yuan.train.events import CheckpointEvent, CheckpointFailedEvent, CheckpointStoredEvent, EndedEvent
 from yuan.train.heartbeat import read_heartbeats
+from yuan.train.metrics_row import END_POSITION_METRIC, FIRST_POSITION_METRIC, LOSS_METRIC, STEP_SECONDS_METRIC
 from yuan.train.run_folder import RunFolder
 
 STEPS, EVERY = 100, 20  # of a run, and between checkpoints
@@ -281,9 +282,9 @@ def run(home: Path, client: Client, fault: Fault | None, steps: int, arguments: 
         "ended": trial.is_over,
         "num_faults": num_faults,
         "seconds": round(seconds),
-        "step_seconds": statistics.median(row.metrics["train/step_seconds"] for row in rows) if rows else 1.0,
-        "positions": [[row.step, row.metrics["data/first_position"], row.metrics["data/end_position"]] for row in rows],
-        "loss": rows[-1].metrics["train/loss"] if rows else None,
+        "step_seconds": statistics.median(row.metrics[STEP_SECONDS_METRIC] for row in rows) if rows else 1.0,
+        "positions": [[row.step, row.metrics[FIRST_POSITION_METRIC], row.metrics[END_POSITION_METRIC]] for row in rows],
+        "loss": rows[-1].metrics[LOSS_METRIC] if rows else None,
         "events": count_events(trial.folder),
     }
     if not trial.is_over:

@@ -26,6 +26,7 @@ from yuan.plan.planner import make_plan_from_bounds
 from yuan.plan.pool import make_cpu_pool
 from yuan.plan.workload import Workload
 from yuan.train.events import RepeatEvent, RollBackEvent, SkipEvent
+from yuan.train.metrics_row import END_POSITION_METRIC, FIRST_POSITION_METRIC
 from yuan.train.run_folder import RunFolder, RunSpec
 
 STEPS, MAX_DIFFERENCE, BATCH = 80, 0.01, 16
@@ -107,7 +108,7 @@ def find_skipped_positions(folder: RunFolder) -> tuple[list[int], list[int]]:
             reported |= set(range(*event.positions))
         if isinstance(event, RollBackEvent):
             reported |= {position for span in event.positions for position in range(*span)}
-    spans = [(row.metrics["data/first_position"], row.metrics["data/end_position"]) for row in rows]
+    spans = [(row.metrics[FIRST_POSITION_METRIC], row.metrics[END_POSITION_METRIC]) for row in rows]
     trained = {position for first, end in spans for position in range(first, end)} - reported
     return sorted(set(range(spans[-1][1])) - trained), sorted(reported)
 

@@ -23,6 +23,7 @@ from yuan.data.samples import Sample
 from yuan.plan.planner import make_plan, make_plan_from_bounds
 from yuan.plan.pool import load_pool, make_cpu_pool
 from yuan.plan.workload import Workload
+from yuan.train.metrics_row import GRAD_NORM_METRIC, LOSS_METRIC
 from yuan.train.run_folder import RunFolder, RunSpec
 
 POOLS = Path(__file__).parent / "pools"
@@ -86,7 +87,7 @@ def run(path: Path, parent: Path, model: ModelConfig, samples: list[Sample], rec
 
 def hash_run(folder: RunFolder) -> list[tuple[str, str]]:
     """Return the hashes of a run's losses, data, exported weights and the tensors of its checkpoints."""
-    losses = [(row.metrics["train/loss"], row.metrics["train/grad_norm"]) for row in folder.read_metrics()]
+    losses = [(row.metrics[LOSS_METRIC], row.metrics[GRAD_NORM_METRIC]) for row in folder.read_metrics()]
     weights = load_file(folder.path / "export" / "model.safetensors")
     files = sorted(file for file in folder.data.rglob("*") if file.is_file())
     hashes = [

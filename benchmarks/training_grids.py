@@ -26,6 +26,7 @@ from yuan.model.transformer import Yuan
 from yuan.plan.planner import make_plan_from_bounds
 from yuan.plan.pool import make_cpu_pool
 from yuan.plan.workload import Workload
+from yuan.train.metrics_row import LOSS_METRIC
 from yuan.train.run_folder import RunFolder, RunSpec
 from yuan.train.zero.engine import compute_learning_rate
 
@@ -46,7 +47,7 @@ def main() -> int:
         plain = train_plain_loop(parent, next(iter(runs.values())))
         ok = True
         for grid, (bounds, _) in GRIDS.items():
-            losses = [row.metrics["train/loss"] for row in runs[grid].read_metrics()]
+            losses = [row.metrics[LOSS_METRIC] for row in runs[grid].read_metrics()]
             worst = float(np.max(np.abs(np.array(losses) / plain - 1)))
             entry = make_line(f"losses of {grid}", worst, "worst relative difference", "plain torch, one process")
             ok &= print_lines(

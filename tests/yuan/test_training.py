@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,8 +34,10 @@ from yuan.train.checkpoint_manifest import MANIFEST_SEAL_KEY, compute_seal
 from yuan.train.events import ResumeEvent
 from yuan.train.heartbeat import read_heartbeats
 from yuan.train.log_tail import LogTail
-from yuan.train.metrics_row import MetricsRow
+from yuan.train.metrics_row import LOSS_METRIC, MetricsRow
 from yuan.train.run_folder import RunFolder
+
+DOCS_PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +172,14 @@ def test_loss_is_the_token_weighted_mean_of_the_source_losses(finished_run):
         parts = {name: row.metrics[f"train/loss/{name}"] for name, count in counts.items() if count}
         whole = sum(loss * counts[name] for name, loss in parts.items()) / sum(counts.values())
         assert whole == pytest.approx(row.metrics["train/loss"], rel=1e-5)
+
+
+def test_documentation_lists_each_metric_of_a_step(finished_run):
+    table = DOCS_PAGE.read_text().partition("## Look up a metric of a step")[2].partition("\n## ")[0]
+    documented = set(re.findall(r"^\| `([a-zA-Z_/]+)` \|", table, re.MULTILINE))
+    prefix = f"{LOSS_METRIC}/"
+    names = {name for row in finished_run.read_metrics() for name in row.metrics}
+    assert documented == {f"{prefix}SOURCE" if name.startswith(prefix) else name for name in names}
 
 
 def test_metrics_have_a_bubble_fraction_and_no_mfu_on_cpu(finished_run):

@@ -7,6 +7,19 @@ from typing import Any
 
 from yuan.train.rank_json import get_count, get_number
 
+# Names of the metrics of a step; docs/training.md explains them. The mean loss of a data source has the loss's name,
+# a slash and the source's name.
+LOSS_METRIC = "train/loss"
+LEARNING_RATE_METRIC = "train/learning_rate"
+GRAD_NORM_METRIC = "train/grad_norm"
+TOKENS_PER_S_METRIC = "train/tokens_per_s"
+STEP_SECONDS_METRIC = "train/step_seconds"
+BUBBLE_METRIC = "train/bubble"
+MFU_METRIC = "train/mfu"
+PEAK_MEMORY_METRIC = "train/peak_memory_gib"
+FIRST_POSITION_METRIC = "data/first_position"
+END_POSITION_METRIC = "data/end_position"
+
 METRIC_NAME_PATTERN = re.compile(r"[A-Za-z0-9_./ :-]{1,250}")  # the names that MLflow takes
 MAX_ROW_METRICS = 256
 

@@ -7,7 +7,19 @@ from dataclasses import replace
 
 from yuan.data.shuffle import Int64Array
 from yuan.train.events import RunEvent
-from yuan.train.metrics_row import MetricsRow
+from yuan.train.metrics_row import (
+    BUBBLE_METRIC,
+    END_POSITION_METRIC,
+    FIRST_POSITION_METRIC,
+    GRAD_NORM_METRIC,
+    LEARNING_RATE_METRIC,
+    LOSS_METRIC,
+    MFU_METRIC,
+    PEAK_MEMORY_METRIC,
+    STEP_SECONDS_METRIC,
+    TOKENS_PER_S_METRIC,
+    MetricsRow,
+)
 from yuan.train.run_folder import RunFolder
 from yuan.train.run_status import RunStatus
 from yuan.train.throughput import ThroughputMeter
@@ -43,22 +55,22 @@ class RunLog:
             return
         throughput = throughput_meter.compute_throughput()
         by_source = {
-            f"train/loss/{name}": loss
+            f"{LOSS_METRIC}/{name}": loss
             for name, loss in zip(self._sources, result.source_losses, strict=True)
             if not math.isnan(loss)
         }
         metrics = {
-            "train/loss": result.loss,
+            LOSS_METRIC: result.loss,
             **(by_source if len(self._sources) > 1 else {}),
-            "train/learning_rate": rate,
-            "train/grad_norm": result.norm,
-            "train/tokens_per_s": throughput.tokens_per_s,
-            "train/step_seconds": result.seconds,
-            "train/bubble": throughput.bubble,
-            "train/mfu": throughput.mfu,
-            "train/peak_memory_gib": max(result.peak_memory_bytes) / 2**30,
-            "data/first_position": int(positions[0]),
-            "data/end_position": int(positions[-1]) + 1,
+            LEARNING_RATE_METRIC: rate,
+            GRAD_NORM_METRIC: result.norm,
+            TOKENS_PER_S_METRIC: throughput.tokens_per_s,
+            STEP_SECONDS_METRIC: result.seconds,
+            BUBBLE_METRIC: throughput.bubble,
+            MFU_METRIC: throughput.mfu,
+            PEAK_MEMORY_METRIC: max(result.peak_memory_bytes) / 2**30,
+            FIRST_POSITION_METRIC: int(positions[0]),
+            END_POSITION_METRIC: int(positions[-1]) + 1,
         }
         self._folder.append_metrics(MetricsRow(step, metrics))
         if time.monotonic() - self._status_time > STATUS_INTERVAL_S or step == self._max_steps:

@@ -28,6 +28,7 @@ from yuan.train.events import (
 )
 from yuan.train.guard import GUARD_WINDOW_STEPS, GuardAction, GuardDecisions, NumericalError, StepJudge, merge_spans
 from yuan.train.heartbeat import HeartbeatWriter
+from yuan.train.metrics_row import GRAD_NORM_METRIC, LOSS_METRIC
 from yuan.train.run_folder import EVENTS_FILE, RunFolder, RunSpec
 from yuan.train.run_log import RunLog
 from yuan.train.throughput import ThroughputMeter
@@ -258,7 +259,7 @@ class Trainer:
         good_steps: list[tuple[float, float]] = []
         if self.rank == 0:
             for row in self.folder.read_metrics()[-GUARD_WINDOW_STEPS:]:
-                loss, norm = row.metrics["train/loss"], row.metrics["train/grad_norm"]
+                loss, norm = row.metrics[LOSS_METRIC], row.metrics[GRAD_NORM_METRIC]
                 assert loss is not None and norm is not None, "log_step writes both"
                 good_steps.append((loss, norm))
         message = [good_steps]
