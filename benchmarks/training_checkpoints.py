@@ -27,7 +27,7 @@ from infra.process_group import build_torchrun_command
 from yuan.config import ModelConfig, Recipe
 from yuan.train.checkpoint.checkpoints import CheckpointStore
 from yuan.train.zero.engine import build_deepspeed_config, start_distributed, start_engine, stop_distributed
-from yuan.train.zero.optimizer_state import collect_pieces, collect_state, restore_state
+from yuan.train.zero.optimizer_state import collect_slices, collect_state, restore_state
 from yuan.train.zero.pipeline import PlannedPipeline
 
 MODEL = ModelConfig(name="m", num_layers=12, hidden_size=512, num_heads=8, vocab_size=8_192, seq_len=64)
@@ -133,12 +133,12 @@ def measure_saves(folder: Path) -> None:
     documents, weights = torch.zeros_like(tokens), torch.full(tokens.shape, 1 / RECIPE.seq_len)
     engine.train_batch(iter([((tokens, documents), (tokens, weights))] * RECIPE.global_batch_size))
     store = CheckpointStore(folder / "ours", model=MODEL.to_json(), order=ORDER, keep=1, event=lambda _: None)
-    pieces, updates = collect_state(engine, MODEL.num_layers)
+    slices, updates = collect_state(engine, MODEL.num_layers)
     times: dict[str, list[float]] = {"stall_s": [], "whole_s": [], "deepspeed_s": []}
     for step in range(NUM_SAVES + 1):
         dist.barrier()
         start = time.perf_counter()
-        store.save(step + 1, pieces, updates=updates)
+        store.save(step + 1, slices, updates=updates)
         stalled = time.perf_counter()
         store.wait()
         dist.barrier()
@@ -178,9 +178,13 @@ def resume_with_universal(folder: Path) -> None:
 
 def sum_states(engine: Any) -> list[float]:
     """Return a checksum of weights and moments, over all replicas."""
-    pieces = collect_pieces(engine, MODEL.num_layers)
+    slices = collect_slices(engine, MODEL.num_layers)
     kinds = [
-        sum(float(piece.values.double().abs().sum()) for key, piece in pieces.items() if key.startswith(f"{kind}/"))
+        sum(
+            float(tensor_slice.values.double().abs().sum())
+            for key, tensor_slice in slices.items()
+            if key.startswith(f"{kind}/")
+        )
         for kind in ("weight", "exp_avg", "exp_avg_sq")
     ]
     total = torch.tensor(kinds, dtype=torch.float64)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from yuan.train.checkpoint.checkpoints import CheckpointStore
-from yuan.train.checkpoint.dcp import TensorPiece
+from yuan.train.checkpoint.dcp import TensorSlice
 from yuan.train.checkpoint_manifest import CHECKPOINT_MANIFEST_FILE
 from yuan.train.events import CheckpointDamagedEvent, CheckpointEvent, CheckpointFailedEvent
 
@@ -40,24 +40,24 @@ def make_values(step):
 
 
 def save_checkpoint(store, step):
-    store.save(step, {key: TensorPiece(0, len(t), t) for key, t in make_values(step).items()}, updates=step)
+    store.save(step, {key: TensorSlice(0, len(t), t) for key, t in make_values(step).items()}, updates=step)
     store.wait()
 
 
 def test_any_slice_of_a_tensor_can_be_loaded(store):
     save_checkpoint(store, 3)
     cuts = {"weight/a": (2, 5), "exp_avg/a": (0, 10), "weight/b": (6, 1)}
-    pieces = {key: TensorPiece(start, SIZES[key], torch.zeros(length)) for key, (start, length) in cuts.items()}
-    store.load(3, pieces)
+    slices = {key: TensorSlice(start, SIZES[key], torch.zeros(length)) for key, (start, length) in cuts.items()}
+    store.load(3, slices)
     for key, (start, length) in cuts.items():
-        assert torch.equal(pieces[key].values, make_values(3)[key][start : start + length])
+        assert torch.equal(slices[key].values, make_values(3)[key][start : start + length])
 
 
 def test_checkpoint_has_the_values_at_the_time_of_the_save_call(store):
     tensor = torch.ones(10)
-    store.save(1, {"weight/a": TensorPiece(0, 10, tensor)}, updates=1)
+    store.save(1, {"weight/a": TensorSlice(0, 10, tensor)}, updates=1)
     tensor.zero_()
-    read = {"weight/a": TensorPiece(0, 10, torch.zeros(10))}
+    read = {"weight/a": TensorSlice(0, 10, torch.zeros(10))}
     store.wait()
     store.load(1, read)
     assert read["weight/a"].values.sum() == 10
@@ -74,7 +74,7 @@ def test_last_two_checkpoints_are_kept_and_the_newest_is_found(store, tmp_path, 
 def test_rollback_checkpoint_and_best_checkpoint_are_kept(store, tmp_path):
     store.rollback_step = 2
     for step, loss in ((1, 0.5), (2, 3.0), (3, 2.0), (4, 2.5), (5, 2.2)):
-        store.save(step, {key: TensorPiece(0, len(t), t) for key, t in make_values(step).items()}, updates=1, loss=loss)
+        store.save(step, {key: TensorSlice(0, len(t), t) for key, t in make_values(step).items()}, updates=1, loss=loss)
         store.wait()
     assert [int(path.name[-1]) for path in sorted(tmp_path.iterdir())] == [1, 2, 4, 5]
     assert store.find_newest(max_step=3).step == 2
@@ -137,7 +137,7 @@ def test_edited_manifest_is_reported_as_damage(store, tmp_path, events, text):
 def test_error_for_a_missing_tensor_names_the_tensor(store):
     save_checkpoint(store, 1)
     with pytest.raises(ValueError, match=r"must have weight/c in 4 elements, got none"):
-        store.load(1, {"weight/c": TensorPiece(0, 4, torch.zeros(4))})
+        store.load(1, {"weight/c": TensorSlice(0, 4, torch.zeros(4))})
 
 
 def test_failed_save_is_an_event_and_the_previous_checkpoint_remains(store, tmp_path, events):

@@ -33,7 +33,7 @@ from yuan.train.run_folder import EVENTS_FILE, RunFolder, RunSpec
 from yuan.train.run_log import RunLog
 from yuan.train.throughput import ThroughputMeter
 from yuan.train.zero.engine import build_deepspeed_config, compute_learning_rate, start_engine
-from yuan.train.zero.optimizer_state import collect_pieces, collect_state, restore_state
+from yuan.train.zero.optimizer_state import collect_slices, collect_state, restore_state
 from yuan.train.zero.pipeline import PlannedPipeline, SourceLossTally, load_weights
 from yuan.train.zero.stage_timer import StageTimer
 from yuan.train.zero.step import StepResult, StepRunner
@@ -68,7 +68,7 @@ class Trainer:
         if self.engine.device.type == "cuda" and (obstacle := find_compile_obstacle()):
             self.run_log.log_event(NotCompiledEvent(reason=obstacle))
         # Creates the optimizer moments, so that even the first update can be skipped.
-        collect_pieces(self.engine, spec.model.num_layers)
+        collect_slices(self.engine, spec.model.num_layers)
         self.stepper = StepRunner(
             self.engine, tally, StageTimer(self.engine, heartbeat.record_progress), self._find_fault
         )
@@ -215,14 +215,14 @@ class Trainer:
         dist.barrier()
 
     def _save_checkpoint(self) -> None:
-        """Copy this rank's pieces; a thread writes them while training continues."""
+        """Copy this rank's slices; a thread writes them while training continues."""
         self.heartbeat.record_progress("copying a checkpoint", uses_max_limit=True)  # waits for the previous checkpoint
-        pieces, updates = collect_state(self.engine, self.spec.model.num_layers)
+        slices, updates = collect_state(self.engine, self.spec.model.num_layers)
         loss = statistics.fmean(self._losses) if self._losses else None
         self._losses.clear()
         open_skips = self.decisions.list_open_skips(self.step)
         self.checkpoints.rollback_step = open_skips[0].step if open_skips else None
-        self.checkpoints.save(self.step, pieces, updates=updates, loss=loss, decisions=self.decisions.to_json())
+        self.checkpoints.save(self.step, slices, updates=updates, loss=loss, decisions=self.decisions.to_json())
         self.heartbeat.record_progress("between steps")
 
     def _resume(self) -> int:

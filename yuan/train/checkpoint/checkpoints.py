@@ -1,7 +1,7 @@
-"""Checkpoints of a run: pieces of tensors by name, readable under any plan, committed by a manifest written last.
+"""Checkpoints of a run: slices of tensors by name, readable under any plan, committed by a manifest written last.
 
 The file format is that of torch.distributed.checkpoint. A checkpoint is a folder `step-NNNNNNNN`; it is valid only with
-its `manifest.json`, which holds the size and sha256 of every file, and a sha256 of itself. `save` copies the pieces and
+its `manifest.json`, which holds the size and sha256 of every file, and a sha256 of itself. `save` copies the slices and
 returns; a thread of each rank writes the files, hashes them and waits for the other ranks.
 """
 
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from yuan.train.checkpoint.dcp import TensorPiece, read_pieces, write_pieces
+from yuan.train.checkpoint.dcp import TensorSlice, read_slices, write_slices
 from yuan.train.checkpoint_manifest import (
     CHECKPOINT_MANIFEST_FILE,
     CHECKPOINT_PREFIX,
@@ -68,18 +68,18 @@ class CheckpointStore:
         self.rollback_step: int | None = None
         self._executor = ThreadPoolExecutor(1, "checkpoint")
         self._pending_write: Future[None] | None = None
-        self._copies: dict[str, TensorPiece] = {}  # reused, since new memory has to be mapped page by page
+        self._copies: dict[str, TensorSlice] = {}  # reused, since new memory has to be mapped page by page
 
     def save(
         self,
         step: int,
-        pieces: Mapping[str, TensorPiece],
+        slices: Mapping[str, TensorSlice],
         *,
         updates: int,
         loss: float | None = None,
         decisions: str | None = None,
     ) -> None:
-        """Copy the pieces and write them in the background; wait first for the previous checkpoint.
+        """Copy the slices and write them in the background; wait first for the previous checkpoint.
 
         Args:
             updates, loss, decisions: stored in the manifest; see `CheckpointManifest`.
@@ -89,11 +89,10 @@ class CheckpointStore:
             step=step, model=self.model, order=self.order, updates=updates, loss=loss, decisions=decisions, files={}
         )
 
-        if self._copies.keys() != pieces.keys():
-            empty = {key: torch.empty_like(piece.values, device="cpu") for key, piece in pieces.items()}
-            self._copies = {key: TensorPiece(piece.start, piece.size, empty[key]) for key, piece in pieces.items()}
-        for key, piece in pieces.items():
-            self._copies[key].values.copy_(piece.values)
+        if self._copies.keys() != slices.keys():
+            self._copies = {key: _make_empty_copy(tensor_slice) for key, tensor_slice in slices.items()}
+        for key, tensor_slice in slices.items():
+            self._copies[key].values.copy_(tensor_slice.values)
         self._pending_write = self._executor.submit(self._write, manifest)
 
     def wait(self) -> None:
@@ -135,13 +134,13 @@ class CheckpointStore:
         log.warning("checkpoint %s is damaged: %s", path, damage)
         self._emit_event(CheckpointDamagedEvent(step=parse_step(path), reason=damage))
 
-    def load(self, step: int, pieces: Mapping[str, TensorPiece]) -> None:
-        """Fill the pieces from a checkpoint, written under any plan.
+    def load(self, step: int, slices: Mapping[str, TensorSlice]) -> None:
+        """Fill the slices from a checkpoint, written under any plan.
 
         Raises:
-            ValueError: if a piece is missing, or has another size.
+            ValueError: if a slice is missing, or has another size.
         """
-        read_pieces(self._build_path(step), pieces)
+        read_slices(self._build_path(step), slices)
 
     def close(self) -> None:
         """Wait for the pending checkpoint and stop the writer thread."""
@@ -183,7 +182,7 @@ class CheckpointStore:
             OSError: on all ranks, if one of them cannot read its files back.
             CheckpointException: on all ranks, if one of them cannot write.
         """
-        write_pieces(path, self._copies, self.group)
+        write_slices(path, self._copies, self.group)
         rank_files = list(path.glob(f"__{self.rank}_*"))
         if self.rank == 0:
             rank_files.append(path / ".metadata")
@@ -250,6 +249,12 @@ class CheckpointStore:
                     f"checkpoint {path} is of another run: its {key} is {stored!r}, and this run's is {expected!r}; "
                     "remove it from the folder, or start a run in a new folder"
                 )
+
+
+def _make_empty_copy(tensor_slice: TensorSlice) -> TensorSlice:
+    """Allocate a slice of the same elements in host memory, without their values."""
+    values = torch.empty_like(tensor_slice.values, device="cpu")
+    return TensorSlice(tensor_slice.start, tensor_slice.size, values)
 
 
 def _compute_digest_or_error(file: Path) -> FileDigest | str:

@@ -1,4 +1,4 @@
-"""Write and read pieces of flat tensors with torch.distributed.checkpoint, which resolves overlapping pieces."""
+"""Write and read slices of flat tensors with torch.distributed.checkpoint, which resolves overlapping slices."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 
 @dataclass(frozen=True)
-class TensorPiece:
+class TensorSlice:
     """Elements [start, start + len(values)) of a flattened tensor of `size` elements."""
 
     start: int
@@ -40,39 +40,39 @@ class TensorPiece:
     values: Tensor
 
 
-def write_pieces(folder: Path, pieces: Mapping[str, TensorPiece], group: dist.ProcessGroup) -> None:
-    """Write this rank's pieces and sync the files; all ranks of the group have to call this.
+def write_slices(folder: Path, slices: Mapping[str, TensorSlice], group: dist.ProcessGroup) -> None:
+    """Write this rank's slices and sync the files; all ranks of the group have to call this.
 
     Raises:
         CheckpointException: on all ranks, if one of them cannot write.
     """
-    save({}, storage_writer=FileSystemWriter(folder), planner=_PieceSavePlanner(pieces), process_group=group)
+    save({}, storage_writer=FileSystemWriter(folder), planner=_SliceSavePlanner(slices), process_group=group)
 
 
-def read_pieces(folder: Path, pieces: Mapping[str, TensorPiece]) -> None:
-    """Fill pieces from a checkpoint, cut in any way; only the overlapping parts are read.
+def read_slices(folder: Path, slices: Mapping[str, TensorSlice]) -> None:
+    """Fill slices from a checkpoint, cut in any way; only the overlapping parts are read.
 
     Raises:
         ValueError: if a tensor is missing, or has another size.
     """
-    reader, planner = FileSystemReader(folder), _PieceLoadPlanner(pieces)
+    reader, planner = FileSystemReader(folder), _SliceLoadPlanner(slices)
     metadata = reader.read_metadata()
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     planner.set_up_planner({}, metadata, is_coordinator=True)
     reader.read_data(reader.prepare_local_plan(planner.create_local_plan()), planner).wait()
 
 
-class _PieceSavePlanner(SavePlanner):
-    """Save each piece as a shard of a flat tensor."""
+class _SliceSavePlanner(SavePlanner):
+    """Save each slice as a shard of a flat tensor."""
 
-    def __init__(self, pieces: Mapping[str, TensorPiece]) -> None:
-        self._pieces = pieces
+    def __init__(self, slices: Mapping[str, TensorSlice]) -> None:
+        self._slices = slices
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        """Do nothing: the pieces are given in the constructor."""
+        """Do nothing: the slices are given in the constructor."""
 
     def create_local_plan(self) -> SavePlan:
-        return SavePlan([_make_write_item(key, piece) for key, piece in self._pieces.items()])
+        return SavePlan([_make_write_item(key, tensor_slice) for key, tensor_slice in self._slices.items()])
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         return create_default_global_save_plan(all_plans)
@@ -81,14 +81,14 @@ class _PieceSavePlanner(SavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        return self._pieces[write_item.index.fqn].values
+        return self._slices[write_item.index.fqn].values
 
 
-class _PieceLoadPlanner(LoadPlanner):
-    """Read the parts of shards that overlap with the pieces to fill."""
+class _SliceLoadPlanner(LoadPlanner):
+    """Read the parts of shards that overlap with the slices to fill."""
 
-    def __init__(self, pieces: Mapping[str, TensorPiece]) -> None:
-        self._pieces = pieces
+    def __init__(self, slices: Mapping[str, TensorSlice]) -> None:
+        self._slices = slices
 
     def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
         assert metadata is not None, "a checkpoint on disk has metadata"
@@ -96,15 +96,15 @@ class _PieceLoadPlanner(LoadPlanner):
 
     def create_local_plan(self) -> LoadPlan:
         items: list[ReadItem] = []
-        for key, piece in self._pieces.items():
+        for key, tensor_slice in self._slices.items():
             stored = self._metadata.get(key)
             size = stored.size.numel() if isinstance(stored, TensorStorageMetadata) else None
-            if size != piece.size or not isinstance(stored, TensorStorageMetadata):
+            if size != tensor_slice.size or not isinstance(stored, TensorStorageMetadata):
                 raise ValueError(
-                    f"the checkpoint must have {key} in {piece.size} elements, got {size or 'none'}; use a checkpoint "
-                    "of the run's model"
+                    f"the checkpoint must have {key} in {tensor_slice.size} elements, got {size or 'none'}; "
+                    "use a checkpoint of the run's model"
                 )
-            items += create_read_items_for_chunk_list(key, stored, [_make_chunk(piece)])
+            items += create_read_items_for_chunk_list(key, stored, [_make_chunk(tensor_slice)])
         return LoadPlan(items)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
@@ -117,21 +117,21 @@ class _PieceLoadPlanner(LoadPlanner):
         raise AssertionError("only tensors are saved")
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        values = self._pieces[read_item.dest_index.fqn].values
+        values = self._slices[read_item.dest_index.fqn].values
         return values.narrow(0, read_item.dest_offsets[0], read_item.lengths[0])
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """Do nothing: `resolve_tensor` returns a view, which is filled in place."""
 
 
-def _make_chunk(piece: TensorPiece) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(torch.Size([piece.start]), torch.Size([piece.values.numel()]))
+def _make_chunk(tensor_slice: TensorSlice) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size([tensor_slice.start]), torch.Size([tensor_slice.values.numel()]))
 
 
-def _make_write_item(key: str, piece: TensorPiece) -> WriteItem:
+def _make_write_item(key: str, tensor_slice: TensorSlice) -> WriteItem:
     data = TensorWriteData(
-        chunk=_make_chunk(piece),
-        properties=TensorProperties.create_from_tensor(piece.values),
-        size=torch.Size([piece.size]),
+        chunk=_make_chunk(tensor_slice),
+        properties=TensorProperties.create_from_tensor(tensor_slice.values),
+        size=torch.Size([tensor_slice.size]),
     )
-    return WriteItem(MetadataIndex(key, torch.Size([piece.start])), WriteItemType.SHARD, tensor_data=data)
+    return WriteItem(MetadataIndex(key, torch.Size([tensor_slice.start])), WriteItemType.SHARD, tensor_data=data)

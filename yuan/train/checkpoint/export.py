@@ -17,7 +17,7 @@ from yuan.model import weights
 from yuan.model.shards import write_shards
 from yuan.model.transformer import Yuan
 from yuan.safe_files import replace_folder
-from yuan.train.checkpoint.dcp import TensorPiece, read_pieces
+from yuan.train.checkpoint.dcp import TensorSlice, read_slices
 from yuan.train.checkpoint_manifest import (
     CHECKPOINT_MANIFEST_FILE,
     find_damage,
@@ -53,7 +53,7 @@ def export_checkpoint(folder: RunFolder, checkpoint: Path, target: Path) -> None
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, shape in shapes.items():
             whole = torch.empty(shape.numel())
-            read_pieces(checkpoint, {f"weight/{name}": TensorPiece(0, len(whole), whole)})
+            read_slices(checkpoint, {f"weight/{name}": TensorSlice(0, len(whole), whole)})
             yield name, whole.view(shape)
 
     lineage = {"snapshot": spec.snapshot, "parent": spec.parent, "kind": spec.kind, "step": manifest.step}

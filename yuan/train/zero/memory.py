@@ -6,7 +6,7 @@ masters and, with one replica, 4 more for the copy of the gradients. It also sav
 for the pages that the kernel has to clear for each new tensor.
 
 With several replicas, DeepSpeed's own checkpoints would now write all masters for each rank's share, since torch saves
-a view with its whole storage; our checkpoints are written from pieces.
+a view with its whole storage; our checkpoints are written from slices.
 """
 
 import resource

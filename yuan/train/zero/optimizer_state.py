@@ -1,7 +1,7 @@
-"""Read and restore ZeRO's master weights and moments, as pieces named after their parameter in the model.
+"""Read and restore ZeRO's master weights and moments, as slices named after their parameter in the model.
 
-ZeRO-1 concatenates the parameters of a stage and assigns each replica a slice, so a replica has pieces of some
-parameters. The names, and so the saved pieces, do not depend on stages or replicas.
+ZeRO-1 concatenates the parameters of a stage and assigns each replica a partition, so a replica has slices of some
+parameters. The names, and so the saved slices, do not depend on stages or replicas.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,63 +10,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yuan.train.checkpoint.dcp import TensorPiece
+from yuan.train.checkpoint.dcp import TensorSlice
 from yuan.train.zero.pipeline import translate_parameter_name
 from yuan.train.zero.tied_embedding import TIED_WEIGHT_NAME
 
 WEIGHT_KIND, MOMENT_KINDS = "weight", ("exp_avg", "exp_avg_sq")
 
 
-def collect_pieces(engine: Any, num_layers: int) -> dict[str, TensorPiece]:
+def collect_slices(engine: Any, num_layers: int) -> dict[str, TensorSlice]:
     """Return fp32 views of this rank's part of `weight/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`.
 
     The last stage has the embedding too, an equal copy of the first stage's.
     """
-    pieces = {}
+    slices = {}
     for name, parameter in _iter_named_parameters(engine.module, num_layers):
         mapping = parameter._hp_mapping
         if mapping is None:  # other replicas hold all of it
             continue
         flat = _get_base_optimizer(engine).param_groups[mapping.param_group_index]["params"][0]
-        in_slice, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
+        in_partition, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
         tensors = {WEIGHT_KIND: flat.detach(), **_get_moments(engine, flat)}
         for kind, tensor in tensors.items():
-            values = tensor.narrow(0, in_slice.start, in_slice.numel)
-            pieces[f"{kind}/{name}"] = TensorPiece(in_parameter.start, parameter.numel(), values)
-    return pieces
+            values = tensor.narrow(0, in_partition.start, in_partition.numel)
+            slices[f"{kind}/{name}"] = TensorSlice(in_parameter.start, parameter.numel(), values)
+    return slices
 
 
-def collect_state(engine: Any, num_layers: int) -> tuple[dict[str, TensorPiece], int]:
-    """Return the pieces that this rank saves, and the number of updates of the optimizer so far.
+def collect_state(engine: Any, num_layers: int) -> tuple[dict[str, TensorSlice], int]:
+    """Return the slices that this rank saves, and the number of updates of the optimizer so far.
 
     The embedding is saved by the first stage only; the last stage has an equal copy.
     """
-    pieces = collect_pieces(engine, num_layers)
+    slices = collect_slices(engine, num_layers)
     if engine.stage_id > 0:
-        pieces = {key: piece for key, piece in pieces.items() if not key.endswith(f"/{TIED_WEIGHT_NAME}")}
+        slices = {key: tensor_slice for key, tensor_slice in slices.items() if not key.endswith(f"/{TIED_WEIGHT_NAME}")}
     states = _get_base_optimizer(engine).state.values()
-    return pieces, next((int(state["step"]) for state in states if "step" in state), 0)
+    return slices, next((int(state["step"]) for state in states if "step" in state), 0)
 
 
-def restore_state(engine: Any, num_layers: int, read: Callable[[dict[str, TensorPiece]], None], updates: int) -> None:
+def restore_state(engine: Any, num_layers: int, read: Callable[[dict[str, TensorSlice]], None], updates: int) -> None:
     """Restore weights and optimizer of this rank from a checkpoint, written under any plan.
 
     Args:
-        read: fills pieces from a checkpoint.
+        read: fills slices from a checkpoint.
         updates: number of optimizer updates before the checkpoint, for Adam's bias correction.
     """
-    pieces = collect_pieces(engine, num_layers)
+    slices = collect_slices(engine, num_layers)
 
-    # A rank reads the whole weight of each of its parameters, but only its own slice of the moments.
+    # A rank reads the whole weight of each of its parameters, but only its own slices of the moments.
     weights = {
         f"{WEIGHT_KIND}/{name}": torch.empty(p.numel()) for name, p in _iter_named_parameters(engine.module, num_layers)
     }
-    moments = {key: piece for key, piece in pieces.items() if key not in weights}
-    read(moments | {key: TensorPiece(0, len(values), values) for key, values in weights.items()})
+    moments = {key: tensor_slice for key, tensor_slice in slices.items() if key not in weights}
+    read(moments | {key: TensorSlice(0, len(values), values) for key, values in weights.items()})
 
-    for key in pieces.keys() & weights.keys():
-        piece = pieces[key]
-        piece.values.copy_(weights[key].narrow(0, piece.start, len(piece.values)))
+    for key in slices.keys() & weights.keys():
+        tensor_slice = slices[key]
+        tensor_slice.values.copy_(weights[key].narrow(0, tensor_slice.start, len(tensor_slice.values)))
     with torch.no_grad():
         for name, parameter in _iter_named_parameters(engine.module, num_layers):
             parameter.copy_(weights[f"{WEIGHT_KIND}/{name}"].view_as(parameter))
@@ -86,7 +86,7 @@ def _get_base_optimizer(engine: Any) -> Any:
 
 
 def _get_moments(engine: Any, flat: Tensor) -> dict[str, Tensor]:
-    """Return the moments of a slice; create them if the optimizer has not made its first step."""
+    """Return the moments of a partition; create them if the optimizer has not made its first step."""
     state = _get_base_optimizer(engine).state[flat]
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32)
