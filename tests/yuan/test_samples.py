@@ -53,7 +53,7 @@ def test_prompt_of_a_second_sample_is_outside_the_loss_mask(tokenizer):
 def test_prompt_cut_by_the_window_is_outside_the_loss_mask(tokenizer):
     """Flaw c: every token of a trailing segment whose separator is beyond the window's end is a target."""
     texts = pack_targets(tokenizer, 9, ("ab", "cde"), ("fghijklmn", "op"))
-    assert texts == ["cde|op|"]  # the piece that holds only prompt is left out
+    assert texts == ["cde|op|"]  # the segment with only prompt tokens is dropped
 
 
 def test_only_assistant_turns_are_in_the_loss_mask(tokenizer):

@@ -13,8 +13,8 @@ from yuan.data.samples import Sample
 Int32Array = npt.NDArray[np.int32]
 
 
-class TokenPiece(NamedTuple):
-    """A piece of a sample as arrays (n,); a window consists of pieces."""
+class SampleSegment(NamedTuple):
+    """A segment of a sample as arrays (n,): the whole sample, or a part of one that is longer than a window."""
 
     tokens: Int32Array
     loss_mask: npt.NDArray[np.bool_]
@@ -49,52 +49,55 @@ def pack_samples(samples: Iterable[Sample], *, seq_len: int, pad: int) -> Packed
     return build_windows([_convert_to_arrays(window) for window in windows], seq_len, pad)
 
 
-def _convert_to_arrays(window: Sequence[Sample]) -> list[TokenPiece]:
-    return [TokenPiece(np.array(piece.tokens, np.int32), np.array(piece.loss_mask, np.bool_)) for piece in window]
+def _convert_to_arrays(window: Sequence[Sample]) -> list[SampleSegment]:
+    return [
+        SampleSegment(np.array(segment.tokens, np.int32), np.array(segment.loss_mask, np.bool_)) for segment in window
+    ]
 
 
 def split_into_windows(samples: Iterable[Sample], seq_len: int) -> Iterator[list[Sample]]:
     """Pack samples in order into windows of seq_len predictions.
 
-    A sample that does not fit the remaining space starts a new window; a sample longer than a window is cut into pieces
-    that each start a window.
+    A sample that does not fit the remaining space starts a new window; a sample longer than a window is cut into
+    segments that each start a window.
 
     Raises:
         ValueError: if there is no sample.
     """
     window: list[Sample] = []
     room = seq_len
-    for piece in chain.from_iterable(_cut_sample(sample, seq_len) for sample in samples):
-        num_predictions = len(piece.tokens) - 1
+    for segment in chain.from_iterable(_cut_sample(sample, seq_len) for sample in samples):
+        num_predictions = len(segment.tokens) - 1
         if num_predictions > room:
             yield window
             window, room = [], seq_len
-        window.append(piece)
+        window.append(segment)
         room -= num_predictions
     if not window:
         raise ValueError("nothing to pack: no sample has target tokens; accept reports or datasets first")
     yield window
 
 
-def build_windows(windows: Sequence[Sequence[TokenPiece]], seq_len: int, pad: int) -> PackedWindows:
-    """Convert windows of pieces into arrays padded to seq_len."""
+def build_windows(windows: Sequence[Sequence[SampleSegment]], seq_len: int, pad: int) -> PackedWindows:
+    """Convert windows of segments into arrays padded to seq_len."""
     shape = (len(windows), seq_len)
     tokens, labels = np.full(shape, pad, np.int32), np.full(shape, pad, np.int32)
     loss_masks, documents = np.zeros(shape, np.bool_), np.full(shape, -1, np.int32)
     for w, window in enumerate(windows):
         start = 0
-        for number, piece in enumerate(window):
-            end = start + len(piece.tokens) - 1  # n tokens are n - 1 predictions
-            tokens[w, start:end] = piece.tokens[:-1]
-            labels[w, start:end] = piece.tokens[1:]
-            loss_masks[w, start:end] = piece.loss_mask[1:]
+        for number, segment in enumerate(window):
+            end = start + len(segment.tokens) - 1  # n tokens are n - 1 predictions
+            tokens[w, start:end] = segment.tokens[:-1]
+            labels[w, start:end] = segment.tokens[1:]
+            loss_masks[w, start:end] = segment.loss_mask[1:]
             documents[w, start:end] = number
             start = end
     return PackedWindows(tokens, labels, loss_masks, documents)
 
 
 def _cut_sample(sample: Sample, seq_len: int) -> list[Sample]:
-    """Cut a sample into pieces of at most seq_len predictions; consecutive pieces share one token."""
+    """Cut a sample into segments of at most seq_len predictions; consecutive segments share one token."""
     cuts = range(0, max(len(sample.tokens) - 1, 1), seq_len)
-    pieces = [Sample(sample.tokens[cut : cut + seq_len + 1], sample.loss_mask[cut : cut + seq_len + 1]) for cut in cuts]
-    return [piece for piece in pieces if any(piece.loss_mask[1:])]
+    parts = [slice(cut, cut + seq_len + 1) for cut in cuts]
+    segments = [Sample(sample.tokens[part], sample.loss_mask[part]) for part in parts]
+    return [segment for segment in segments if any(segment.loss_mask[1:])]
