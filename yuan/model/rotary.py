@@ -12,7 +12,7 @@ from yuan.config import ModelConfig
 def compute_rotary(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return cosine and signed sine of the rotary angles: positions (...) in, (..., D) out, in `dtype`.
 
-    The sine's first half is negated, as `rotate` needs it.
+    The sine's first half is negated, as `apply_rotary` needs it.
 
     With rope_precision "bf16" the angles are those of the official training, which rounds frequencies, positions and
     their products to bf16: of 8,192 positions 897 stay distinct. With "fp32" they are exact.
@@ -29,6 +29,6 @@ def compute_rotary(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -
     return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
 
-def rotate(x_BNSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary(x_BNSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (first half, second half) by its position's angle. Source: RoFormer, eq. 34."""
     return torch.addcmul(x_BNSD * cos, x_BNSD.roll(x_BNSD.shape[-1] // 2, dims=-1), sin)

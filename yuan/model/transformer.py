@@ -18,7 +18,7 @@ from yuan.model.attention_inputs import (
 )
 from yuan.model.cache import CacheBlock, DecodingCache
 from yuan.model.local_filter import make_filter
-from yuan.model.rotary import rotate
+from yuan.model.rotary import apply_rotary
 
 
 class Attention(nn.Module):
@@ -44,7 +44,7 @@ class Attention(nn.Module):
 
         # One projection gives queries and keys: (B, S, 2H) -> (B, 2N, S, D).
         query_key = self.query_key(filtered_BSH).unflatten(-1, (2 * self.num_heads, -1)).transpose(1, 2)
-        q_BNSD, k_BNSD = rotate(query_key, rows.cos, rows.sin).chunk(2, dim=1)
+        q_BNSD, k_BNSD = apply_rotary(query_key, rows.cos, rows.sin).chunk(2, dim=1)
         v_BNSD = self.value(x_BSH).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
         if cache is not None:
