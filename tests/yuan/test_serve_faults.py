@@ -15,7 +15,7 @@ from yuan.generate.sequence import DecodingSequence
 from yuan.serve.batching import BatchingEngine
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.request import AnswerPiece, DecodingFailed, GenerationRequest, QueueFull
-from yuan.serve.service import STARTING_MESSAGE, ModelService
+from yuan.serve.service import STARTING_REASON, ModelService
 
 PATH = "/v1/completions"
 
@@ -176,7 +176,7 @@ def test_cancelled_or_expired_requests_are_removed_from_the_queue(service):
 def test_health_reports_a_missing_model_or_an_ended_engine_thread(monkeypatch):
     service = ModelService(ModelServerMetrics())
     with serve_model(service) as url, httpx.Client(base_url=url) as http:
-        assert http.get("/health").json() == {"ok": True, "reason": STARTING_MESSAGE}
+        assert http.get("/health").json() == {"ok": True, "reason": STARTING_REASON.message}
         service.swap_in(make_served_model(1))
 
         def raise_error(self, joining, error=None):

@@ -44,7 +44,7 @@ def make_api(token: str, service: ModelService) -> FastAPI:
     async def health() -> JSONResponse:
         """Report to any caller, without a token, if the server can answer; true also before the first promotion."""
         fault = service.fault()
-        reason = fault or ("ok" if service.served else service.absence_reason[0])
+        reason = fault or ("ok" if service.served else service.absence_reason.message)
         return JSONResponse({"ok": fault is None, "reason": reason}, 503 if fault else 200)
 
     @app.get("/v1/models")

@@ -12,13 +12,15 @@ from pathlib import Path
 from yuan.model.weights import load, load_tokenizer, verify_folder
 from yuan.safe_files import replace_file_below, replace_folder
 from yuan.serve.request import ServedModel
-from yuan.serve.service import SHORT_RETRY_AFTER_S, ModelService
+from yuan.serve.service import SHORT_RETRY_AFTER_S, AbsenceReason, ModelService
 
 log = logging.getLogger(__name__)
 
 ALIAS_POLL_INTERVAL_S = 1.0
 # Backoff for a version that cannot be fetched or loaded, so that a large one is not downloaded every second.
-LOAD_RETRY_S, MAX_LOAD_RETRY_S = 5.0, 60.0
+LOAD_RETRY_S = 5.0
+MAX_LOAD_RETRY_S = 60.0
+LOAD_FAILURE_RETRY_AFTER_S = 60  # for callers, while the registry or the version cannot be read
 MAX_CACHED_VERSIONS = 3
 NO_VERSION_MESSAGE = "no model is in service yet: no version has been promoted; the first training round produces one"
 LAST_VERSION_FILE = "last.json"
@@ -113,7 +115,10 @@ class AliasFollower:
         try:
             version = self._aliases().get(self._alias)
         except Exception as error:  # many libraries raise here; no error may end this thread
-            self._explain_absence("no model is in service yet: the registry does not respond; retry in a minute", 60)
+            self._explain_absence(
+                "no model is in service yet: the registry does not respond; retry in a minute",
+                LOAD_FAILURE_RETRY_AFTER_S,
+            )
             return self._log_problem("the registry does not respond", error)
         served = self._service.served
         if version is None:
@@ -126,12 +131,16 @@ class AliasFollower:
     def _serve_version(self, version: int, reason: str) -> None:
         if version == self._unusable_version and time.monotonic() < self._retry_at:
             return
-        self._service.absence_reason = (f"v{version} is being loaded; retry in a few seconds", SHORT_RETRY_AFTER_S)
+        self._service.absence_reason = AbsenceReason(
+            message=f"v{version} is being loaded; retry in a few seconds", retry_after_s=SHORT_RETRY_AFTER_S
+        )
         try:
             self._service.swap_in(self._versions.load(version))
         except Exception as error:
-            message = f"v{version} cannot be loaded; retry in a minute, and tell the operator if the error persists"
-            self._service.absence_reason = (message, 60)
+            self._service.absence_reason = AbsenceReason(
+                message=f"v{version} cannot be loaded; retry in a minute, and tell the operator if the error persists",
+                retry_after_s=LOAD_FAILURE_RETRY_AFTER_S,
+            )
             is_repeated = version == self._unusable_version
             self._pause_s = min(2 * self._pause_s, MAX_LOAD_RETRY_S) if is_repeated else LOAD_RETRY_S
             self._unusable_version, self._retry_at = version, time.monotonic() + self._pause_s
@@ -147,7 +156,7 @@ class AliasFollower:
     def _explain_absence(self, message: str, retry_after_s: int | None) -> None:
         """Set the reason that callers get; keep an earlier reason that names a version that cannot be loaded."""
         if not self._unusable_version:
-            self._service.absence_reason = (message, retry_after_s)
+            self._service.absence_reason = AbsenceReason(message=message, retry_after_s=retry_after_s)
 
     def _log_problem(self, problem: str | None, error: Exception | None = None) -> None:
         """Log a problem once when it starts and once when it ends.

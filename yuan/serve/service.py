@@ -1,13 +1,31 @@
 """The model in service; versions are swapped without dropping a request."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from yuan.serve.batching import BatchingEngine
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.request import GenerationRequest, NoModelInService, ServedModel
 
-STARTING_MESSAGE = "the model server is starting; retry in a few seconds"
 SHORT_RETRY_AFTER_S = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbsenceReason:
+    """Why no model is in service.
+
+    Attributes:
+        message: for callers, with what they can do.
+        retry_after_s: seconds after which a retry may succeed; None if waiting does not help.
+    """
+
+    message: str
+    retry_after_s: int | None
+
+
+STARTING_REASON = AbsenceReason(
+    message="the model server is starting; retry in a few seconds", retry_after_s=SHORT_RETRY_AFTER_S
+)
 
 
 class ModelService:
@@ -15,15 +33,14 @@ class ModelService:
 
     Attributes:
         engine: the engine in service; None before the first model.
-        absence_reason: the message for callers while no model is in service, and the seconds after which they may
-            retry.
+        absence_reason: reported to callers while no model is in service.
     """
 
     def __init__(self, metrics: ModelServerMetrics) -> None:
         self.metrics = metrics
         self.engine: BatchingEngine | None = None
         self._draining: list[BatchingEngine] = []
-        self.absence_reason: tuple[str, int | None] = (STARTING_MESSAGE, SHORT_RETRY_AFTER_S)
+        self.absence_reason = STARTING_REASON
 
     @property
     def served(self) -> ServedModel | None:
@@ -55,7 +72,7 @@ class ModelService:
         while True:
             engine = self.engine
             if engine is None:
-                raise NoModelInService(*self.absence_reason)
+                raise NoModelInService(self.absence_reason.message, self.absence_reason.retry_after_s)
             request = make_request(engine.served)
             if engine.submit(request):
                 return request
