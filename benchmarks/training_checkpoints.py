@@ -133,12 +133,12 @@ def measure_saves(folder: Path) -> None:
     documents, weights = torch.zeros_like(tokens), torch.full(tokens.shape, 1 / RECIPE.seq_len)
     engine.train_batch(iter([((tokens, documents), (tokens, weights))] * RECIPE.global_batch_size))
     store = CheckpointStore(folder / "ours", model=MODEL.to_json(), order=ORDER, keep=1, event=lambda _: None)
-    slices, updates = collect_state(engine, MODEL.num_layers)
+    state = collect_state(engine, MODEL.num_layers)
     times: dict[str, list[float]] = {"stall_s": [], "whole_s": [], "deepspeed_s": []}
     for step in range(NUM_SAVES + 1):
         dist.barrier()
         start = time.perf_counter()
-        store.save(step + 1, slices, updates=updates)
+        store.save(step + 1, state.slices, updates=state.num_updates)
         stalled = time.perf_counter()
         store.wait()
         dist.barrier()

@@ -217,12 +217,14 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         """Copy this rank's slices; a thread writes them while training continues."""
         self.heartbeat.record_progress("copying a checkpoint", uses_max_limit=True)  # waits for the previous checkpoint
-        slices, updates = collect_state(self.engine, self.spec.model.num_layers)
+        state = collect_state(self.engine, self.spec.model.num_layers)
         loss = statistics.fmean(self._losses) if self._losses else None
         self._losses.clear()
         open_skips = self.decisions.list_open_skips(self.step)
         self.checkpoints.rollback_step = open_skips[0].step if open_skips else None
-        self.checkpoints.save(self.step, slices, updates=updates, loss=loss, decisions=self.decisions.to_json())
+        self.checkpoints.save(
+            self.step, state.slices, updates=state.num_updates, loss=loss, decisions=self.decisions.to_json()
+        )
         self.heartbeat.record_progress("between steps")
 
     def _resume(self) -> int:

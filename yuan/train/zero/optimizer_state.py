@@ -4,7 +4,8 @@ ZeRO-1 concatenates the parameters of a stage and assigns each replica a partiti
 parameters. The names, and so the saved slices, do not depend on stages or replicas.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,19 @@ from yuan.train.zero.pipeline import translate_parameter_name
 from yuan.train.zero.tied_embedding import TIED_WEIGHT_NAME
 
 WEIGHT_KIND, MOMENT_KINDS = "weight", ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerState:
+    """The part of a checkpoint that one rank saves.
+
+    Attributes:
+        slices: master weights and moments by name; see `collect_slices`.
+        num_updates: number of updates of the optimizer so far.
+    """
+
+    slices: Mapping[str, TensorSlice]
+    num_updates: int
 
 
 def collect_slices(engine: Any, num_layers: int) -> dict[str, TensorSlice]:
@@ -36,8 +50,8 @@ def collect_slices(engine: Any, num_layers: int) -> dict[str, TensorSlice]:
     return slices
 
 
-def collect_state(engine: Any, num_layers: int) -> tuple[dict[str, TensorSlice], int]:
-    """Return the slices that this rank saves, and the number of updates of the optimizer so far.
+def collect_state(engine: Any, num_layers: int) -> OptimizerState:
+    """Return the state that this rank saves.
 
     The embedding is saved by the first stage only; the last stage has an equal copy.
     """
@@ -45,7 +59,8 @@ def collect_state(engine: Any, num_layers: int) -> tuple[dict[str, TensorSlice],
     if engine.stage_id > 0:
         slices = {key: tensor_slice for key, tensor_slice in slices.items() if not key.endswith(f"/{TIED_WEIGHT_NAME}")}
     states = _get_base_optimizer(engine).state.values()
-    return slices, next((int(state["step"]) for state in states if "step" in state), 0)
+    num_updates = next((int(state["step"]) for state in states if "step" in state), 0)
+    return OptimizerState(slices=slices, num_updates=num_updates)
 
 
 def restore_state(engine: Any, num_layers: int, read: Callable[[dict[str, TensorSlice]], None], updates: int) -> None:
