@@ -138,7 +138,7 @@ def measure_saves(folder: Path) -> None:
     for step in range(NUM_SAVES + 1):
         dist.barrier()
         start = time.perf_counter()
-        store.save(step + 1, state.slices, updates=state.num_updates)
+        store.save(step + 1, state.slices, num_updates=state.num_updates)
         stalled = time.perf_counter()
         store.wait()
         dist.barrier()
@@ -161,7 +161,7 @@ def resume_with_ours(folder: Path) -> None:
     manifest = store.find_newest()
     assert manifest is not None
     read = functools.partial(store.load, manifest.step)
-    restore_state(engine, MODEL.num_layers, read, manifest.updates)
+    restore_state(engine, MODEL.num_layers, read, manifest.num_updates)
     dist.barrier()
     write_figures(folder / "ours.json", {"load_s": time.perf_counter() - start, "sums": sum_states(engine)})
     store.close()

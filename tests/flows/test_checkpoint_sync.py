@@ -35,7 +35,9 @@ def write_checkpoint(folder, step, content=b"weights"):
 
 def make_manifest(step, files):
     """Return a checkpoint's manifest as a run writes it."""
-    manifest = CheckpointManifest(step=step, model={}, order={}, updates=step, loss=None, decisions=None, files=files)
+    manifest = CheckpointManifest(
+        step=step, model={}, order={}, num_updates=step, loss=None, decisions=None, files=files
+    )
     return json.dumps(manifest.to_json()).encode()
 
 

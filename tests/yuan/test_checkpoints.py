@@ -40,7 +40,7 @@ def make_values(step):
 
 
 def save_checkpoint(store, step):
-    store.save(step, {key: TensorSlice(0, len(t), t) for key, t in make_values(step).items()}, updates=step)
+    store.save(step, {key: TensorSlice(0, len(t), t) for key, t in make_values(step).items()}, num_updates=step)
     store.wait()
 
 
@@ -55,7 +55,7 @@ def test_any_slice_of_a_tensor_can_be_loaded(store):
 
 def test_checkpoint_has_the_values_at_the_time_of_the_save_call(store):
     tensor = torch.ones(10)
-    store.save(1, {"weight/a": TensorSlice(0, 10, tensor)}, updates=1)
+    store.save(1, {"weight/a": TensorSlice(0, 10, tensor)}, num_updates=1)
     tensor.zero_()
     read = {"weight/a": TensorSlice(0, 10, torch.zeros(10))}
     store.wait()
@@ -67,14 +67,16 @@ def test_last_two_checkpoints_are_kept_and_the_newest_is_found(store, tmp_path, 
     for step in (1, 2, 3):
         save_checkpoint(store, step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
-    assert store.find_newest().step == 3 and store.find_newest().updates == 3
+    assert store.find_newest().step == 3 and store.find_newest().num_updates == 3
     assert events == [CheckpointEvent(step=step) for step in (1, 2, 3)]
 
 
 def test_rollback_checkpoint_and_best_checkpoint_are_kept(store, tmp_path):
     store.rollback_step = 2
     for step, loss in ((1, 0.5), (2, 3.0), (3, 2.0), (4, 2.5), (5, 2.2)):
-        store.save(step, {key: TensorSlice(0, len(t), t) for key, t in make_values(step).items()}, updates=1, loss=loss)
+        store.save(
+            step, {key: TensorSlice(0, len(t), t) for key, t in make_values(step).items()}, num_updates=1, loss=loss
+        )
         store.wait()
     assert [int(path.name[-1]) for path in sorted(tmp_path.iterdir())] == [1, 2, 4, 5]
     assert store.find_newest(max_step=3).step == 2

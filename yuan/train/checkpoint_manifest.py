@@ -26,7 +26,7 @@ class CheckpointManifest:
     Attributes:
         model: the run's model, from `ModelConfig.to_json`.
         order: the run's order of data, from `RunSpec.order`, with the windows of each source.
-        updates: number of the optimizer's updates.
+        num_updates: number of the optimizer's updates; stored as `updates`.
         loss: mean over the good steps since the previous checkpoint; None without one.
         decisions: those of the guard, from `GuardDecisions.to_json`.
         files: digests of the checkpoint's other files, by name.
@@ -35,7 +35,7 @@ class CheckpointManifest:
     step: int
     model: Mapping[str, Any]
     order: Mapping[str, Any]
-    updates: int
+    num_updates: int
     loss: float | None
     decisions: str | None
     files: Mapping[str, FileDigest]
@@ -47,7 +47,7 @@ class CheckpointManifest:
             "step": self.step,
             "model": self.model,
             "order": self.order,
-            "updates": self.updates,
+            "updates": self.num_updates,
             "loss": self.loss,
             "decisions": self.decisions,
             "files": {name: digest.to_json() for name, digest in self.files.items()},
@@ -63,11 +63,12 @@ class CheckpointManifest:
         """
         step, files = data.get("step"), data.get("files")
         model, order = data.get("model"), data.get("order")
-        updates, loss, decisions = data.get("updates"), data.get("loss"), data.get("decisions")
+        num_updates = data.get("updates")
+        loss, decisions = data.get("loss"), data.get("decisions")
         if not (
             data.get("schema") == MANIFEST_SCHEMA
             and isinstance(step, int)
-            and isinstance(updates, int)
+            and isinstance(num_updates, int)
             and isinstance(files, Mapping)
             and isinstance(model, Mapping)
             and isinstance(order, Mapping)
@@ -79,7 +80,7 @@ class CheckpointManifest:
             step=step,
             model=model,
             order=order,
-            updates=updates,
+            num_updates=num_updates,
             loss=loss,
             decisions=decisions,
             files={name: FileDigest.from_json(digest) for name, digest in files.items()},

@@ -223,7 +223,7 @@ class Trainer:
         open_skips = self.decisions.list_open_skips(self.step)
         self.checkpoints.rollback_step = open_skips[0].step if open_skips else None
         self.checkpoints.save(
-            self.step, state.slices, updates=state.num_updates, loss=loss, decisions=self.decisions.to_json()
+            self.step, state.slices, num_updates=state.num_updates, loss=loss, decisions=self.decisions.to_json()
         )
         self.heartbeat.record_progress("between steps")
 
@@ -249,7 +249,7 @@ class Trainer:
         step = manifest.step
         self.heartbeat.record_progress("reading a checkpoint", uses_max_limit=True)
         read = functools.partial(self.checkpoints.load, step)
-        restore_state(self.engine, self.spec.model.num_layers, read, manifest.updates)
+        restore_state(self.engine, self.spec.model.num_layers, read, manifest.num_updates)
         self.run_log.drop_metrics_after(step)
         self.judge = StepJudge(self.recipe.spike_sigmas)
         self._losses.clear()

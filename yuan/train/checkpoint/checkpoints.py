@@ -75,18 +75,24 @@ class CheckpointStore:
         step: int,
         slices: Mapping[str, TensorSlice],
         *,
-        updates: int,
+        num_updates: int,
         loss: float | None = None,
         decisions: str | None = None,
     ) -> None:
         """Copy the slices and write them in the background; wait first for the previous checkpoint.
 
         Args:
-            updates, loss, decisions: stored in the manifest; see `CheckpointManifest`.
+            num_updates, loss, decisions: stored in the manifest; see `CheckpointManifest`.
         """
         self.wait()
         manifest = CheckpointManifest(
-            step=step, model=self.model, order=self.order, updates=updates, loss=loss, decisions=decisions, files={}
+            step=step,
+            model=self.model,
+            order=self.order,
+            num_updates=num_updates,
+            loss=loss,
+            decisions=decisions,
+            files={},
         )
 
         if self._copies.keys() != slices.keys():

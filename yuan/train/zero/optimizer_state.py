@@ -63,12 +63,14 @@ def collect_state(engine: Any, num_layers: int) -> OptimizerState:
     return OptimizerState(slices=slices, num_updates=num_updates)
 
 
-def restore_state(engine: Any, num_layers: int, read: Callable[[dict[str, TensorSlice]], None], updates: int) -> None:
+def restore_state(
+    engine: Any, num_layers: int, read: Callable[[dict[str, TensorSlice]], None], num_updates: int
+) -> None:
     """Restore weights and optimizer of this rank from a checkpoint, written under any plan.
 
     Args:
         read: fills slices from a checkpoint.
-        updates: number of optimizer updates before the checkpoint, for Adam's bias correction.
+        num_updates: number of optimizer updates before the checkpoint, for Adam's bias correction.
     """
     slices = collect_slices(engine, num_layers)
 
@@ -87,7 +89,7 @@ def restore_state(engine: Any, num_layers: int, read: Callable[[dict[str, Tensor
             parameter.copy_(weights[f"{WEIGHT_KIND}/{name}"].view_as(parameter))
 
     for group in _get_base_optimizer(engine).param_groups:
-        _get_base_optimizer(engine).state[group["params"][0]]["step"].fill_(float(updates))
+        _get_base_optimizer(engine).state[group["params"][0]]["step"].fill_(float(num_updates))
 
 
 def _iter_named_parameters(module: Any, num_layers: int) -> Iterator[tuple[str, Any]]:
