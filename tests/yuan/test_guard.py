@@ -33,7 +33,7 @@ def make_judge(noise=0.1, steps=GUARD_WINDOW_STEPS):
 
 
 @pytest.mark.parametrize(
-    ("loss", "norm", "says"),
+    ("loss", "grad_norm", "says"),
     [
         (math.nan, 0.5, "loss is nan"),
         (2.0, math.inf, "gradient norm is inf"),
@@ -41,13 +41,13 @@ def make_judge(noise=0.1, steps=GUARD_WINDOW_STEPS):
         (2.0, 500.0, "gradient norm 500 is above 49.53"),
     ],
 )
-def test_faulty_step_is_reported_with_its_loss_or_gradient_norm(loss, norm, says):
-    assert says in make_judge().find_fault(loss, norm)
+def test_faulty_step_is_reported_with_its_loss_or_gradient_norm(loss, grad_norm, says):
+    assert says in make_judge().find_fault(loss, grad_norm)
 
 
-@pytest.mark.parametrize(("loss", "norm"), [(2.0, 0.5), (3.9, 40.0), (0.01, 1e-9), (0.0, 0.0)])
-def test_normal_step_is_not_faulty(loss, norm):
-    assert make_judge().find_fault(loss, norm) is None
+@pytest.mark.parametrize(("loss", "grad_norm"), [(2.0, 0.5), (3.9, 40.0), (0.01, 1e-9), (0.0, 0.0)])
+def test_normal_step_is_not_faulty(loss, grad_norm):
+    assert make_judge().find_fault(loss, grad_norm) is None
 
 
 def test_noisy_run_has_at_most_one_false_alarm_in_10000_steps():

@@ -121,7 +121,7 @@ def test_fill_in_the_middle_keeps_every_character_and_uses_psm_and_spm(tokenizer
     text = "abcdefghijklmnop"
     forms = []
     for number in range(200):
-        sample = encode_fill_in_middle(text, tokenizer, rate=1.0, seed=(7, number))
+        sample = encode_fill_in_middle(text, tokenizer, fim_probability=1.0, seed=(7, number))
         form, front, back = split_parts(sample, tokenizer)
         assert front + back == text
         assert all(sample.loss_mask)
@@ -132,15 +132,15 @@ def test_fill_in_the_middle_keeps_every_character_and_uses_psm_and_spm(tokenizer
 
 def test_fill_in_the_middle_is_deterministic_per_seed_and_disabled_at_rate_zero(tokenizer):
     text = "abcdefghijklmnop"
-    assert encode_fill_in_middle(text, tokenizer, rate=0.5, seed=3) == encode_fill_in_middle(
-        text, tokenizer, rate=0.5, seed=3
+    assert encode_fill_in_middle(text, tokenizer, fim_probability=0.5, seed=3) == encode_fill_in_middle(
+        text, tokenizer, fim_probability=0.5, seed=3
     )
     plain = encode_row(Row(prompt="", answer=text), tokenizer)
-    assert encode_fill_in_middle(text, tokenizer, rate=0.0, seed=3) == plain
-    changed = sum(encode_fill_in_middle(text, tokenizer, rate=0.5, seed=n) != plain for n in range(200))
+    assert encode_fill_in_middle(text, tokenizer, fim_probability=0.0, seed=3) == plain
+    changed = sum(encode_fill_in_middle(text, tokenizer, fim_probability=0.5, seed=n) != plain for n in range(200))
     assert 70 <= changed <= 130
 
 
-def test_fill_in_the_middle_rate_outside_0_to_1_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="rate must be between 0 and 1, got 2"):
-        encode_fill_in_middle("abc", tokenizer, rate=2)
+def test_fill_in_the_middle_probability_outside_0_to_1_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="fim_probability must be between 0 and 1, got 2"):
+        encode_fill_in_middle("abc", tokenizer, fim_probability=2)

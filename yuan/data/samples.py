@@ -74,9 +74,9 @@ def encode_conversation(
 
 
 def encode_fill_in_middle(
-    text: str, tokenizer: Tokenizer, *, rate: float, spm_share: float = 0.5, seed: object = 0
+    text: str, tokenizer: Tokenizer, *, fim_probability: float, spm_share: float = 0.5, seed: object = 0
 ) -> Sample:
-    """Encode a document for fill-in-the-middle (FIM): with probability `rate`, move the middle to the end.
+    """Encode a document for fill-in-the-middle (FIM): with probability `fim_probability`, move the middle to the end.
 
     Two uniform cuts between characters give prefix, middle and suffix. PSM: prefix-id, prefix, suffix-id, suffix,
     middle-id, middle. SPM: prefix-id, suffix-id, suffix, middle-id, prefix, middle. Every token is a target. The result
@@ -87,15 +87,15 @@ def encode_fill_in_middle(
         seed: any object with a stable repr, such as (run seed, document number).
 
     Raises:
-        ValueError: if `rate` or `spm_share` is not between 0 and 1.
+        ValueError: if `fim_probability` or `spm_share` is not between 0 and 1.
 
     Source: Yuan 2.0, megatron/data/gpt_dataset.py; Bavarian et al. 2022, sections 3 and 4.
     """
-    for name, value in (("rate", rate), ("spm_share", spm_share)):
+    for name, value in (("fim_probability", fim_probability), ("spm_share", spm_share)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be between 0 and 1, got {value}; it is a probability")
     draw = random.Random(f"fill in the middle {seed!r}")
-    if draw.random() >= rate or not text:
+    if draw.random() >= fim_probability or not text:
         return _join_parts([([*tokenizer.encode(text), tokenizer.eod], True)])
 
     first, second = sorted(draw.randint(0, len(text)) for _ in range(2))

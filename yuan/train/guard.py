@@ -31,7 +31,8 @@ MIN_GOOD_STEPS = 16  # good steps needed before a finite value can be faulty
 FAULT_MEMORY_STEPS = 256  # steps without a fault after which earlier faults no longer count
 # Ratios to the median that are always accepted, however small the recent variation. One run had gradient norms of 35
 # times the median (clipped) at step after step of its first hundred steps and then converged without intervention.
-LOSS_RATIO_FLOOR, NORM_RATIO_FLOOR = 2.0, 100.0
+LOSS_RATIO_FLOOR = 2.0
+GRAD_NORM_RATIO_FLOOR = 100.0
 LEARNING_RATE_CUT = 0.5  # factor on the learning rate at each roll back except the first
 SIGMA_PER_MAD = 1.4826  # standard deviation over median absolute deviation, for a normal distribution
 
@@ -175,20 +176,20 @@ class StepJudge:
     def __init__(self, sigmas: float) -> None:
         self._sigmas = sigmas
         self._losses: deque[float] = deque(maxlen=GUARD_WINDOW_STEPS)
-        self._norms: deque[float] = deque(maxlen=GUARD_WINDOW_STEPS)
+        self._grad_norms: deque[float] = deque(maxlen=GUARD_WINDOW_STEPS)
 
-    def add_good_step(self, loss: float, norm: float) -> None:
+    def add_good_step(self, loss: float, grad_norm: float) -> None:
         """Add the loss and gradient norm of a good step."""
         self._losses.append(loss)
-        self._norms.append(norm)
+        self._grad_norms.append(grad_norm)
 
-    def find_fault(self, loss: float, norm: float) -> str | None:
+    def find_fault(self, loss: float, grad_norm: float) -> str | None:
         """Describe the fault of a step; return None if it has none."""
-        for name, value in (("loss", loss), ("gradient norm", norm)):
+        for name, value in (("loss", loss), ("gradient norm", grad_norm)):
             if not math.isfinite(value):
                 return f"its {name} is {value}"
         return self._find_outlier("loss", loss, self._losses, LOSS_RATIO_FLOOR) or self._find_outlier(
-            "gradient norm", norm, self._norms, NORM_RATIO_FLOOR
+            "gradient norm", grad_norm, self._grad_norms, GRAD_NORM_RATIO_FLOOR
         )
 
     def _find_outlier(self, name: str, value: float, good: deque[float], floor: float) -> str | None:

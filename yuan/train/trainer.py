@@ -115,15 +115,16 @@ class Trainer:
         """Run one guarded step; return False if the run rolled back to a checkpoint instead."""
         size = self.recipe.global_batch_size
         positions = find_unskipped_positions(self.step * size, size, self.decisions.skipped)
-        rate = compute_learning_rate(self.step, self.recipe) * self.decisions.compute_learning_rate_factor(self.step)
+        guard_factor = self.decisions.compute_learning_rate_factor(self.step)
+        learning_rate = compute_learning_rate(self.step, self.recipe) * guard_factor
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate
 
         result = self._run_repeatable_pass(positions)
         if result.fault is not None:
             return self._handle_fault(positions, result.fault, result.seconds)
 
-        self.judge.add_good_step(result.loss, result.norm)
+        self.judge.add_good_step(result.loss, result.grad_norm)
         self._losses.append(result.loss)
         self.step += 1
 
@@ -131,7 +132,9 @@ class Trainer:
             self.step, result.seconds, result.compute_seconds, result.peak_memory_bytes
         ):
             self.run_log.log_event(event)
-        self.run_log.log_step(self.step, result, rate, positions, self.throughput_meter, self.module.actual_bounds)
+        self.run_log.log_step(
+            self.step, result, learning_rate, positions, self.throughput_meter, self.module.actual_bounds
+        )
         self.heartbeat.record_step(self.step, result.seconds)
         return True
 
@@ -152,8 +155,8 @@ class Trainer:
         replica = self.engine.grid.get_data_parallel_rank()
         return self.stepper.run(read_micro_batches(self.corpus, self.spec.plan, positions, replica, self.engine.device))
 
-    def _find_fault(self, loss: float, norm: float) -> str | None:
-        return self.judge.find_fault(loss, norm)
+    def _find_fault(self, loss: float, grad_norm: float) -> str | None:
+        return self.judge.find_fault(loss, grad_norm)
 
     def _handle_fault(self, positions: Int64Array, fault: str, seconds: float) -> bool:
         """Skip, roll back or stop after a step that was faulty twice; return False if the run rolled back."""
@@ -253,17 +256,17 @@ class Trainer:
         self.run_log.drop_metrics_after(step)
         self.judge = StepJudge(self.recipe.spike_sigmas)
         self._losses.clear()
-        for loss, norm in self._read_good_steps():
-            self.judge.add_good_step(loss, norm)
+        for loss, grad_norm in self._read_good_steps():
+            self.judge.add_good_step(loss, grad_norm)
 
     def _read_good_steps(self) -> list[tuple[float, float]]:
         """Read (loss, gradient norm) of the last good steps on rank 0, and broadcast them."""
         good_steps: list[tuple[float, float]] = []
         if self.rank == 0:
             for row in self.folder.read_metrics()[-GUARD_WINDOW_STEPS:]:
-                loss, norm = row.metrics[LOSS_METRIC], row.metrics[GRAD_NORM_METRIC]
-                assert loss is not None and norm is not None, "log_step writes both"
-                good_steps.append((loss, norm))
+                loss, grad_norm = row.metrics[LOSS_METRIC], row.metrics[GRAD_NORM_METRIC]
+                assert loss is not None and grad_norm is not None, "log_step writes both"
+                good_steps.append((loss, grad_norm))
         message = [good_steps]
         dist.broadcast_object_list(message, src=0)
         return message[0]

@@ -25,7 +25,7 @@ class StepResult:
     Attributes:
         loss: mean over the target tokens.
         source_losses: the same for each data source; NaN for a source without tokens.
-        norm: gradient norm before clipping.
+        grad_norm: gradient norm before clipping.
         fault: description of the step's fault; if it is None, the update was applied.
         seconds: wall time of the step on this rank.
         compute_seconds: time of the forward and backward passes of each rank.
@@ -34,7 +34,7 @@ class StepResult:
 
     loss: float
     source_losses: list[float]
-    norm: float
+    grad_norm: float
     fault: str | None
     seconds: float
     compute_seconds: list[float]
@@ -45,16 +45,16 @@ class StepResult:
 class StepNumbers:
     """Numbers of a step that are summed over all ranks, each a vector.
 
-    A rank sets only its own entries and leaves the others zero, so the sums collect them. `loss` and `norm` have one
-    entry, `source_loss_sums` and `source_token_counts` one for each data source, the others one for each rank.
+    A rank sets only its own entries and leaves the others zero, so the sums collect them. `loss` and `grad_norm` have
+    one entry, `source_loss_sums` and `source_token_counts` one for each data source, the others one for each rank.
 
     >>> numbers = StepNumbers(*(torch.tensor([1.0, n]) for n in range(6)))
-    >>> numbers.unpack(2 * numbers.pack(torch.device("cpu"))).norm.tolist()
+    >>> numbers.unpack(2 * numbers.pack(torch.device("cpu"))).grad_norm.tolist()
     [2.0, 2.0]
     """
 
     loss: Tensor
-    norm: Tensor
+    grad_norm: Tensor
     source_loss_sums: Tensor
     source_token_counts: Tensor
     compute_seconds: Tensor
@@ -79,8 +79,8 @@ class StepRunner:
     checked in that call, so nothing is computed twice, and DeepSpeed clears the gradients afterwards as usual.
 
     Args:
-        find_fault: returns a description of the fault of a step with this loss and norm, or None; the same on every
-            rank.
+        find_fault: returns a description of the fault of a step with this loss and gradient norm, or None; the same on
+            every rank.
     """
 
     def __init__(self, engine: Any, tally: SourceLossTally, timer: StageTimer, find_fault: FaultFinder) -> None:
@@ -108,7 +108,7 @@ class StepRunner:
         return StepResult(
             loss=numbers.loss.item(),
             source_losses=[s / n if n else math.nan for s, n in zip(loss_sums, token_counts, strict=True)],
-            norm=numbers.norm.item(),
+            grad_norm=numbers.grad_norm.item(),
             fault=self._fault,
             seconds=time.perf_counter() - start,
             compute_seconds=numbers.compute_seconds.tolist(),
@@ -127,7 +127,7 @@ class StepRunner:
             message = numbers.pack(self._engine.device)
             dist.all_reduce(message)
             self._numbers = numbers.unpack(message.cpu())
-            self._fault = self._find_fault(self._numbers.loss.item(), self._numbers.norm.item())
+            self._fault = self._find_fault(self._numbers.loss.item(), self._numbers.grad_norm.item())
         return self._numbers
 
     def _measure_step(self) -> StepNumbers:
@@ -143,7 +143,7 @@ class StepRunner:
 
         # The norm of rank 0 only: replicas reduce it in other groups, so their last bits may differ.
         rank_norm = engine.optimizer._global_grad_norm if rank == 0 else 0.0
-        norm = math.inf if rank_norm is None else float(rank_norm)
+        grad_norm = math.inf if rank_norm is None else float(rank_norm)
 
         compute_seconds, peak_memory_bytes = torch.zeros(dist.get_world_size()), torch.zeros(dist.get_world_size())
         compute_seconds[rank] = self._timer.take()
@@ -151,7 +151,7 @@ class StepRunner:
 
         return StepNumbers(
             loss=loss.reshape(1),
-            norm=torch.tensor([norm]),
+            grad_norm=torch.tensor([grad_norm]),
             source_loss_sums=loss_sums,
             source_token_counts=token_counts,
             compute_seconds=compute_seconds,
