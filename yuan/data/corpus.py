@@ -14,7 +14,8 @@ from yuan.data.samples import Sample
 from yuan.data.shuffle import Int64Array
 from yuan.data.tokens import TOKEN_FILE_NAMES, TokenFiles, write_token_files
 
-CORPUS_INDEX_FILE, CORPUS_SCHEMA = "data.json", 1
+CORPUS_INDEX_FILE = "data.json"
+CORPUS_SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,10 @@ import numpy.typing as npt
 from yuan.data.packing import PackedWindows, SampleSegment, build_windows, split_into_windows
 from yuan.data.samples import Sample
 
-TOKENS_FILE, SEGMENTS_FILE = "tokens.bin", "pieces.npy"
-WINDOWS_FILE, TARGET_COUNTS_FILE = "windows.npy", "learned.npy"
+TOKENS_FILE = "tokens.bin"
+SEGMENTS_FILE = "pieces.npy"
+WINDOWS_FILE = "windows.npy"
+TARGET_COUNTS_FILE = "learned.npy"
 TOKEN_FILE_NAMES = (TOKENS_FILE, SEGMENTS_FILE, WINDOWS_FILE, TARGET_COUNTS_FILE)
 LOSS_MASK_BIT = 1 << 31
 

@@ -13,7 +13,8 @@ from torch.nn.attention.varlen import varlen_attn
 from yuan.config import ModelConfig
 from yuan.model.rotary import compute_rotary
 
-FLASH_ATTENTION_CAPABILITY, MAX_FLASH_HEAD_DIM = (8, 0), 256  # Ampere and newer
+FLASH_ATTENTION_CAPABILITY = (8, 0)  # Ampere and newer
+MAX_FLASH_HEAD_DIM = 256
 CAUSAL_WINDOW = (-1, 0)  # all tokens before, none after
 
 

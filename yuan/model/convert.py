@@ -17,7 +17,8 @@ from yuan.model.weights import read_config, verify_folder, write_manifest
 
 DTYPES_BY_NAME = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PUBLISHED_TOKEN_IDS = {"eod": 77185, "sep": 77187}
-GENERATION_CONFIG_FILE, TOKENIZER_CONFIG_FILE = "generation_config.json", "tokenizer_config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
 
 def export_hf(

@@ -26,9 +26,13 @@ HF_LAYER_NAMES = {
     "attention.filter.norm.weight": "self_attn.lf_gate.output_layernorm.weight",
     "ffn.down.weight": "mlp.down_proj.weight",
 }
-HF_Q_PROJ, HF_K_PROJ = "self_attn.q_proj.weight", "self_attn.k_proj.weight"
-HF_UP_PROJ, HF_GATE_PROJ = "mlp.up_proj.weight", "mlp.gate_proj.weight"
-HF_EMBEDDING, HF_HEAD, HF_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+HF_Q_PROJ = "self_attn.q_proj.weight"
+HF_K_PROJ = "self_attn.k_proj.weight"
+HF_UP_PROJ = "mlp.up_proj.weight"
+HF_GATE_PROJ = "mlp.gate_proj.weight"
+HF_EMBEDDING = "model.embed_tokens.weight"
+HF_HEAD = "lm_head.weight"
+HF_NORM = "model.norm.weight"
 
 
 def get_yuan_shapes(config: ModelConfig) -> dict[str, TensorShape]:

@@ -14,8 +14,11 @@ from torch.nn import functional as F
 from yuan.model.compilation import can_compile
 
 # A block's probabilities in fp32; the loss allocates nothing else of this size except the head's gradient.
-LOSS_BLOCK_BYTES_CPU, LOSS_BLOCK_BYTES_GPU = 66 * 2**20, 2**30
-LOSS_TILE_BYTES_CPU, MIN_LOSS_TILE_COLUMNS = 2**21, 64
+LOSS_BLOCK_BYTES_CPU = 66 * 2**20
+LOSS_BLOCK_BYTES_GPU = 2**30
+
+LOSS_TILE_BYTES_CPU = 2**21
+MIN_LOSS_TILE_COLUMNS = 64
 ROW_ALIGNMENT = 8  # of a GPU's matrix products
 
 

@@ -10,8 +10,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-WEIGHTS_FILE, WEIGHTS_INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-PICKLED_WEIGHTS_FILE, PICKLED_WEIGHTS_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
+WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
+PICKLED_WEIGHTS_FILE = "pytorch_model.bin"
+PICKLED_WEIGHTS_INDEX_FILE = "pytorch_model.bin.index.json"
 MAX_SHARD_BYTES = 4 * 10**9
 DAMAGE_ERRORS = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, OSError, ValueError)
 IGNORED_TENSOR_SUFFIX = "rotary_emb.inv_freq"  # a buffer that some published files contain

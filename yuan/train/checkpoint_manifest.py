@@ -11,7 +11,9 @@ from typing import Any
 from yuan.safe_files import is_file, list_names, read_file
 from yuan.train.file_digest import FileDigest, find_difference
 
-CHECKPOINT_MANIFEST_FILE, MANIFEST_SEAL_KEY, MANIFEST_SCHEMA = "manifest.json", "sha256", 1
+CHECKPOINT_MANIFEST_FILE = "manifest.json"
+MANIFEST_SEAL_KEY = "sha256"
+MANIFEST_SCHEMA = 1
 CHECKPOINT_PREFIX = "step-"  # of the name of a checkpoint's folder, before the step in eight digits
 CHECKPOINT_NAME_PATTERN = re.compile(CHECKPOINT_PREFIX + r"[0-9]{8}")  # no run reaches 10**8 steps
 

@@ -17,7 +17,8 @@ from yuan.train.rank_json import RANK_FILE_PATTERN, get_count, get_number, get_t
 from yuan.train.run_folder import write_json
 
 EXIT_NOTES_FOLDER = "exits"
-MAX_NOTE_CHARACTERS, MAX_HOST_CHARACTERS = 2000, 255
+MAX_NOTE_CHARACTERS = 2000
+MAX_HOST_CHARACTERS = 255
 MAX_CLOCK_DIFFERENCE_S = 600.0  # between the machines of a run
 HOST_NAME_VARIABLES = ("SLURMD_NODENAME", "NODE_NAME")  # names of this machine set by Slurm and Kubernetes
 

@@ -7,7 +7,8 @@ from typing import Any
 from yuan.safe_files import NotRegularFileError, open_file
 from yuan.train.rank_json import parse_rank_object
 
-LOG_READ_BYTES, MAX_LOG_READS = 16 * 2**20, 256  # bytes of one read of a log, and the most reads of a whole log
+LOG_READ_BYTES = 16 * 2**20  # bytes of one read of a log
+MAX_LOG_READS = 256  # the most reads of a whole log
 
 
 class LogTail:

@@ -28,8 +28,13 @@ from yuan.train.rank_json import parse_rank_object
 from yuan.train.run_status import RunStatus
 
 RUN_KINDS = ("pretrain", "continue", "finetune")
-RUN_SPEC_FILE, SEAL_FILE, PLAN_FILE, PLAN_PICTURE_FILE = "run.json", "seal.json", "plan.json", "plan.svg"
-STATUS_FILE, METRICS_FILE, EVENTS_FILE = "status.json", "metrics.jsonl", "events.jsonl"
+RUN_SPEC_FILE = "run.json"
+SEAL_FILE = "seal.json"
+PLAN_FILE = "plan.json"
+PLAN_PICTURE_FILE = "plan.svg"
+STATUS_FILE = "status.json"
+METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
 TRAIN_LOG_FILE = "train.log"  # the ranks' output
 PREVIOUS_SPEC_KEY = "run.json before"  # in the seal: digest of the run.json that was replaced last
 

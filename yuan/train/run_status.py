@@ -7,7 +7,8 @@ from typing import Any
 from yuan.train.rank_json import get_count, get_number
 
 RUN_STATES = ("training", "finished")
-MAX_STAGES, MAX_STRAGGLERS = 4096, 4096
+MAX_STAGES = 4096
+MAX_STRAGGLERS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)

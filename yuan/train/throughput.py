@@ -12,7 +12,9 @@ from yuan.train.events import CaughtUpEvent, StragglerEvent
 from yuan.train.run_status import StageThroughput, Throughput
 
 THROUGHPUT_WINDOW_STEPS = 32  # last steps whose medians are reported
-STRAGGLER_RATIO, CAUGHT_UP_RATIO = 1.3, 1.15  # measured over planned time, relative to the other ranks
+# Measured over planned time, relative to the other ranks.
+STRAGGLER_RATIO = 1.3
+CAUGHT_UP_RATIO = 1.15
 
 
 class ThroughputMeter:

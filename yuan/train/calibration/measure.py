@@ -35,9 +35,13 @@ from yuan.train.zero.engine import build_deepspeed_config, release_engine, start
 from yuan.train.zero.pipeline import PlannedPipeline
 from yuan.train.zero.tied_embedding import EmbeddingStage
 
-MIN_TIMING_REPEATS, MIN_TIMING_S = 5, 1.0  # a timing is the median of at least this many calls over at least this time
+# A timing is the median of at least this many calls over at least this time.
+MIN_TIMING_REPEATS = 5
+MIN_TIMING_S = 1.0
 NUM_MEASURED_LAYERS = 4  # layers of a measured stack: a single one would have its weights and activations in the caches
-SMALL_MESSAGE_BYTES, LARGE_MESSAGE_BYTES = 2**10, 2**22  # two sizes, to separate a link's latency from its bandwidth
+# Two sizes, to separate a link's latency from its bandwidth.
+SMALL_MESSAGE_BYTES = 2**10
+LARGE_MESSAGE_BYTES = 2**22
 
 
 def measure(folder: Path) -> None:

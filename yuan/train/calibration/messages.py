@@ -8,7 +8,8 @@ from yuan.config import ModelConfig, Recipe
 from yuan.plan.calibration_fit import DeviceTimings
 from yuan.train.run_folder import write_json
 
-CALIBRATION_REQUEST_FILE, CALIBRATION_RESULT_FILE = "measure.json", "measured.json"
+CALIBRATION_REQUEST_FILE = "measure.json"
+CALIBRATION_RESULT_FILE = "measured.json"
 
 
 @dataclass(frozen=True, kw_only=True)

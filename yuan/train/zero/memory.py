@@ -18,7 +18,8 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
 # Elements of one block of a norm: 1 MiB in fp64 on a CPU, which its allocator reuses, and 128 MiB on a GPU.
-NORM_BLOCK_CPU_ELEMENTS, NORM_BLOCK_GPU_ELEMENTS = 2**17, 2**24
+NORM_BLOCK_CPU_ELEMENTS = 2**17
+NORM_BLOCK_GPU_ELEMENTS = 2**24
 
 
 def share_storage(engine: Any) -> None:

@@ -15,7 +15,8 @@ from yuan.train.checkpoint.dcp import TensorSlice
 from yuan.train.zero.pipeline import translate_parameter_name
 from yuan.train.zero.tied_embedding import TIED_WEIGHT_NAME
 
-WEIGHT_KIND, MOMENT_KINDS = "weight", ("exp_avg", "exp_avg_sq")
+WEIGHT_KIND = "weight"
+MOMENT_KINDS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, kw_only=True)
