@@ -93,7 +93,7 @@ def make_decoding_inputs(config: ModelConfig, lengths: list[int], num_new: int, 
 
 
 def has_document_attention(config: ModelConfig, like: Tensor) -> bool:
-    """Tell whether `attend_within_documents` runs for the head width of a model, and device and dtype of a tensor.
+    """Return True if `attend_within_documents` runs for the head width of a model, and device and dtype of a tensor.
 
     Source: the limits of flash attention 2.
     """

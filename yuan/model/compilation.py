@@ -15,7 +15,7 @@ TRITON_CAPABILITY = (7, 0)
 
 
 def can_compile(device: torch.device) -> bool:
-    """Tell whether code is compiled on a device: on GPUs since Volta, if nothing prevents it.
+    """Return True if code is compiled on a device: on GPUs since Volta, if nothing prevents it.
 
     CPUs run the operations one by one. Compiled layers and losses give the results of uncompiled ones up to rounding.
     """

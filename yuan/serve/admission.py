@@ -45,7 +45,7 @@ class AdmissionMiddleware:
 
 
 def is_declared_too_large(scope: Scope) -> bool:
-    """Return true if the request has a Content-Length above the limit."""
+    """Return True if the request has a Content-Length above the limit."""
     content_length = dict(scope["headers"]).get(b"content-length", b"0")
     return content_length.isdigit() and int(content_length) > MAX_MODEL_CALL_BYTES
 

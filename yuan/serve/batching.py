@@ -43,7 +43,7 @@ class BatchingEngine:
 
     @property
     def is_drained(self) -> bool:
-        """Return true if the engine was drained and its thread has ended."""
+        """Return True if the engine was drained and its thread has ended."""
         return not self._thread.is_alive() and not self._has_crashed
 
     def fault(self) -> str | None:
