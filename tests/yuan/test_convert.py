@@ -39,7 +39,7 @@ def load_hf_tensors(folder):
 
 
 def compute_hf_logits(t, config, tokens):
-    """Compute logits from published tensors, as described for the official modelling code (facts of its layout)."""
+    """Compute logits from published tensors, as described for the official modeling code (facts of its layout)."""
     heads, dim = config.num_heads, config.head_dim
 
     def norm(x, name):

@@ -101,10 +101,10 @@ def test_top_k_and_top_p_keep_the_likeliest_tokens_only():
 
 def test_repetition_penalty_follows_the_ctrl_formula():
     logits = torch.tensor([[2.0, 1.5, -1.0, -0.8]])
-    plain, penalised = Sampling(max_tokens=1), Sampling(max_tokens=1, repetition_penalty=2.0)
+    plain, penalized = Sampling(max_tokens=1), Sampling(max_tokens=1, repetition_penalty=2.0)
     assert choose_tokens(logits, [plain], [[0]], [0.0])[0].token == 0
-    assert choose_tokens(logits, [penalised], [[0]], [0.0])[0].token == 1
-    assert choose_tokens(logits - 2.6, [penalised], [[0, 0]], [0.0])[0].token == 1  # -0.6 doubled falls below -1.1
+    assert choose_tokens(logits, [penalized], [[0]], [0.0])[0].token == 1
+    assert choose_tokens(logits - 2.6, [penalized], [[0, 0]], [0.0])[0].token == 1  # -0.6 doubled falls below -1.1
 
 
 def test_log_probabilities_are_those_of_the_model():

@@ -85,30 +85,30 @@ def choose_tokens(
 ) -> list[ChosenToken]:
     """Choose a token for each row; `seen` are each row's tokens so far, `draws` are random numbers in [0, 1)."""
     logits_BV = logits_BV.float()
-    penalised_BV = _penalise_repetition(logits_BV, samplings, seen)
+    penalized_BV = _penalize_repetition(logits_BV, samplings, seen)
 
-    tokens = penalised_BV.argmax(dim=-1)
+    tokens = penalized_BV.argmax(dim=-1)
     sampled_rows = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
     if sampled_rows:
         row_samplings = [samplings[row] for row in sampled_rows]
         row_draws = [draws[row] for row in sampled_rows]
-        tokens[sampled_rows] = _sample(penalised_BV[sampled_rows], row_samplings, row_draws)
+        tokens[sampled_rows] = _sample(penalized_BV[sampled_rows], row_samplings, row_draws)
 
     return [
         _make_chosen_token(logits_BV[row], token, samplings[row].logprobs) for row, token in enumerate(tokens.tolist())
     ]
 
 
-def _penalise_repetition(logits_BV: Tensor, samplings: Sequence[Sampling], seen: Sequence[Sequence[int]]) -> Tensor:
+def _penalize_repetition(logits_BV: Tensor, samplings: Sequence[Sampling], seen: Sequence[Sequence[int]]) -> Tensor:
     rows = [row for row, sampling in enumerate(samplings) if sampling.repetition_penalty != 1]
     if not rows:
         return logits_BV
-    penalised_BV = logits_BV.clone()
+    penalized_BV = logits_BV.clone()
     for row in rows:
         index = torch.tensor(sorted(set(seen[row])), device=logits_BV.device)
-        old, penalty = penalised_BV[row, index], samplings[row].repetition_penalty
-        penalised_BV[row, index] = torch.where(old > 0, old / penalty, old * penalty)
-    return penalised_BV
+        old, penalty = penalized_BV[row, index], samplings[row].repetition_penalty
+        penalized_BV[row, index] = torch.where(old > 0, old / penalty, old * penalty)
+    return penalized_BV
 
 
 def _sample(logits_BV: Tensor, samplings: Sequence[Sampling], draws: Sequence[float]) -> Tensor:

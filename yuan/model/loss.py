@@ -25,7 +25,7 @@ ROW_ALIGNMENT = 8  # of a GPU's matrix products
 def weighted_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, weights_BS: Tensor) -> Tensor:
     """Return the sum of weight times negative log-probability over all tokens, in fp32.
 
-    The weights include the normalisation: with 1/n for each of the n target tokens of a whole step the result is the
+    The weights include the normalization: with 1/n for each of the n target tokens of a whole step the result is the
     mean over the step, independent of their split into rows and micro-batches. Tokens of weight 0 are not computed.
     """
     is_target = weights_BS != 0

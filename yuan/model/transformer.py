@@ -97,7 +97,7 @@ class Yuan(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, number) for number in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        initialise_weights(self, config)
+        initialize_weights(self, config)
 
     def forward(self, tokens_BS: Tensor, documents_BS: Tensor | None = None, *, isolated: bool = True) -> Tensor:
         """Compute the logits of every position.
@@ -158,7 +158,7 @@ class Yuan(nn.Module):
         return DecodingCache(CacheBlock(self.config, self.embedding.weight.detach()), 0, num_slots)
 
 
-def initialise_weights(module: nn.Module, config: ModelConfig) -> None:
+def initialize_weights(module: nn.Module, config: ModelConfig) -> None:
     """Initialize a module's matrices in place; see `Yuan`. Convolutions initialize their own weights."""
     output_std = 0.02 / math.sqrt(2 * config.num_layers)
     for name, parameter in module.named_parameters():

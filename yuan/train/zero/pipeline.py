@@ -17,7 +17,7 @@ from yuan.model.attention_inputs import AttentionInputs, make_packed_inputs
 from yuan.model.compilation import keep_compilation_in_process
 from yuan.model.loss import head_loss
 from yuan.model.shards import TensorReader
-from yuan.model.transformer import Layer, initialise_weights
+from yuan.model.transformer import Layer, initialize_weights
 from yuan.train.zero.tied_embedding import TIED_WEIGHT_NAME, EmbeddingStage, make_gradient_getter, pass_head_weight
 
 StageBatch = tuple[Tensor, Tensor]
@@ -44,7 +44,7 @@ class LayerStage(nn.Module):
         super().__init__()
         self.rows, self.is_recomputed = rows, is_recomputed
         self.layer = Layer(config)
-        initialise_weights(self, config)
+        initialize_weights(self, config)
 
     def forward(self, batch: StageBatch) -> StageBatch:
         x_BSH, document_BS = batch

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from yuan.config import ModelConfig
-from yuan.model.transformer import initialise_weights
+from yuan.model.transformer import initialize_weights
 
 TIED_WEIGHT_NAME = "embedding.weight"  # name in Yuan; the first and the last stage have it
 GradientGetter = Callable[[], Tensor]
@@ -33,7 +33,7 @@ class EmbeddingStage(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.get_gradient: GradientGetter | None = None
-        initialise_weights(self, config)
+        initialize_weights(self, config)
 
     @property
     def weight(self) -> Tensor:
