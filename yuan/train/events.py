@@ -218,7 +218,7 @@ def _get_key(event_field: Field[Any]) -> str:
 
 
 def _is_valid(value: object, field_type: Any) -> bool:
-    """Check a value from JSON against the type of its field, without the elements of a list."""
+    """Return True if a value from JSON has the type of its field; the elements of a list are not checked."""
     if get_origin(field_type) is Sequence:
         return isinstance(value, list)
     is_whole_number_of_floats = isinstance(value, int) and isinstance(0.0, field_type)
