@@ -43,7 +43,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in ("num_layers", "hidden_size", "num_heads", "vocab_size", "seq_len"):
             if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+                raise ValueError(
+                    f"{field} must be at least 1, got {getattr(self, field)}; write a whole number above 0"
+                )
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(
                 "hidden_size must be an even multiple of num_heads, so that rotary halves exist, "
@@ -51,10 +53,16 @@ class ModelConfig:
             )
         for field, choice in (("rope_precision", Precision), ("local_filter", LocalFilterKind)):
             if getattr(self, field) not in get_args(choice):
-                raise ValueError(f"{field} must be one of {', '.join(get_args(choice))}, got {getattr(self, field)!r}")
+                raise ValueError(
+                    f"{field} must be one of {', '.join(get_args(choice))}, got {getattr(self, field)!r}; "
+                    f"leave it out for {getattr(ModelConfig, field)}"
+                )
         for field in ("norm_eps", "rope_base"):
             if not getattr(self, field) > 0:
-                raise ValueError(f"{field} must be positive, got {getattr(self, field)}")
+                raise ValueError(
+                    f"{field} must be positive, got {getattr(self, field)}; "
+                    f"leave it out for {getattr(ModelConfig, field)}"
+                )
 
     @property
     def head_dim(self) -> int:
@@ -139,20 +147,27 @@ class Recipe:
     def __post_init__(self) -> None:
         for field in ("max_steps", "seq_len", "micro_batch_size", "global_batch_size", "checkpoint_every"):
             if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+                raise ValueError(
+                    f"{field} must be at least 1, got {getattr(self, field)}; write a whole number above 0"
+                )
         for field in ("learning_rate", "spike_sigmas", "step_limit_s", "grad_clip"):
             if not (math.isfinite(getattr(self, field)) and getattr(self, field) > 0):
-                raise ValueError(f"{field} must be a positive number, got {getattr(self, field)}")
+                raise ValueError(
+                    f"{field} must be a positive number, got {getattr(self, field)}; write a finite number above 0"
+                )
         for field in ("max_skips", "max_rollbacks"):
             if getattr(self, field) < 0:
-                raise ValueError(f"{field} must be zero or more, got {getattr(self, field)}")
+                raise ValueError(f"{field} must be zero or more, got {getattr(self, field)}; write 0 for none")
         if not 0 <= self.warmup_steps < self.max_steps:
             raise ValueError(
-                f"warmup_steps must be below max_steps, got {self.warmup_steps} and {self.max_steps}; "
-                "lower warmup_steps"
+                f"warmup_steps must be zero or more and below max_steps, got {self.warmup_steps} and "
+                f"{self.max_steps}; change warmup_steps or raise max_steps"
             )
         if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
+            raise ValueError(
+                f"precision must be fp32 or bf16, got {self.precision!r}; use bf16 on devices that compute in it, else "
+                "fp32"
+            )
         if self.global_batch_size % self.micro_batch_size:
             divisors = [n for n in range(1, self.global_batch_size + 1) if self.global_batch_size % n == 0]
             raise ValueError(

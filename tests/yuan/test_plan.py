@@ -171,7 +171,7 @@ def test_plan_table_and_diagram_show_every_stage():
     [
         ({"micro_batch_size": 3}, "micro_batch_size must divide"),
         ({"learning_rate": 0}, "learning_rate must be a positive number"),
-        ({"warmup_steps": 10}, "warmup_steps must be below"),
+        ({"warmup_steps": 10}, "warmup_steps must be zero or more and below"),
         ({"precision": "fp8"}, "precision must be"),
     ],
 )

@@ -58,7 +58,10 @@ class RunSpec:
 
     def __post_init__(self) -> None:
         if self.kind not in RUN_KINDS:
-            raise ValueError(f"kind must be one of {RUN_KINDS}, got {self.kind!r}")
+            raise ValueError(
+                f"kind must be one of {', '.join(RUN_KINDS)}, got {self.kind!r}; use pretrain without a parent, else "
+                "continue or finetune"
+            )
         if (self.kind == "pretrain") != (self.parent is None):
             raise ValueError(
                 f"a pretrain run has no parent and the others have one, got {self.kind} and {self.parent}; "
