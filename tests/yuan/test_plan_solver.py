@@ -11,7 +11,7 @@ from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from yuan.config import ModelConfig
 from yuan.plan import solver
-from yuan.plan.bounds import bound_step_seconds
+from yuan.plan.lower_bounds import bound_step_seconds
 from yuan.plan.memory_costs import MemoryCosts
 from yuan.plan.pool import DeviceGroup
 from yuan.plan.search import compute_layers_per_wait

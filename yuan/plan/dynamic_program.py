@@ -23,8 +23,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from yuan.plan.bounds import compute_max_places
 from yuan.plan.critical_path import count_filling_batches, count_steady_batches
+from yuan.plan.lower_bounds import compute_max_places
 from yuan.plan.memory_model import IntArray
 from yuan.plan.stage_costs import StageCosts
 from yuan.plan.time_model import FloatArray

@@ -4,10 +4,10 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from yuan.plan.bounds import bound_peak_bytes, bound_step_seconds, may_fit
 from yuan.plan.critical_path import count_steady_batches
 from yuan.plan.dynamic_program import DynamicProgram
 from yuan.plan.layout import Layout
+from yuan.plan.lower_bounds import bound_peak_bytes, bound_step_seconds, may_fit
 from yuan.plan.pool import DeviceGroup, Pool
 from yuan.plan.solver import is_exact, minimize_peak_memory, solve
 from yuan.plan.stage_costs import StageCosts, build_stage_costs
@@ -120,7 +120,8 @@ def search(
 ) -> SearchResult:
     """Search the best layouts of a model on a pool, by branch and bound over grids.
 
-    A grid is bounded by its FLOPs, then by `yuan.plan.bounds`; it is solved only if both bounds are below the cutoff.
+    A grid is bounded by its FLOPs, then by `yuan.plan.lower_bounds`; it is solved only if both bounds are below the
+    cutoff.
 
     Args:
         cutoff: seconds (bytes for the objective "memory") that a layout must be below.
