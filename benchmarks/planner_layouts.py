@@ -12,10 +12,10 @@ from dataclasses import replace
 from pairs import make_line, print_lines
 
 from yuan.config import MODEL_PRESETS
+from yuan.plan.layout_prediction import predict_layout
 from yuan.plan.memory_model import GIB
 from yuan.plan.paper import OFFICIAL_LAYOUTS
 from yuan.plan.pool import load_pool
-from yuan.plan.score import score
 from yuan.plan.search import SizeLimits, search
 from yuan.plan.workload import PUBLISHED_BATCH_SIZES, Grid, Workload
 
@@ -41,7 +41,7 @@ def main() -> int:
             micro_batch_size=1,
             grad_accum_steps=work.global_batch_size // data,
         )
-        theirs = score(
+        theirs = predict_layout(
             work, grid, pool.groups, layers=layers, classes=[0] * stages, recompute_layers=[recompute_layers] * stages
         ).layout
         room = max(theirs.peak_bytes / GIB, pool.groups[0].memory_gib)

@@ -20,8 +20,8 @@ from scipy.stats import spearmanr
 from flows.calibrate_pool import run_measurement
 from yuan.config import ModelConfig, Recipe
 from yuan.plan.calibration_fit import StepTiming, calibrate_group
+from yuan.plan.layout_prediction import predict_layout
 from yuan.plan.pool import DeviceGroup, make_cpu_pool
-from yuan.plan.score import score
 from yuan.plan.workload import Grid, Workload
 from yuan.train.calibration.messages import CalibrationRequest, CalibrationResult, CalibrationTrial
 
@@ -95,7 +95,7 @@ def predict(group: DeviceGroup, trial: CalibrationTrial) -> float:
     grid = Grid(pipeline_size=STAGES, data_size=1, micro_batch_size=1, grad_accum_steps=trial.grad_accum_steps)
     layers = [end - first for first, end in pairwise(trial.bounds)]
     work = replace(make_workload(trial.bounds[-1]), loss_block=BLOCK)
-    candidate = score(
+    candidate = predict_layout(
         work, grid, (group,), layers=layers, classes=[0] * STAGES, recompute_layers=trial.recompute_layers
     )
     return candidate.layout.seconds

@@ -7,8 +7,8 @@ import pytest
 from yuan.config import ModelConfig
 from yuan.plan.calibration_fit import DeviceTimings, StepTiming, calibrate_group
 from yuan.plan.flops import count_head_forward_flops, count_layer_forward_flops
+from yuan.plan.layout_prediction import predict_layout
 from yuan.plan.pool import DeviceGroup, MeasuredRates
-from yuan.plan.score import score
 from yuan.plan.time_model import count_embedding_bytes
 from yuan.plan.workload import Grid, Workload
 
@@ -35,7 +35,7 @@ TRUE = DeviceGroup(
 
 def predict_step_seconds(group, accum):
     grid = Grid(pipeline_size=2, data_size=1, micro_batch_size=2, grad_accum_steps=accum)
-    return score(WORK, grid, (group,), layers=[1, 1], classes=[0, 0], recompute_layers=[0, 0]).layout.seconds
+    return predict_layout(WORK, grid, (group,), layers=[1, 1], classes=[0, 0], recompute_layers=[0, 0]).layout.seconds
 
 
 def test_calibration_recovers_the_true_rates_from_timings():

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from yuan.config import ModelConfig
-from yuan.plan.planner import make_plan, score_plan
+from yuan.plan.planner import make_plan, predict_plan
 from yuan.plan.pool import parse_pool
 from yuan.plan.replan import make_slow_class_name, replan, resize_pool, split_slow_devices
 from yuan.plan.workload import Workload
@@ -26,9 +26,9 @@ def test_the_same_pool_keeps_the_plan(current_plan):
     assert "stays the best" in same.explanation
 
 
-def test_score_of_a_plan_equals_its_planned_time_and_memory(current_plan):
-    scored = score_plan(WORK, POOL, current_plan).layout
-    assert (scored.seconds, scored.peak_bytes) == (
+def test_prediction_for_a_plan_equals_its_planned_time_and_memory(current_plan):
+    predicted = predict_plan(WORK, POOL, current_plan).layout
+    assert (predicted.seconds, predicted.peak_bytes) == (
         pytest.approx(current_plan.step_seconds),
         current_plan.peak_memory_bytes,
     )

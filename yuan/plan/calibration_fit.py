@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from yuan.plan.flops import BACKWARD_FLOPS_RATIO, count_head_forward_flops, count_layer_forward_flops
+from yuan.plan.layout_prediction import predict_layout
 from yuan.plan.memory_model import count_stage_parameters
 from yuan.plan.pool import DeviceGroup, MeasuredRates
-from yuan.plan.score import score
 from yuan.plan.time_model import GIGA, MICRO, OPTIMIZER_BYTES_PER_PARAMETER, TERA, count_embedding_bytes
 from yuan.plan.workload import Grid, Workload
 
@@ -117,4 +117,4 @@ def _make_one_layer_grid(work: Workload, micro_batch: int, accum: int) -> Grid:
 def _predict_step_seconds(group: DeviceGroup, work: Workload, micro_batch: int, accum: int) -> float:
     zeros, ones = [0] * work.model.num_layers, [1] * work.model.num_layers
     grid = _make_one_layer_grid(work, micro_batch, accum)
-    return score(work, grid, (group,), layers=ones, classes=zeros, recompute_layers=zeros).layout.seconds
+    return predict_layout(work, grid, (group,), layers=ones, classes=zeros, recompute_layers=zeros).layout.seconds

@@ -7,11 +7,11 @@ from typing import Literal, get_args
 
 from yuan.plan.explain import explain, explain_infeasible
 from yuan.plan.layout import Layout
+from yuan.plan.layout_prediction import predict_layout
 from yuan.plan.memory_model import compute_memory_terms
 from yuan.plan.plan_record import PipelinePlan, Stage
 from yuan.plan.plan_svg import draw_plan_svg
 from yuan.plan.pool import DeviceGroup, Pool
-from yuan.plan.score import score
 from yuan.plan.search import (
     MAX_SIMULATED_CANDIDATES,
     PlanCandidate,
@@ -103,7 +103,8 @@ def make_plan_from_bounds(
         grad_accum_steps=work.global_batch_size // data_size // micro_batch_size,
     )
     zeros = [0] * stages
-    return build_plan(work, pool, score(work, grid, pool.groups, layers=layers, classes=zeros, recompute_layers=zeros))
+    candidate = predict_layout(work, grid, pool.groups, layers=layers, classes=zeros, recompute_layers=zeros)
+    return build_plan(work, pool, candidate)
 
 
 def build_plan(
@@ -155,8 +156,8 @@ def simulate_candidate(work: Workload, candidate: PlanCandidate) -> Timeline:
     return simulate(forward, backward, links, grid.grad_accum_steps)
 
 
-def score_plan(work: Workload, pool: Pool, plan: PipelinePlan) -> PlanCandidate:
-    """Compute times and memory of a plan's layout on a pool, which may have changed since it was planned.
+def predict_plan(work: Workload, pool: Pool, plan: PipelinePlan) -> PlanCandidate:
+    """Predict times and memory of a plan's layout on a pool, which may have changed since it was planned.
 
     Raises:
         ValueError: if the plan uses a device class that the pool does not have.
@@ -171,7 +172,7 @@ def score_plan(work: Workload, pool: Pool, plan: PipelinePlan) -> PlanCandidate:
         micro_batch_size=plan.micro_batch_size,
         grad_accum_steps=plan.grad_accum_steps,
     )
-    return score(
+    return predict_layout(
         work,
         grid,
         pool.groups,
@@ -183,7 +184,7 @@ def score_plan(work: Workload, pool: Pool, plan: PipelinePlan) -> PlanCandidate:
 
 def draw_plan(work: Workload, pool: Pool, plan: PipelinePlan) -> str:
     """Draw the memory of each stage and a simulated step, as SVG."""
-    return draw_plan_svg(plan, pool, simulate_candidate(work, score_plan(work, pool, plan)))
+    return draw_plan_svg(plan, pool, simulate_candidate(work, predict_plan(work, pool, plan)))
 
 
 def simulate_step_seconds(work: Workload, candidate: PlanCandidate) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from yuan.plan.memory_model import GIB
 from yuan.plan.plan_record import PipelinePlan
-from yuan.plan.planner import Objective, make_plan, score_plan
+from yuan.plan.planner import Objective, make_plan, predict_plan
 from yuan.plan.pool import DeviceGroup, Pool
 from yuan.plan.search import SizeLimits
 from yuan.plan.time_model import GIGA
@@ -153,7 +153,7 @@ def _predict_kept_seconds(work: Workload, current: PipelinePlan, pool: Pool) -> 
             numbers = [s for s, stage in enumerate(current.stages) if stage.device_class == name]
             names[max(numbers, key=lambda s: current.stages[s].compute_seconds)] = make_slow_class_name(name)
     stages = [replace(stage, device_class=name) for stage, name in zip(current.stages, names, strict=True)]
-    return score_plan(work, pool, replace(current, stages=stages)).layout.seconds
+    return predict_plan(work, pool, replace(current, stages=stages)).layout.seconds
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Compute step time and peak memory of a given layout from the memory and time models, without the solver."""
+"""Predict step time and peak memory of a given layout by the memory and time models, without the solver."""
 
 from collections.abc import Sequence
 from itertools import pairwise, product
@@ -17,7 +17,7 @@ from yuan.plan.time_model import (
 from yuan.plan.workload import Grid, Workload
 
 
-def score(
+def predict_layout(
     work: Workload,
     grid: Grid,
     groups: tuple[DeviceGroup, ...],
@@ -26,7 +26,7 @@ def score(
     classes: Sequence[int],
     recompute_layers: Sequence[int],
 ) -> PlanCandidate:
-    """Score a layout: step seconds and peak bytes, also for a layout that does not fit.
+    """Predict step seconds and peak bytes of a layout, also of one that does not fit.
 
     Args:
         layers, classes, recompute_layers: for each stage its layers, the index of its group, and its recomputed layers.
