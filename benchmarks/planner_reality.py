@@ -30,8 +30,8 @@ LAYERS, ACCUM, STAGES = 16, 4, int(sys.argv[1]) if len(sys.argv) > 1 else min(GP
 FIRST = (4, 6, 7, 8, 9, 10, 12)  # layers of the first stage
 DEPTHS = (4, 6, 8, 10, 12, 14, 16)  # layers, where there is but one stage
 CALIBRATION = tuple(
-    CalibrationTrial(bounds=tuple(range(STAGES + 1)), recompute_layers=(0,) * STAGES, grad_accum_steps=accum)
-    for accum in (ACCUM, 3 * ACCUM)
+    CalibrationTrial(bounds=tuple(range(STAGES + 1)), recompute_layers=(0,) * STAGES, grad_accum_steps=grad_accum_steps)
+    for grad_accum_steps in (ACCUM, 3 * ACCUM)
 )
 HIDDEN, VOCAB, SEQ_LEN, BLOCK = (2048, 135_040, 4096, 512) if GPUS else (256, 8_192, 256, 256)
 MODEL = ModelConfig(

@@ -33,8 +33,8 @@ TRUE = DeviceGroup(
 )
 
 
-def predict_step_seconds(group, accum):
-    grid = Grid(pipeline_size=2, data_size=1, micro_batch_size=2, grad_accum_steps=accum)
+def predict_step_seconds(group, grad_accum_steps):
+    grid = Grid(pipeline_size=2, data_size=1, micro_batch_size=2, grad_accum_steps=grad_accum_steps)
     return predict_layout(WORK, grid, (group,), layers=[1, 1], classes=[0, 0], recompute_layers=[0, 0]).layout.seconds
 
 
@@ -49,7 +49,7 @@ def test_calibration_recovers_the_true_rates_from_timings():
         latency_s=150e-6,
         bandwidth=2e9,
     )
-    steps = [StepTiming(accum, predict_step_seconds(TRUE, accum)) for accum in (4, 12)]
+    steps = [StepTiming(grad_accum_steps, predict_step_seconds(TRUE, grad_accum_steps)) for grad_accum_steps in (4, 12)]
     blank = dataclasses.replace(TRUE, measured=None, intra_node_gb_s=9.0, intra_node_latency_us=1.0)
     calibrated = calibrate_group(blank, WORK, 2, clock, steps, "the truth")
     rates, truth = dataclasses.asdict(calibrated.measured), dataclasses.asdict(true)

@@ -13,11 +13,11 @@ SENDS = {"SendActivation": 1, "SendGrad": -1}
 RECEIVES = {"RecvActivation": -1, "RecvGrad": 1}
 
 
-def replay_schedule(forward, backward, links, accum):
+def replay_schedule(forward, backward, links, grad_accum_steps):
     """Return the seconds to the last backward pass by DeepSpeed's instructions; a send blocks until its receive."""
     stages = len(forward)
     streams = [
-        [command for step in schedule.TrainSchedule(accum, stages, s).steps() for command in step]
+        [command for step in schedule.TrainSchedule(grad_accum_steps, stages, s).steps() for command in step]
         for s in range(stages)
     ]
     at, clock = [0] * stages, [0.0] * stages
@@ -46,17 +46,18 @@ def replay_schedule(forward, backward, links, accum):
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("accum", [1, 2, 7, 20])
-def test_simulated_step_time_equals_the_deepspeed_schedule(stages, accum):
-    rng = np.random.default_rng(stages * 100 + accum)
+@pytest.mark.parametrize("grad_accum_steps", [1, 2, 7, 20])
+def test_simulated_step_time_equals_the_deepspeed_schedule(stages, grad_accum_steps):
+    rng = np.random.default_rng(stages * 100 + grad_accum_steps)
     forward, backward, links = rng.uniform(1, 2, stages), rng.uniform(2, 4, stages), rng.uniform(0, 0.5, stages - 1)
-    timeline = simulate(list(forward), list(backward), list(links), accum)
-    assert timeline.seconds == pytest.approx(replay_schedule(forward, backward, links, accum), rel=1e-9)
+    timeline = simulate(list(forward), list(backward), list(links), grad_accum_steps)
+    assert timeline.seconds == pytest.approx(replay_schedule(forward, backward, links, grad_accum_steps), rel=1e-9)
 
 
 def test_equal_stages_match_the_1f1b_formula():
-    stages, accum = 6, 11
-    assert simulate([1.0] * stages, [2.0] * stages, [0.0] * (stages - 1), accum).seconds == 3 * (accum + stages - 1)
+    stages, grad_accum_steps = 6, 11
+    timeline = simulate([1.0] * stages, [2.0] * stages, [0.0] * (stages - 1), grad_accum_steps)
+    assert timeline.seconds == 3 * (grad_accum_steps + stages - 1)
 
 
 def test_passes_of_one_stage_do_not_overlap():
@@ -67,12 +68,12 @@ def test_passes_of_one_stage_do_not_overlap():
         assert (np.sort(ends)[:-1] <= np.sort(starts)[1:] + 1e-12).all()
 
 
-def compute_closed_form(forward, backward, links, accum):
+def compute_closed_form(forward, backward, links, grad_accum_steps):
     """Return the time model's step without the finish; `links` are one direction."""
     both = [2 * x for x in links]
     compute, longer = forward + backward, np.maximum(forward, backward)
     returns = [sum(both[k + 1 :]) for k in range(len(compute))]
-    return sum(compute) + sum(both) + max(compute_waits(compute, longer, both, returns, accum))
+    return sum(compute) + sum(both) + max(compute_waits(compute, longer, both, returns, grad_accum_steps))
 
 
 @st.composite

@@ -42,7 +42,7 @@ def draw_problems(draw, max_classes=3):
     forward = rng.integers(1, 4) / 4  # of a stage's time without recomputation
     return StageCosts(
         num_layers=layers,
-        accum=draw(st.integers(1, 9)),
+        grad_accum_steps=draw(st.integers(1, 9)),
         bare=tuple(draw(st.booleans()) for _ in range(stages)),
         slots=tuple(draw(st.integers(0 if classes > 1 else stages, stages)) for _ in range(classes)),
         memory=MemoryCosts(
@@ -123,11 +123,11 @@ def compute_added_seconds(costs, k, compute, links, forward):
     """Return the seconds that stage k adds as the bottleneck, by definition; links[i] is before stage i."""
     later = len(compute) - 1 - k
     both = links[k] + links[k + 1]
-    passes = min(later, costs.accum - 1) * (max(forward, compute[k] - forward) + both / 2)
-    if costs.accum - 1 <= later:
+    passes = min(later, costs.grad_accum_steps - 1) * (max(forward, compute[k] - forward) + both / 2)
+    if costs.grad_accum_steps - 1 <= later:
         return passes
     behind = sum(compute[k + 1 :]) + sum(links[k + 1 :]) + costs.time.return_s[k]
-    return (costs.accum - 1 - later) * (compute[k] + both) + max(passes, behind)
+    return (costs.grad_accum_steps - 1 - later) * (compute[k] + both) + max(passes, behind)
 
 
 def list_assignments(costs):
@@ -196,17 +196,17 @@ def test_layout_of_a_suboptimal_grid_is_within_the_slack_of_its_optimum(costs, s
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(0.2, 5), min_size=1, max_size=6), st.integers(2, 20))
-def test_layers_per_wait_equal_a_linear_program(rates, accum):
+def test_layers_per_wait_equal_a_linear_program(rates, grad_accum_steps):
     stages = len(rates)
-    full = [accum - stages + k for k in range(stages)]
+    full = [grad_accum_steps - stages + k for k in range(stages)]
     rows = np.triu(np.ones((stages, stages)), 1)[[f > 0 for f in full]] + np.diag(full)[[f > 0 for f in full]]
-    never = [(0, 2 / (accum - 1)) if f <= 0 else (0, None) for f in full]
+    never = [(0, 2 / (grad_accum_steps - 1)) if f <= 0 else (0, None) for f in full]
 
     def solve_linear_program(order):
         return -linprog([-rate for rate in order], A_ub=rows, b_ub=np.ones(len(rows)), bounds=never).fun
 
     fastest_first = sorted(rates, reverse=True)
-    ours = compute_layers_per_wait(fastest_first, accum)
+    ours = compute_layers_per_wait(fastest_first, grad_accum_steps)
     assert ours >= solve_linear_program(fastest_first) * (1 - 1e-7) and ours >= solve_linear_program(rates) * (1 - 1e-7)
     if full[0] > 0:
         assert ours == pytest.approx(solve_linear_program(fastest_first))
@@ -267,7 +267,7 @@ def solve_integer_program(costs):
         selected[stage] = 1
         rows.append((np.append(selected.ravel(), [0, 0]), 1, 1))
         later = stages - 1 - stage
-        full, behind = costs.accum - 1 - later, np.zeros_like(seconds)
+        full, behind = costs.grad_accum_steps - 1 - later, np.zeros_like(seconds)
         assert full > 0, "the batch fills the pipeline"
         behind[stage + 1 :] = seconds[stage + 1 :]
         for rest in (behind, later * selected * np.where(fits, costs.longer_pass, 0)):

@@ -40,14 +40,14 @@ class DeviceTimings:
 class StepTiming:
     """The seconds of a step of so many micro-batches, on a pipeline with one layer per device."""
 
-    accum: int
+    grad_accum_steps: int
     seconds: float
 
 
 def calibrate_group(
     group: DeviceGroup,
     work: Workload,
-    micro_batch: int,
+    micro_batch_size: int,
     clock: DeviceTimings,
     steps: Sequence[StepTiming],
     description: str,
@@ -62,7 +62,7 @@ def calibrate_group(
         steps: steps of different length.
         description: a sentence that describes the measurement.
     """
-    stages, tokens = work.model.num_layers, micro_batch * work.seq_len
+    stages, tokens = work.model.num_layers, micro_batch_size * work.seq_len
     forward = tokens * count_layer_forward_flops(work.model, work.seq_len)
     measured = MeasuredRates(
         what=description,
@@ -82,18 +82,18 @@ def calibrate_group(
     group = replace(group, measured=measured, sustained_tflops=_compute_sustained_tflops(group, measured))
 
     # Overhead per micro-batch: the measured slope of a step over micro-batches minus the predicted one.
-    by_length = sorted(steps, key=lambda step: step.accum)
+    by_length = sorted(steps, key=lambda step: step.grad_accum_steps)
     short, long = by_length[0], by_length[-1]
-    num_more = long.accum - short.accum
+    num_more = long.grad_accum_steps - short.grad_accum_steps
     slope = (long.seconds - short.seconds) / num_more
     short_predicted, long_predicted = (
-        _predict_step_seconds(group, work, micro_batch, step.accum) for step in (short, long)
+        _predict_step_seconds(group, work, micro_batch_size, step.grad_accum_steps) for step in (short, long)
     )
     overhead = max(0.0, slope - (long_predicted - short_predicted) / num_more)
 
     # Optimizer: the remaining time of the short step, for the stage with the most parameters.
-    optimizer_s = short.seconds - (short_predicted + (stages + short.accum - 1) * overhead)
-    grid = _make_one_layer_grid(work, micro_batch, short.accum)
+    optimizer_s = short.seconds - (short_predicted + (stages + short.grad_accum_steps - 1) * overhead)
+    grid = _make_one_layer_grid(work, micro_batch_size, short.grad_accum_steps)
     parameters = int(count_stage_parameters(work, grid, np.array([0, stages - 1]), 1).max())
     rate = OPTIMIZER_BYTES_PER_PARAMETER * parameters / max(optimizer_s, 1e-6) / GIGA
     return replace(
@@ -109,12 +109,12 @@ def _compute_sustained_tflops(group: DeviceGroup, measured: MeasuredRates) -> fl
     return rate if group.peak_tflops is None else min(rate, group.peak_tflops)
 
 
-def _make_one_layer_grid(work: Workload, micro_batch: int, accum: int) -> Grid:
+def _make_one_layer_grid(work: Workload, micro_batch_size: int, grad_accum_steps: int) -> Grid:
     stages = work.model.num_layers
-    return Grid(pipeline_size=stages, data_size=1, micro_batch_size=micro_batch, grad_accum_steps=accum)
+    return Grid(pipeline_size=stages, data_size=1, micro_batch_size=micro_batch_size, grad_accum_steps=grad_accum_steps)
 
 
-def _predict_step_seconds(group: DeviceGroup, work: Workload, micro_batch: int, accum: int) -> float:
+def _predict_step_seconds(group: DeviceGroup, work: Workload, micro_batch_size: int, grad_accum_steps: int) -> float:
     zeros, ones = [0] * work.model.num_layers, [1] * work.model.num_layers
-    grid = _make_one_layer_grid(work, micro_batch, accum)
+    grid = _make_one_layer_grid(work, micro_batch_size, grad_accum_steps)
     return predict_layout(work, grid, (group,), layers=ones, classes=zeros, recompute_layers=zeros).layout.seconds

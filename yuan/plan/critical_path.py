@@ -21,15 +21,15 @@ import numpy as np
 from yuan.plan.memory_model import IntArray
 
 
-def count_steady_batches(num_stages: int, accum: int) -> IntArray:
+def count_steady_batches(num_stages: int, grad_accum_steps: int) -> IntArray:
     """Return f for each stage: the micro-batches that it takes while it is full."""
-    counts: IntArray = np.maximum(accum - num_stages + np.arange(num_stages), 0)
+    counts: IntArray = np.maximum(grad_accum_steps - num_stages + np.arange(num_stages), 0)
     return counts
 
 
-def count_filling_batches(num_stages: int, accum: int) -> IntArray:
+def count_filling_batches(num_stages: int, grad_accum_steps: int) -> IntArray:
     """Return w for each stage: the micro-batches that it takes while the pipeline fills or drains."""
-    counts: IntArray = np.minimum(np.arange(num_stages)[::-1], accum - 1)
+    counts: IntArray = np.minimum(np.arange(num_stages)[::-1], grad_accum_steps - 1)
     return counts
 
 
@@ -38,7 +38,7 @@ def compute_waits(
     longer_passes: Sequence[float],
     links: Sequence[float],
     returns: Sequence[float],
-    accum: int,
+    grad_accum_steps: int,
 ) -> list[float]:
     """Return what each stage adds to Σ (c + x) if it is the bottleneck; the step takes the maximum.
 
@@ -47,7 +47,7 @@ def compute_waits(
         longer_passes: the longer of the two passes of each stage, computing only.
         links: x between each stage and the next, both directions; P - 1 of them.
         returns: for each stage, Σ x of the links behind the next stage, or a lower bound of it.
-        accum: A.
+        grad_accum_steps: A.
 
     >>> compute_waits([3, 3, 3], [2, 2, 2], [0, 0], [0, 0, 0], 5)
     [12.0, 12.0, 12.0]
@@ -60,8 +60,9 @@ def compute_waits(
     sums = [c + x for c, x in zip(compute, links_before, strict=True)]
     later_sums = [*accumulate(reversed(sums[1:]), initial=0.0)][::-1]
 
+    num_steady = count_steady_batches(num_stages, grad_accum_steps)
+    num_filling = count_filling_batches(num_stages, grad_accum_steps)
     waits = []
-    num_steady, num_filling = count_steady_batches(num_stages, accum), count_filling_batches(num_stages, accum)
     for k, (f, w) in enumerate(zip(num_steady, num_filling, strict=True)):
         q = longer_passes[k] + (links_before[k] + links_after[k]) / 2
         later_periods = later_sums[k] + returns[k] if f else 0.0

@@ -111,11 +111,11 @@ class DynamicProgram:
         # f · u; u is infinite where a stage does not fit, and f may be zero.
         period = costs.seconds[:, None, :, None, :] + links
         self.fits = np.isfinite(period)
-        self.num_steady_batches = count_steady_batches(costs.num_stages, costs.accum)
+        self.num_steady_batches = count_steady_batches(costs.num_stages, costs.grad_accum_steps)
         steady = self.num_steady_batches[:, None, None, None, None] * np.where(self.fits, period, 0.0)
 
         # w · q, with half of both links in q.
-        num_filling = count_filling_batches(costs.num_stages, costs.accum)[:, None, None, None, None]
+        num_filling = count_filling_batches(costs.num_stages, costs.grad_accum_steps)[:, None, None, None, None]
         self.pass_wait = steady + num_filling * (costs.longer_pass[:, None, :, None, :] + links / 2)
 
         return_s = costs.time.return_s[:, None, None, None, None]

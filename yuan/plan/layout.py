@@ -75,7 +75,7 @@ def compute_added_seconds(costs: StageCosts, layers: tuple[int, ...], classes: t
         _look_up_stages(costs, costs.longer_pass, layers, classes),
         _get_link_seconds(costs, classes),
         costs.time.return_s.tolist(),
-        costs.accum,
+        costs.grad_accum_steps,
     )
 
 

@@ -97,11 +97,11 @@ class _RelaxedProblem:
         links = (previous_link_s + next_link_s)[..., None]
 
         # f · u; u is infinite where a stage does not fit, and f may be zero.
-        num_steady = count_steady_batches(costs.num_stages, costs.accum)[:, None, None]
+        num_steady = count_steady_batches(costs.num_stages, costs.grad_accum_steps)[:, None, None]
         steady = num_steady * np.where(self.fits, costs.seconds + links, 0.0)
 
         # w · q, with half of both links in q.
-        num_filling = count_filling_batches(costs.num_stages, costs.accum)[:, None, None]
+        num_filling = count_filling_batches(costs.num_stages, costs.grad_accum_steps)[:, None, None]
         self.pass_wait = steady + num_filling * (costs.longer_pass + links / 2)
 
         self.later_wait_offset = steady + (next_link_s + costs.time.return_s[:, None])[..., None]
@@ -173,7 +173,7 @@ def compute_max_places(costs: StageCosts, allowed: BoolArray, later_wait_offset:
     # Arrays by stage, (P,), broadcast to the shape of `allowed`; only a stage that is ever full waits for later ones.
     stage_shape = (-1,) + (1,) * (allowed.ndim - 1)
     class_axes = tuple(range(1, allowed.ndim - 1))
-    num_steady = count_steady_batches(costs.num_stages, costs.accum)
+    num_steady = count_steady_batches(costs.num_stages, costs.grad_accum_steps)
     is_never_full = (num_steady <= 0).reshape(stage_shape)
 
     # Each pass bounds the time of the later stages from the current limits, and lowers the limits with it.

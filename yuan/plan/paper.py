@@ -25,24 +25,29 @@ from yuan.plan.time_model import GIGA, TERA
 
 @dataclass(frozen=True, kw_only=True)
 class PaperSetting:
-    """One cell of the paper's tables; bandwidths in bytes per second, between nodes and inside a node."""
+    """One cell of the paper's tables.
 
-    layers: int
-    hidden: int
+    Attributes:
+        flops_per_s: F.
+        inter_node_bytes_per_s, intra_node_bytes_per_s: bandwidths between nodes and inside a node.
+    """
+
+    num_layers: int
+    hidden_size: int
     seq_len: int
-    vocab: int
-    accum: int
-    pipeline: int
-    tensor: int
-    data: int
-    flops: float
-    between_nodes: float
-    inside_node: float
-    micro_batch: int = 1
+    vocab_size: int
+    grad_accum_steps: int
+    pipeline_size: int
+    tensor_size: int
+    data_size: int
+    flops_per_s: float
+    inter_node_bytes_per_s: float
+    intra_node_bytes_per_s: float
+    micro_batch_size: int = 1
 
     @property
     def tokens(self) -> int:
-        return self.accum * self.micro_batch * self.seq_len
+        return self.grad_accum_steps * self.micro_batch_size * self.seq_len
 
 
 def compute_method_1(
@@ -56,47 +61,52 @@ def compute_method_1(
     """
     is_yuan = model == "yuan"
     tensor_traffic, data_traffic = (48, 4) if not is_yuan else (64, 4) if as_printed else (128, 12)
-    devices = s.pipeline * s.tensor
-    t0 = _count_step_flops(s, model) / (devices * s.flops)
-    return [
-        t0,
-        t0 * (s.pipeline - 1) / s.accum,
-        8 * s.tokens * s.hidden / s.between_nodes,
-        tensor_traffic * s.layers * (s.tensor - 1) * s.tokens * s.hidden / (devices * s.inside_node),
-        parameters * data_traffic * (s.data - 1) / s.data / (s.pipeline * s.between_nodes),
-    ]
+    devices = s.pipeline_size * s.tensor_size
+    values = s.tokens * s.hidden_size  # of the activations between two layers, over a step
+
+    t0 = _count_step_flops(s, model) / (devices * s.flops_per_s)
+    t1 = t0 * (s.pipeline_size - 1) / s.grad_accum_steps
+    t2 = 8 * values / s.inter_node_bytes_per_s
+    t3 = tensor_traffic * s.num_layers * (s.tensor_size - 1) * values / (devices * s.intra_node_bytes_per_s)
+    t4 = parameters * data_traffic * (s.data_size - 1) / s.data_size / (s.pipeline_size * s.inter_node_bytes_per_s)
+    return [t0, t1, t2, t3, t4]
 
 
 def compute_method_2(s: PaperSetting, model: Literal["gpt", "yuan"], *, parameters: float) -> list[float]:
     """Compute T0 compute, T1 bubble, T2 pipeline, T3 optimizer, T4 data traffic, in seconds: equations 3, 4, with A."""
-    t0 = _count_step_flops(s, model) / (s.pipeline * s.flops)
-    shared = parameters * (s.data - 1) / s.data / (s.pipeline * s.between_nodes)
-    return [t0, t0 * (s.pipeline - 1) / s.accum, 8 * s.tokens * s.hidden / s.inside_node, 8 * shared, 4 * shared]
+    t0 = _count_step_flops(s, model) / (s.pipeline_size * s.flops_per_s)
+    t1 = t0 * (s.pipeline_size - 1) / s.grad_accum_steps
+    t2 = 8 * s.tokens * s.hidden_size / s.intra_node_bytes_per_s
+    collective_s = parameters * (s.data_size - 1) / s.data_size / (s.pipeline_size * s.inter_node_bytes_per_s)  # a byte
+    return [t0, t1, t2, 8 * collective_s, 4 * collective_s]
 
 
 def _count_step_flops(s: PaperSetting, model: Literal["gpt", "yuan"]) -> float:
     """Count FLOPs of a step in one replica: forward 2, backward 4, recomputation 2 per weight, without convolutions."""
     if model == "gpt":
-        return 96 * s.tokens * s.layers * s.hidden**2 * (1 + 1 / (6 * s.hidden))  # as in Table 5
-    return 128 * s.tokens * s.layers * s.hidden**2 * (1 + s.seq_len / (8 * s.hidden))
+        return 96 * s.tokens * s.num_layers * s.hidden_size**2 * (1 + 1 / (6 * s.hidden_size))  # as in Table 5
+    return 128 * s.tokens * s.num_layers * s.hidden_size**2 * (1 + s.seq_len / (8 * s.hidden_size))
 
 
 def compute_table_5() -> list[float]:
     """Compute T0 to T4 of Yuan 1.0-245B on 2,128 devices; the paper has 36.666, 2.826, 2.643, 2.602, 0.455."""
     s = PaperSetting(
-        layers=76,
-        hidden=16_384,
+        num_layers=76,
+        hidden_size=16_384,
         seq_len=2_048,
-        vocab=53_228,
-        accum=480,
-        pipeline=38,
-        tensor=8,
-        data=7,
-        flops=0.5536 * 312 * TERA,
-        between_nodes=48.75 * GIGA,
-        inside_node=520 * GIGA,
+        vocab_size=53_228,
+        grad_accum_steps=480,
+        pipeline_size=38,
+        tensor_size=8,
+        data_size=7,
+        flops_per_s=0.5536 * 312 * TERA,
+        inter_node_bytes_per_s=48.75 * GIGA,
+        intra_node_bytes_per_s=520 * GIGA,
     )
-    n = 12 * s.layers * s.hidden**2 * (1 + 13 / (12 * s.hidden) + s.vocab / (12 * s.layers * s.hidden))
+    ratio = (
+        1 + 13 / (12 * s.hidden_size) + s.vocab_size / (12 * s.num_layers * s.hidden_size)
+    )  # over matrices of layers
+    n = 12 * s.num_layers * s.hidden_size**2 * ratio
     return compute_method_1(s, "gpt", parameters=n)
 
 
@@ -118,26 +128,26 @@ def compute_table_6(devices: int, link: int, *, parameters: float | None = None)
         parameters: N; by default the N that the paper used for the row.
     """
     n = parameters if parameters is not None else YUAN_102B_PARAMETERS if link == 100 else YUAN_102B_SHORT_PARAMETERS
-    data, accum = (3, 384) if devices == 96 else (8, 144)
+    data_size, grad_accum_steps = (3, 384) if devices == 96 else (8, 144)
 
-    def setting(pipeline: int, tensor: int) -> PaperSetting:
+    def make_setting(pipeline_size: int, tensor_size: int) -> PaperSetting:
         return PaperSetting(
-            layers=84,
-            hidden=8_192,
+            num_layers=84,
+            hidden_size=8_192,
             seq_len=4_096,
-            vocab=135_040,
-            accum=accum,
-            pipeline=pipeline,
-            tensor=tensor,
-            data=data,
-            flops=0.55 * 312 * TERA,
-            between_nodes=48.75 * GIGA,
-            inside_node=0.85 * link * GIGA,
+            vocab_size=135_040,
+            grad_accum_steps=grad_accum_steps,
+            pipeline_size=pipeline_size,
+            tensor_size=tensor_size,
+            data_size=data_size,
+            flops_per_s=0.55 * 312 * TERA,
+            inter_node_bytes_per_s=48.75 * GIGA,
+            intra_node_bytes_per_s=0.85 * link * GIGA,
         )
 
-    return sum(compute_method_1(setting(4, 8), "yuan", parameters=n)), sum(
-        compute_method_2(setting(32, 1), "yuan", parameters=n)
-    )
+    method_1 = compute_method_1(make_setting(pipeline_size=4, tensor_size=8), "yuan", parameters=n)
+    method_2 = compute_method_2(make_setting(pipeline_size=32, tensor_size=1), "yuan", parameters=n)
+    return sum(method_1), sum(method_2)
 
 
 # Fig. 3: 24 layers of H 6,144 over 8 stages, S 4,096, B 1. Bytes that match the figure: 20 per parameter
@@ -162,7 +172,7 @@ def build_fig_3_costs(*, blockwise: bool = False, recompute: bool = False) -> St
     saved = live * (kept - 2 * _S * _H) if recompute else zero
     return StageCosts(
         num_layers=FIG_3_LAYERS,
-        accum=p,
+        grad_accum_steps=p,
         bare=(False,) * p,
         slots=(p,),
         memory=MemoryCosts(

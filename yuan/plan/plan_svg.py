@@ -74,11 +74,11 @@ def _draw_memory(plan: PipelinePlan, pool: Pool) -> Iterator[str]:
 
 
 def _draw_timeline(plan: PipelinePlan, timeline: Timeline) -> Iterator[str]:
-    stages, accum = timeline.forward_end.shape
-    num_shown = min(accum, max(2 * stages, MAX_BOXES // (2 * stages)))
+    stages, num_micro_batches = timeline.forward_end.shape
+    num_shown = min(num_micro_batches, max(2 * stages, MAX_BOXES // (2 * stages)))
     end = float(timeline.backward_end[:, :num_shown].max())
     scale = (PICTURE_WIDTH_PX - LEFT_MARGIN_PX - 10) / end
-    note = f", its first {num_shown} of {accum} micro-batches" if num_shown < accum else ""
+    note = f", its first {num_shown} of {num_micro_batches} micro-batches" if num_shown < num_micro_batches else ""
     title = f"One step{note}: {end:.4g} s of {timeline.seconds:.4g} s"
     yield f'<text x="{LEFT_MARGIN_PX}" y="0" font-size="13">{title}</text>'
     for x, colour, word in (

@@ -266,12 +266,17 @@ def iter_grids(work: Workload, pool: Pool, limits: SizeLimits) -> Iterator[Grid]
         possible = range(1, min(slots, work.model.num_layers) + 1)  # each stage needs a slot and a layer
         pipeline_sizes = [limits.pipeline_size] if limits.pipeline_size else possible
         for micro in micro_sizes:
-            accum, remainder = divmod(work.global_batch_size, data * micro)
+            grad_accum_steps, remainder = divmod(work.global_batch_size, data * micro)
             if remainder:
                 continue
             for pipeline in pipeline_sizes:
                 if pipeline in possible:
-                    yield Grid(pipeline_size=pipeline, data_size=data, micro_batch_size=micro, grad_accum_steps=accum)
+                    yield Grid(
+                        pipeline_size=pipeline,
+                        data_size=data,
+                        micro_batch_size=micro,
+                        grad_accum_steps=grad_accum_steps,
+                    )
 
 
 def _bound_by_arithmetic(work: Workload, grid: Grid, groups: tuple[DeviceGroup, ...]) -> float:
@@ -297,7 +302,7 @@ def _bound_by_arithmetic(work: Workload, grid: Grid, groups: tuple[DeviceGroup, 
     return total + num_layers / compute_layers_per_wait([1 / layer[group] for group in devices], grid.grad_accum_steps)
 
 
-def compute_layers_per_wait(rates: list[float], accum: int) -> float:
+def compute_layers_per_wait(rates: list[float], grad_accum_steps: int) -> float:
     """Return the most layers per micro-batch and second of μ that stages with these rates, fastest first, can take.
 
     Under a limit μ (see `critical_path`) a full stage has c <= (μ - Σ u of the later stages) / f, so the optimum is
@@ -305,9 +310,9 @@ def compute_layers_per_wait(rates: list[float], accum: int) -> float:
     neighbours in the other order can be swapped, with their times if the first has less time, else without. A stage
     that is never full has c of at most 2 μ / (A - 1), since the longer of its passes is at least half of its time.
     """
-    steady_counts = [int(f) for f in count_steady_batches(len(rates), accum) if f > 0]
+    steady_counts = [int(f) for f in count_steady_batches(len(rates), grad_accum_steps) if f > 0]
     num_never_full = len(rates) - len(steady_counts)
-    never_full = num_never_full * rates[0] * 2 / (accum - 1)
+    never_full = num_never_full * rates[0] * 2 / (grad_accum_steps - 1)
 
     best = 0.0
     for rate, f in zip(rates, steady_counts, strict=False):

@@ -29,13 +29,15 @@ class Timeline:
         return float(self.backward_end.max())
 
 
-def simulate(forward: Sequence[float], backward: Sequence[float], links: Sequence[float], accum: int) -> Timeline:
+def simulate(
+    forward: Sequence[float], backward: Sequence[float], links: Sequence[float], grad_accum_steps: int
+) -> Timeline:
     """Simulate A micro-batches on P stages.
 
     Args:
         forward, backward: seconds of a micro-batch on each stage, recomputation within the backward pass.
         links: x between each stage and the next, P - 1 of them.
-        accum: A.
+        grad_accum_steps: A.
 
     >>> simulate([1, 1], [2, 2], [0], 3).seconds
     12.0
@@ -46,12 +48,12 @@ def simulate(forward: Sequence[float], backward: Sequence[float], links: Sequenc
     seconds = np.array([forward, backward], np.float64)
     x = np.array(links, np.float64)
     numbers, clock = np.arange(stages), np.zeros(stages)
-    starts, ends = np.zeros((2, stages, accum)), np.zeros((2, stages, accum))
+    starts, ends = np.zeros((2, stages, grad_accum_steps)), np.zeros((2, stages, grad_accum_steps))
 
-    for tick in range(2 * (accum + stages - 1)):
+    for tick in range(2 * (grad_accum_steps + stages - 1)):
         kind = (tick + numbers) % 2  # 0 forward, 1 backward
         batch = np.where(kind == 0, (tick - numbers) // 2, (tick + numbers + 1) // 2 - stages)
-        is_active = (batch >= 0) & (batch < accum)
+        is_active = (batch >= 0) & (batch < grad_accum_steps)
 
         # Pairs (s, s + 1) exchange tensors if s has a backward pass next and s + 1 a forward pass; both wait for the
         # later one, and then for one transfer per active stage.

@@ -224,7 +224,7 @@ class _LayoutSearch:
             return None
 
         # Double from the wait of equal stages, then bisect.
-        equal_stages_wait = self.costs.accum * self.costs.bound_minimum_sum() / self.costs.num_stages
+        equal_stages_wait = self.costs.grad_accum_steps * self.costs.bound_minimum_sum() / self.costs.num_stages
         low, high = 0.0, min(max_wait, equal_stages_wait)
         while not self.program.is_feasible(high, max_finish):
             low, high = high, min(max_wait, 2 * high)

@@ -23,7 +23,7 @@ class StageCosts:
 
     Attributes:
         num_layers: layers to be split over the stages.
-        accum: micro-batches of a step.
+        grad_accum_steps: micro-batches of a step.
         bare: for each stage, True if it may have no layer, as the last one, which holds norm and head. Its places count
             its layers plus one, so that every stage has at least one place. (The first stage needs a layer: DeepSpeed
             reduces gradient norms group by group, and an embedding alone has no group of parameters without decay.)
@@ -31,7 +31,7 @@ class StageCosts:
     """
 
     num_layers: int
-    accum: int
+    grad_accum_steps: int
     bare: tuple[bool, ...]
     slots: tuple[int, ...]
     memory: MemoryCosts
@@ -145,7 +145,7 @@ def build_stage_costs(work: Workload, grid: Grid, groups: Sequence[DeviceGroup])
     is_last_bare = grid.pipeline_size > 1  # a single stage needs a layer
     return StageCosts(
         num_layers=work.model.num_layers,
-        accum=grid.grad_accum_steps,
+        grad_accum_steps=grid.grad_accum_steps,
         bare=(*[False] * (grid.pipeline_size - 1), is_last_bare),
         slots=tuple(group.count // grid.data_size for group in groups),
         memory=build_memory_costs(work, grid, groups),
