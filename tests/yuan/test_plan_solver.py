@@ -43,7 +43,7 @@ def draw_problems(draw, max_classes=3):
     return StageCosts(
         num_layers=layers,
         grad_accum_steps=draw(st.integers(1, 9)),
-        bare=tuple(draw(st.booleans()) for _ in range(stages)),
+        may_be_empty=tuple(draw(st.booleans()) for _ in range(stages)),
         slots=tuple(draw(st.integers(0 if classes > 1 else stages, stages)) for _ in range(classes)),
         memory=MemoryCosts(
             capacity=draw_integers(8, 60),
@@ -135,7 +135,7 @@ def list_assignments(costs):
     for classes in product(range(costs.num_classes), repeat=costs.num_stages):
         if all(classes.count(c) <= slots for c, slots in enumerate(costs.slots)):
             for layers in product(range(costs.num_layers + 1), repeat=costs.num_stages):
-                if sum(layers) == costs.num_layers and all(map(max, layers, costs.bare)):
+                if sum(layers) == costs.num_layers and all(map(max, layers, costs.may_be_empty)):
                     yield layers, classes
 
 

@@ -9,7 +9,8 @@ it, and u = c + x + x', `critical_path` defines
 So h depends on later stages only through the sum of their times, and rises with it: the minimum sum is optimal for
 every earlier stage, and the programs are exact.
 
-Letters: P stages, C device classes, L places. Tables have these axes, of which each function states its own:
+Letters: P stages, C device classes, L places (see `stage_costs`). Tables have these axes, of which each function states
+its own:
 
 - K...: for each counted class, its number of stages from the first one to this one;
 - previous: the class of the previous stage, of size 1 if no link depends on it;

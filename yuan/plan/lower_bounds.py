@@ -4,7 +4,7 @@ The relaxation ignores the order of classes along the pipeline (each stage gets 
 times, which stage holds which layer.
 
 Letters: P stages, C device classes; c, x, x', u, f, w and q of a stage as in `critical_path`; Σ is Σ (c + x) over all
-stages, and μ the time that the bottleneck stage adds to it.
+stages, and μ the time that the bottleneck stage adds to it. Places of a stage are explained in `stage_costs`.
 """
 
 from bisect import bisect_left
@@ -132,13 +132,13 @@ class _RelaxedProblem:
         """Return a lower bound on Σ for μ <= `wait`: layers go to the cheapest classes, first those not recomputed."""
         costs, max_places = self.costs, self._compute_max_places(wait)
         has_slots = self.slots > 0
-        bare = np.array(costs.bare, np.int64)
+        extra_places = np.array(costs.may_be_empty, np.int64)
 
         # (seconds per layer, number of layers) of each class, with and without recomputation.
         offers: list[tuple[float, int]] = []
         for c in np.flatnonzero(has_slots):
-            max_layers = np.maximum(max_places[:, c] - bare, 0)
-            max_kept = np.minimum(max_layers, np.maximum(self.num_kept[:, c] - bare, 0))
+            max_layers = np.maximum(max_places[:, c] - extra_places, 0)
+            max_kept = np.minimum(max_layers, np.maximum(self.num_kept[:, c] - extra_places, 0))
             num_layers = _sum_largest(max_layers, self.slots[c])
             num_kept = _sum_largest(max_kept, self.slots[c])
 

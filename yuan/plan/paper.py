@@ -173,7 +173,7 @@ def build_fig_3_costs(*, blockwise: bool = False, recompute: bool = False) -> St
     return StageCosts(
         num_layers=FIG_3_LAYERS,
         grad_accum_steps=p,
-        bare=(False,) * p,
+        may_be_empty=(False,) * p,
         slots=(p,),
         memory=MemoryCosts(
             capacity=zero + 10**15,

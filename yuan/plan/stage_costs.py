@@ -1,5 +1,8 @@
 """The input of the solver: memory and time of pipeline stages by layers and device class.
 
+The solver counts places, not layers. A stage that may be empty has one place more than layers, any other stage as many
+as layers: so every stage has at least one place, and the solver needs no other rule for an empty stage.
+
 Letters: P stages, C device classes.
 """
 
@@ -24,22 +27,20 @@ class StageCosts:
     Attributes:
         num_layers: layers to be split over the stages.
         grad_accum_steps: micro-batches of a step.
-        bare: for each stage, True if it may have no layer, as the last one, which holds norm and head. Its places count
-            its layers plus one, so that every stage has at least one place. (The first stage needs a layer: DeepSpeed
-            reduces gradient norms group by group, and an embedding alone has no group of parameters without decay.)
+        may_be_empty: for each stage, True if it may have no layer; its places are then its layers plus one.
         slots: number of stages that each class can hold.
     """
 
     num_layers: int
     grad_accum_steps: int
-    bare: tuple[bool, ...]
+    may_be_empty: tuple[bool, ...]
     slots: tuple[int, ...]
     memory: MemoryCosts
     time: TimeCosts
 
     @property
     def num_stages(self) -> int:
-        return len(self.bare)
+        return len(self.may_be_empty)
 
     @property
     def num_classes(self) -> int:
@@ -52,7 +53,7 @@ class StageCosts:
 
     @property
     def num_places(self) -> int:
-        return self.num_layers + sum(self.bare)
+        return self.num_layers + sum(self.may_be_empty)
 
     @cached_property
     def places(self) -> IntArray:
@@ -62,7 +63,7 @@ class StageCosts:
     @cached_property
     def layers(self) -> IntArray:
         """Return the numbers of layers for `places`, (P, 1, places)."""
-        return (self.places - np.array(self.bare, np.int64)[:, None])[:, None, :]
+        return (self.places - np.array(self.may_be_empty, np.int64)[:, None])[:, None, :]
 
     @cached_property
     def recompute_layers(self) -> IntArray:
@@ -106,28 +107,28 @@ class StageCosts:
             max_places: the most places of each stage, (P,).
         """
         has_slots = np.array(self.slots) > 0
-        bare = np.array(self.bare, np.int64)
+        extra_places = np.array(self.may_be_empty, np.int64)
 
         # Fixed part of the later stages, and the fewest layers that this and all earlier stages leave to them.
         fixed = self.time.fixed_s[:, has_slots].min(axis=1)
         later_fixed = fixed.sum() - np.cumsum(fixed)
-        num_later_bare = bare.sum() - np.cumsum(bare)
-        min_later_layers = np.maximum(self.num_places - np.cumsum(max_places) - num_later_bare, 0)
+        later_extra_places = extra_places.sum() - np.cumsum(extra_places)
+        min_later_layers = np.maximum(self.num_places - np.cumsum(max_places) - later_extra_places, 0)
 
         later_s: FloatArray = later_fixed + min_later_layers * self.time.layer_s[:, has_slots].min()
         return later_s + self.time.return_s
 
     def count_places(self, layers: Sequence[int]) -> tuple[int, ...]:
         """Convert layers per stage to places per stage."""
-        return tuple(n + is_bare for n, is_bare in zip(layers, self.bare, strict=True))
+        return tuple(n + extra_place for n, extra_place in zip(layers, self.may_be_empty, strict=True))
 
     def count_layers(self, places: Sequence[int]) -> tuple[int, ...]:
         """Convert places per stage to layers per stage."""
-        return tuple(n - is_bare for n, is_bare in zip(places, self.bare, strict=True))
+        return tuple(n - extra_place for n, extra_place in zip(places, self.may_be_empty, strict=True))
 
     def get_fewest_recompute_layers(self, stage: int, stage_class: int, layers: int) -> int:
         """Return the fewest layers to recompute so that a stage fits, else DOES_NOT_FIT."""
-        places = layers + self.bare[stage]
+        places = layers + self.may_be_empty[stage]
         return int(self.recompute_layers[stage, stage_class, places - 1])
 
     def cap_memory(self, max_bytes: int) -> "StageCosts":
@@ -142,11 +143,13 @@ class StageCosts:
 
 def build_stage_costs(work: Workload, grid: Grid, groups: Sequence[DeviceGroup]) -> StageCosts:
     """Compute the costs of a grid's stages on the device classes of a pool."""
-    is_last_bare = grid.pipeline_size > 1  # a single stage needs a layer
+    # The last stage holds norm and head, so it may be empty, except if it is the first one too. The first one needs a
+    # layer: DeepSpeed reduces gradient norms group by group, and an embedding alone has no group without weight decay.
+    last_may_be_empty = grid.pipeline_size > 1
     return StageCosts(
         num_layers=work.model.num_layers,
         grad_accum_steps=grid.grad_accum_steps,
-        bare=(*[False] * (grid.pipeline_size - 1), is_last_bare),
+        may_be_empty=(*[False] * (grid.pipeline_size - 1), last_may_be_empty),
         slots=tuple(group.count // grid.data_size for group in groups),
         memory=build_memory_costs(work, grid, groups),
         time=build_time_costs(work, grid, groups),
