@@ -1,4 +1,7 @@
-"""A layout of a grid: layers and device class of each stage, and the times and memory that follow from its costs."""
+"""A layout of a grid: layers and device class of each stage, and the times and memory that follow from its costs.
+
+Letters: c, x, h and g of a stage, and Σ over the stages, as in `time_model`.
+"""
 
 from dataclasses import dataclass
 from itertools import pairwise

@@ -3,7 +3,7 @@
 The solver counts places, not layers. A stage that may be empty has one place more than layers, any other stage as many
 as layers: so every stage has at least one place, and the solver needs no other rule for an empty stage.
 
-Letters: P stages, C device classes.
+Letters: P stages, C device classes; c, x and x' of a stage, and Σ over the stages, as in `critical_path`.
 """
 
 from collections.abc import Sequence
