@@ -23,7 +23,7 @@ class Workload:
         isolate_documents: documents do not attend to each other, which needs memory for an attention mask.
 
     Raises:
-        ValueError: if a number is not positive.
+        ValueError: if the precision is unknown or a number is not positive.
     """
 
     model: ModelConfig
@@ -35,11 +35,13 @@ class Workload:
 
     def __post_init__(self) -> None:
         if self.precision not in get_args(Precision):
-            raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}")
+            raise ValueError(
+                f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}; choose one of them"
+            )
         for field in ("seq_len", "global_batch_size", "loss_block"):
             value = getattr(self, field)
             if value is not None and value < 1:
-                raise ValueError(f"{field} must be at least 1, got {value}")
+                raise ValueError(f"{field} must be at least 1, got {value}; pass a larger number")
 
     @classmethod
     def from_recipe(cls, model: ModelConfig, recipe: Recipe) -> "Workload":
