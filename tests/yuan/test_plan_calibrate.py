@@ -41,7 +41,7 @@ def predict_step_seconds(group, grad_accum_steps):
 def test_calibration_recovers_the_true_rates_from_timings():
     tokens, true = 2 * 512, TRUE.measured
     forward, head = tokens * count_layer_forward_flops(MODEL, 512), tokens * count_head_forward_flops(MODEL)
-    clock = DeviceTimings(
+    timings = DeviceTimings(
         forward_s=forward / true.forward_tflops / 1e12,
         backward_s=2 * forward / true.backward_tflops / 1e12,
         head_s=3 * head / true.head_tflops / 1e12,
@@ -51,7 +51,7 @@ def test_calibration_recovers_the_true_rates_from_timings():
     )
     steps = [StepTiming(grad_accum_steps, predict_step_seconds(TRUE, grad_accum_steps)) for grad_accum_steps in (4, 12)]
     blank = dataclasses.replace(TRUE, measured=None, intra_node_gb_s=9.0, intra_node_latency_us=1.0)
-    calibrated = calibrate_group(blank, WORK, 2, clock, steps, "the truth")
+    calibrated = calibrate_group(blank, WORK, 2, timings, steps, "the truth")
     rates, truth = dataclasses.asdict(calibrated.measured), dataclasses.asdict(true)
     assert rates.pop("what") == truth.pop("what")
     assert rates == pytest.approx(truth, rel=0.02)

@@ -12,7 +12,7 @@ from yuan.plan.pool import DeviceGroup, MeasuredRates
 from yuan.plan.time_model import GIGA, MICRO, OPTIMIZER_BYTES_PER_PARAMETER, TERA, count_embedding_bytes
 from yuan.plan.workload import Grid, Workload
 
-UNLIMITED_OPTIMIZER_GB_S = 1e5  # placeholder that makes the optimizer cost nothing, while its rate is being computed
+UNLIMITED_OPTIMIZER_GB_S = 1e5  # GB/s, so that the optimizer costs nothing while its own rate is being computed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def calibrate_group(
     group: DeviceGroup,
     work: Workload,
     micro_batch_size: int,
-    clock: DeviceTimings,
+    timings: DeviceTimings,
     steps: Sequence[StepTiming],
     description: str,
 ) -> DeviceGroup:
@@ -66,17 +66,17 @@ def calibrate_group(
     forward = tokens * count_layer_forward_flops(work.model, work.seq_len)
     measured = MeasuredRates(
         what=description,
-        forward_tflops=forward / clock.forward_s / TERA,
-        backward_tflops=BACKWARD_FLOPS_RATIO * forward / clock.backward_s / TERA,
-        head_tflops=(1 + BACKWARD_FLOPS_RATIO) * tokens * count_head_forward_flops(work.model) / clock.head_s / TERA,
-        embedding_gb_s=count_embedding_bytes(work, tokens) / clock.embedding_s / GIGA,
+        forward_tflops=forward / timings.forward_s / TERA,
+        backward_tflops=BACKWARD_FLOPS_RATIO * forward / timings.backward_s / TERA,
+        head_tflops=(1 + BACKWARD_FLOPS_RATIO) * tokens * count_head_forward_flops(work.model) / timings.head_s / TERA,
+        embedding_gb_s=count_embedding_bytes(work, tokens) / timings.embedding_s / GIGA,
         optimizer_gb_s=UNLIMITED_OPTIMIZER_GB_S,
     )
-    if clock.latency_s is not None and clock.bandwidth is not None:
+    if timings.latency_s is not None and timings.bandwidth is not None:
         group = replace(
             group,
-            intra_node_gb_s=clock.bandwidth / GIGA,
-            intra_node_latency_us=clock.latency_s / MICRO,
+            intra_node_gb_s=timings.bandwidth / GIGA,
+            intra_node_latency_us=timings.latency_s / MICRO,
             devices_per_node=max(group.devices_per_node, stages),
         )
     group = replace(group, measured=measured, sustained_tflops=_compute_sustained_tflops(group, measured))

@@ -13,9 +13,10 @@ class DeviceSpec:
 
     Attributes:
         memory_gib: memory that programs can use.
-        peak_tflops, sustained_tflops: in bf16.
-        memory_gb_s: bandwidth of its memory.
-        intra_node_gb_s: its link inside a node.
+        peak_tflops, sustained_tflops: TFLOP/s in bf16.
+        fp32_tflops: sustained TFLOP/s in fp32.
+        memory_gb_s: bandwidth of its memory, in GB/s.
+        intra_node_gb_s: bandwidth of its link inside a node, one direction, in GB/s.
     """
 
     memory_gib: float

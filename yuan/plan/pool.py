@@ -56,9 +56,9 @@ class DeviceGroup:
         memory_gib: memory that programs on one device can use.
         sustained_tflops: rate of large transformers in bf16, as `peak_tflops` is.
         fp32_tflops: the rate in fp32; None if unknown.
-        memory_gb_s: bandwidth of the device's memory.
-        intra_node_gb_s, intra_node_latency_us: link of a device inside its node, one direction.
-        inter_node_gb_s, inter_node_latency_us: link of a node to other nodes, one direction.
+        memory_gb_s: bandwidth of the device's memory, in GB/s.
+        intra_node_gb_s, intra_node_latency_us: link of a device inside its node, one direction, in GB/s and µs.
+        inter_node_gb_s, inter_node_latency_us: link of a node to other nodes, one direction, in GB/s and µs.
         reserve_gib: part of `memory_gib` that stays unused.
         measured: rates that replace those of the data sheet; None if not calibrated.
 
