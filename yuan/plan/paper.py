@@ -118,7 +118,8 @@ TABLE_6 = {  # (devices, GB/s between devices of a node): seconds per step of me
     (256, 200): (156.64, 100.92),
     (256, 400): (123.21, 100.81),
 }
-YUAN_102B_PARAMETERS, YUAN_102B_SHORT_PARAMETERS = 102_577_954_816, 16 * 84 * 8192**2 + 135_040 * 8192
+YUAN_102B_PARAMETERS = 102_577_954_816
+YUAN_102B_SHORT_PARAMETERS = 16 * 84 * 8192**2 + 135_040 * 8192  # 16 L H² + V H
 
 
 def compute_table_6(devices: int, link: int, *, parameters: float | None = None) -> tuple[float, float]:
@@ -152,8 +153,12 @@ def compute_table_6(devices: int, link: int, *, parameters: float | None = None)
 
 # Fig. 3: 24 layers of H 6,144 over 8 stages, S 4,096, B 1. Bytes that match the figure: 20 per parameter
 # (nothing sharded), 34 S·B·H per layer and live micro-batch, 10 per logit.
-FIG_3_LAYERS, FIG_3_STAGES, FIG_3_SPLIT = 24, 8, (2, 2, 3, 3, 4, 4, 4, 2)
-_H, _S, _V = 6_144, 4_096, 135_040
+FIG_3_LAYERS = 24
+FIG_3_STAGES = 8
+FIG_3_SPLIT = (2, 2, 3, 3, 4, 4, 4, 2)
+FIG_3_HIDDEN_SIZE = 6_144
+FIG_3_SEQ_LEN = 4_096
+FIG_3_VOCAB_SIZE = 135_040
 
 
 def build_fig_3_costs(*, blockwise: bool = False, recompute: bool = False) -> StageCosts:
@@ -164,12 +169,24 @@ def build_fig_3_costs(*, blockwise: bool = False, recompute: bool = False) -> St
         recompute: allow layers to keep only their input, 2 S·B·H.
     """
     p = FIG_3_STAGES
-    live, zero, no_time = np.arange(p, 0, -1)[:, None], np.zeros((p, 1), np.int64), np.zeros((p, 1))
-    kept, weights, embedding = 34 * _S * _H, 20 * 18 * _H**2, 20 * _V * _H
+    live = np.arange(p, 0, -1)[:, None]  # micro-batches that each stage keeps at a time
+    zero = np.zeros((p, 1), np.int64)
+    no_time = np.zeros((p, 1))
+
+    # Bytes of one layer: activations of a micro-batch, the input alone, and parameters (18 H² of them).
+    values = FIG_3_SEQ_LEN * FIG_3_HIDDEN_SIZE
+    kept = 34 * values
+    kept_if_recomputed = 2 * values
+    weights = 20 * 18 * FIG_3_HIDDEN_SIZE**2
+
+    # The embedding is on the first and last stage, the logits on the last.
+    embedding = 20 * FIG_3_VOCAB_SIZE * FIG_3_HIDDEN_SIZE
+    bytes_per_logit = 1 if blockwise else 10
     fixed = zero.copy()
     fixed[0] += embedding
-    fixed[-1] += embedding + (1 if blockwise else 10) * _S * _V
-    saved = live * (kept - 2 * _S * _H) if recompute else zero
+    fixed[-1] += embedding + bytes_per_logit * FIG_3_SEQ_LEN * FIG_3_VOCAB_SIZE
+
+    saved = live * (kept - kept_if_recomputed) if recompute else zero
     return StageCosts(
         num_layers=FIG_3_LAYERS,
         grad_accum_steps=p,

@@ -8,7 +8,10 @@ from yuan.plan.plan_record import PipelinePlan, Stage
 from yuan.plan.pool import Pool
 from yuan.plan.simulate import Timeline
 
-PICTURE_WIDTH_PX, LEFT_MARGIN_PX, ROW_HEIGHT_PX, ROW_GAP_PX = 960, 120, 18, 4
+PICTURE_WIDTH_PX = 960
+LEFT_MARGIN_PX = 120
+ROW_HEIGHT_PX = 18
+ROW_GAP_PX = 4
 MAX_BOXES = 3000  # boxes of the timeline; a longer step shows only its first micro-batches
 TERM_COLOURS = (
     "#4878a8",
@@ -22,7 +25,8 @@ TERM_COLOURS = (
     "#c8a8c8",
     "#888888",
 )
-FORWARD_COLOUR, BACKWARD_COLOUR = "#4878a8", "#d89048"
+FORWARD_COLOUR = "#4878a8"
+BACKWARD_COLOUR = "#d89048"
 
 
 def draw_plan_svg(plan: PipelinePlan, pool: Pool, timeline: Timeline) -> str:

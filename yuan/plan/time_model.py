@@ -24,7 +24,9 @@ from yuan.plan.workload import Grid, Workload
 
 FloatArray = npt.NDArray[np.float64]
 OPTIMIZER_BYTES_PER_PARAMETER = 28  # AdamW reads and writes the master weight and two moments, and reads the gradient
-MICRO, GIGA, TERA = 1e-6, 1e9, 1e12
+MICRO = 1e-6
+GIGA = 1e9
+TERA = 1e12
 
 
 @dataclass(frozen=True)
