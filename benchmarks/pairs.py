@@ -19,7 +19,7 @@ RESAMPLES = 2000
 
 
 def measure_ratios(first: Callable[[], float], second: Callable[[], float], pairs: int = PAIRS) -> list[float]:
-    """Return first/second of interleaved pairs; the order alternates, so that a drifting machine favours neither."""
+    """Return first/second of interleaved pairs; the order alternates, so that a drifting machine favors neither."""
 
     def after_a_pause(measure: Callable[[], float]) -> float:
         time.sleep(PAUSE_S)

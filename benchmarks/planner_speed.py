@@ -130,10 +130,10 @@ def draw_picture(curves: dict[str, list[tuple[int, float]]]) -> str:
         y = at(10, 10.0**power).split(",")[1]
         lines.append(f'<path d="M60 {y}H620" stroke="#ddd"/><text x="20" y="{y}">{10.0**power:g}</text>')
     for n, (name, points) in enumerate(curves.items()):
-        colour = ("#4878a8", "#d89048")[n % 2]
+        color = ("#4878a8", "#d89048")[n % 2]
         path = " ".join(at(devices, seconds) for devices, seconds in points)
-        lines.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        lines.append(f'<text x="80" y="{40 + 16 * n}" fill="{colour}">{name}</text>')
+        lines.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
+        lines.append(f'<text x="80" y="{40 + 16 * n}" fill="{color}">{name}</text>')
     return "\n".join([*lines, "</svg>\n"])
 
 

@@ -83,7 +83,7 @@ def main() -> int:
 
 
 def compute_bubble_limit() -> float:
-    """Return the speedup of two stages by the time model, without communication, synchronisation or waiting."""
+    """Return the speedup of two stages by the time model, without communication, synchronization or waiting."""
     layer, head = count_layer_forward_flops(MODEL, RECIPE.seq_len), count_head_forward_flops(MODEL)
     first, last = BOUNDS[1] * layer, (BOUNDS[2] - BOUNDS[1]) * layer + head
     return ACCUM * (first + last) / (first + last + (ACCUM - 1) * max(first, last))
@@ -149,12 +149,12 @@ class Part(nn.Module):
         self.documents = torch.zeros(1, RECIPE.seq_len, dtype=torch.long)
 
     def forward(self, x: Tensor) -> Tensor:
-        travelling = (x, self.documents)
+        activations = (x, self.documents)
         if self.has_embedding:
-            travelling = self.tied(travelling)
+            activations = self.tied(activations)
         for layer in self.layers:
-            travelling = layer(travelling)
-        return travelling[0] if self.norm is None else self.norm(travelling)
+            activations = layer(activations)
+        return activations[0] if self.norm is None else self.norm(activations)
 
     def loss(self, x_BSH: Tensor, labels_BS: Tensor) -> Tensor:
         weights_BS = torch.full(labels_BS.shape, 1 / RECIPE.seq_len)

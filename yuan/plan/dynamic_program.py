@@ -31,7 +31,7 @@ from yuan.plan.stage_costs import StageCosts
 from yuan.plan.time_model import FloatArray
 
 TIE_TOLERANCE = 1e-12  # relative; sums in a different order differ by less
-MAX_CELLS_AT_ONCE = 30_000  # most cells of one vectorised operation (table times numbers of places)
+MAX_CELLS_AT_ONCE = 30_000  # most cells of one vectorized operation (table times numbers of places)
 
 
 def count_states(costs: StageCosts) -> int:

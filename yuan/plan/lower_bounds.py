@@ -192,7 +192,7 @@ def _bound_assigned_places(max_places: IntArray, slots: IntArray, num_required: 
     """Return an upper bound on the places of any assignment of stages to classes; stops once it is below the required.
 
     For prices λ >= 0 of a stage on each class, Σ_s max_c (max_places - λ) + Σ slots · λ is an upper bound (Lagrangian
-    dual); it is minimised over one price at a time (coordinate descent).
+    dual); it is minimized over one price at a time (coordinate descent).
     """
     places = np.where((max_places > 0) & (slots > 0), max_places.astype(np.float64), -np.inf)  # (P, C)
     prices = np.zeros(len(slots))

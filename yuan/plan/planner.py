@@ -39,8 +39,8 @@ def make_plan(
 ) -> PipelinePlan:
     """Compute the best plan to train `work` on `pool`: sizes, and layers, recomputed layers and device of each stage.
 
-    The objective "time" minimises the step's time, ties broken by peak memory and then lexicographically; the objective
-    "memory" minimises the memory of the fullest device, and then time. One and two device classes are solved exactly;
+    The objective "time" minimizes the step's time, ties broken by peak memory and then lexicographically; the objective
+    "memory" minimizes the memory of the fullest device, and then time. One and two device classes are solved exactly;
     with more, `gap` bounds the distance to the optimum. The best candidates are simulated, and the fastest one in that
     simulation is returned.
 
@@ -68,7 +68,7 @@ def make_plan(
         simulated = [simulate_step_seconds(work, candidate) for candidate in result.candidates]
         best = result.candidates[simulated.index(min(simulated))]
 
-    # The bound is in seconds, which the objective "memory" does not minimise.
+    # The bound is in seconds, which the objective "memory" does not minimize.
     lower_bound = result.lower_bound if objective == "time" else None
     plan = build_plan(work, pool, best, objective, lower_bound=lower_bound)
     binding, text = explain(work, pool, limits, best, what_if=explained)

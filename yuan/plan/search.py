@@ -307,7 +307,7 @@ def compute_layers_per_wait(rates: list[float], grad_accum_steps: int) -> float:
 
     Under a limit μ (see `critical_path`) a full stage has c <= (μ - Σ u of the later stages) / f, so the optimum is
     linear in the remaining μ: each stage takes the most it can or nothing. Fastest first is the best order: two
-    neighbours in the other order can be swapped, with their times if the first has less time, else without. A stage
+    neighbors in the other order can be swapped, with their times if the first has less time, else without. A stage
     that is never full has c of at most 2 μ / (A - 1), since the longer of its passes is at least half of its time.
     """
     steady_counts = [int(f) for f in count_steady_batches(len(rates), grad_accum_steps) if f > 0]

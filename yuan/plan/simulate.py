@@ -1,7 +1,7 @@
 """Simulate a step of 1F1B, event by event: when each stage computes each micro-batch.
 
 The order is that of DeepSpeed: at tick t a stage whose number has the parity of t runs a forward pass, the others a
-backward pass; before it, neighbours exchange a gradient and an activation, and both block until that is done.
+backward pass; before it, neighbors exchange a gradient and an activation, and both block until that is done.
 
 Letters: P stages, A micro-batches; x the time to send an activation, and as much for its gradient.
 """
