@@ -85,7 +85,7 @@ def make_line(
 
 
 def print_lines(*lines: dict[str, Any]) -> bool:
-    """Print lines as JSON; return true if none of them missed its goal."""
+    """Print lines as JSON; return True if none of them missed its goal."""
     for entry in lines:
         print(json.dumps(entry), flush=True)
     return all(entry.get("ok") is not False for entry in lines)

@@ -129,7 +129,7 @@ class DynamicProgram:
         return compute_max_places(self.costs, self.fits & meets_wait & meets_finish, self.later_wait_offset, wait)
 
     def is_feasible(self, wait: float = np.inf, finish: float = np.inf) -> bool:
-        """Return False only if no layout satisfies both limits; exact without a limit on the wait."""
+        """Return True if a layout may satisfy both limits; False is certain, True only without a limit on the wait."""
         place_sums = self.compute_max_place_sums(self.compute_max_places(wait, finish))
         most_places = self._read_first_stage(place_sums[0], -np.inf).max()
         return bool(most_places >= self.costs.num_places)

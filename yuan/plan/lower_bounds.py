@@ -67,7 +67,7 @@ def bound_peak_bytes(costs: StageCosts, cutoff: float = float("inf")) -> int | N
 
 
 def may_fit(costs: StageCosts) -> bool:
-    """Return False only if no layout fits; True is no guarantee that one does."""
+    """Return True if a layout may fit; only False is certain."""
     return costs.has_places and _RelaxedProblem(costs).is_feasible()
 
 
@@ -107,7 +107,7 @@ class _RelaxedProblem:
         self.later_wait_offset = steady + (next_link_s + costs.time.return_s[:, None])[..., None]
 
     def is_feasible(self, wait: float = np.inf) -> bool:
-        """Return False if no assignment of stages to classes takes all layers, by a bound from its dual problem."""
+        """Return True if stages and classes may be assigned so that they take all layers, by a bound from the dual."""
         max_places = self._compute_max_places(wait)
         stage_max = max_places.max(axis=1, where=self.slots > 0, initial=0)
         if not (stage_max > 0).all():
