@@ -40,7 +40,7 @@ def run(name: str, precision: str, batch: str) -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model, _ = (yuan_step.ours if name == "ours" else yuan_step.llama)(dtype)
+    model, _ = (yuan_step.make_our_model if name == "ours" else yuan_step.make_llama_model)(dtype)
     model.eval()
     rows = int(batch)
     prompt = torch.randint(0, yuan_step.V, (rows, PROMPT))
