@@ -22,6 +22,7 @@ from feedback.contracts import (
     RoundParameters,
     StoredCompletion,
 )
+from feedback.states import DatasetPurpose
 
 ResponseModel = TypeVar("ResponseModel", bound=BaseModel)
 RETRIED_STATUSES = (502, 503, 504)
@@ -84,7 +85,12 @@ class Client:
         return self._get_pages(NoticeOut, "/api/v1/notices")
 
     def push_dataset(
-        self, file: Path, *, name: str | None = None, purpose: str = "mixture", idempotency_key: str | None = None
+        self,
+        file: Path,
+        *,
+        name: str | None = None,
+        purpose: DatasetPurpose = DatasetPurpose.MIXTURE,
+        idempotency_key: str | None = None,
     ) -> DatasetOut:
         """Upload a JSONL file of rows. A file with malformed rows is refused as a whole; the error lists them."""
         query = {"name": name or file.stem, "purpose": purpose}

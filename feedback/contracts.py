@@ -1,5 +1,6 @@
 """Schemas of the portal's HTTP API: requests, responses, errors."""
 
+import logging
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -14,6 +15,8 @@ from yuan.data.rows import BadRow
 from yuan.data.text import MAX_TEXT_CHARS, TextRule, fold_forms, make_rule_error
 from yuan.serve.response_schemas import TextChoice, TextCompletion
 from yuan.train.run_status import RunStatus
+
+log = logging.getLogger(__name__)
 
 ReportText = Annotated[str, TextRule(MAX_TEXT_CHARS)]
 # Strict: `true` and "3" are not accepted as numbers. A PostgreSQL integer column holds at most 2**31 - 1.
@@ -247,19 +250,22 @@ class RoundParameters(BaseModel):
         return self
 
 
-def _parse_run_status(status: object) -> RunStatus:
-    if isinstance(status, RunStatus):
+def _parse_run_status(status: object) -> RunStatus | None:
+    """Return the status; None if this release cannot read it, since the rest of the record counts too."""
+    if isinstance(status, RunStatus | None):
         return status
-    if not isinstance(status, Mapping):
-        raise ValueError(f"a status must be a JSON object, got a {type(status).__name__}")
-    return RunStatus.from_json(status)
+    try:
+        return RunStatus.from_json(status) if isinstance(status, Mapping) else None
+    except ValueError as error:
+        log.warning("the status of a training run cannot be read: %s", error)
+        return None
 
 
 # In JSON it is the content of status.json, in Python the record that the trainer writes there.
 RunStatusField = Annotated[
-    RunStatus,
+    RunStatus | None,
     PlainValidator(_parse_run_status),
-    PlainSerializer(RunStatus.to_json, return_type=dict[str, Any]),
+    PlainSerializer(lambda status: status and status.to_json(), return_type=dict[str, Any] | None),
 ]
 
 
@@ -278,9 +284,9 @@ class RoundOut(BaseModel):
     failed_items: dict[str, int] = Field(
         description="number of items that could not be processed, by step; the other items were processed"
     )
-    status: RunStatusField | None = Field(
+    status: RunStatusField = Field(
         description="progress of the training run: `state` (training or finished), `step` of `max_steps`, `loss`, "
-        "`grad_norm`, `eta_s` and, while it trains, the pace of the last steps, by stage in `stages`"
+        "`grad_norm`, `eta_s` and, while it trains, the throughput of the last steps, by stage in `stages`"
     )
     created_at: datetime
     finished_at: datetime | None

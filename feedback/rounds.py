@@ -21,7 +21,6 @@ from infra.error_text import SafeMessageError
 from yuan.data.text import describe_errors
 from yuan.model.model_manifest import ModelManifest
 from yuan.plan.plan_record import PipelinePlan
-from yuan.train.run_status import RunStatus
 
 log = logging.getLogger(__name__)
 
@@ -296,22 +295,11 @@ def describe_round(session: Session, training_round: Round) -> RoundOut:
         snapshot_id=training_round.snapshot_id,
         decision=read_decision(training_round),
         failed_items={get_item_step_name(step): count for step, count in training_round.failed_items.items()},
-        status=_read_run_status(training_round, run),
+        status=None if run is None else run.status,
         created_at=training_round.created_at,
         finished_at=training_round.finished_at,
         timeline=_read_timeline(session, training_round),
     )
-
-
-def _read_run_status(training_round: Round, run: TrainingRun | None) -> RunStatus | None:
-    """Return the progress of a round's training run; None if it has none yet, or the stored one is malformed."""
-    if run is None or run.status is None:
-        return None
-    try:
-        return RunStatus.from_json(run.status)
-    except ValueError as error:
-        log.warning("the status of round %d cannot be read: %s", training_round.number, error)
-        return None
 
 
 def _read_timeline(session: Session, training_round: Round) -> list[Event]:

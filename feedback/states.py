@@ -22,9 +22,8 @@ class Screening(StrEnum):
 
 
 class DatasetState(StrEnum):
-    """The state of an uploaded dataset; only older releases stored `uploading`."""
+    """The state of an uploaded dataset."""
 
-    UPLOADING = "uploading"
     CHECKED = "checked"
     ACCEPTED = "accepted"
     REJECTED = "rejected"

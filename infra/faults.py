@@ -23,7 +23,7 @@ def is_transient_error(error: Exception) -> bool:
         return _is_transient_status(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500))
     if isinstance(error, DBAPIError):
         return isinstance(error, OperationalError | InterfaceError) and not _is_program_limit(error)
-    return isinstance(error, httpx.TransportError | BotoCoreError | ConnectionError)
+    return isinstance(error, httpx.TransportError | BotoCoreError | ConnectionError | psycopg.OperationalError)
 
 
 def is_item_error(error: Exception) -> bool:

@@ -8,6 +8,7 @@ import typer
 
 from feedback.client import Client
 from feedback.contracts import FeedbackIn
+from feedback.states import DatasetPurpose
 from flows.cli.output import (
     EXIT_USAGE,
     JsonOption,
@@ -83,7 +84,9 @@ def push(
     name: Annotated[
         str | None, typer.Option(help="name of the dataset; default: the file name", callback=check_text_option)
     ] = None,
-    purpose: Annotated[str, typer.Option(help="mixture; operators also base and suite")] = "mixture",
+    purpose: Annotated[
+        DatasetPurpose, typer.Option(help="base and suite need an operator's token")
+    ] = DatasetPurpose.MIXTURE,
     url: PortalUrlOption = "",
     token: ContributorTokenOption = "",
     idempotency_key: IdempotencyKeyOption = None,

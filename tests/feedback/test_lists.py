@@ -1,5 +1,7 @@
 """Paged lists: complete, in order, and with a cost that does not grow with the number of older records."""
 
+import subprocess
+import sys
 from contextlib import contextmanager
 from datetime import datetime, timezone
 
@@ -176,3 +178,13 @@ def test_malformed_stored_bad_row_does_not_hide_other_rows_and_datasets(session,
     assert [[row.model_dump() for row in record.bad_rows] for record in records] == [[entry], [entry], []]
     assert datasets.describe_dataset(session, stored[1]) == records[1]
     assert f"a stored bad row of dataset {stored[1].id} cannot be read: row" in caplog.text
+
+
+def test_client_imports_nothing_foreign_but_httpx_and_pydantic():
+    """Contributors install it without the platform; rich and click come with httpx, if they are installed."""
+    code = "import sys, feedback.client; print(*{name.split('.')[0] for name in sys.modules})"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    loaded = set(printed.split())
+    allowed = {"feedback", "yuan", "httpx", "idna", "pydantic", "pydantic_core", "annotated_types", "typing_extensions"}
+    allowed |= {"typing_inspection", "rich", "click", "pygments", *sys.stdlib_module_names}
+    assert {name for name in loaded - allowed if not name.startswith("_")} == set()

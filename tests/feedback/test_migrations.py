@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 from alembic import command
+from alembic.autogenerate import compare_metadata
 from alembic.config import Config
+from alembic.migration import MigrationContext
 from sqlalchemy import text
 
 import feedback
+from feedback.tables import Base
 
 SCRIPTS = Path(feedback.__file__).parent / "migrations"
 OLD_RECORDS = """
@@ -79,3 +82,10 @@ def test_migration_0009_keeps_the_requests_of_stored_leases_in_both_directions(m
     move("0008", command.downgrade)
     old_columns = "select wanted, extract(year from asked_at)::int from lease"
     assert tuple(connection.execute(text(old_columns)).one()) == ({"A": 2}, 2026)
+
+
+def test_migrated_schema_has_the_tables_columns_and_comments_of_the_classes(engine):
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        differences = [str(difference) for difference in compare_metadata(context, Base.metadata)]
+        assert differences == [], "\n".join(differences)
