@@ -39,8 +39,10 @@ from yuan.train.heartbeat import read_heartbeats
 from yuan.train.metrics_row import END_POSITION_METRIC, FIRST_POSITION_METRIC, LOSS_METRIC, STEP_SECONDS_METRIC
 from yuan.train.run_folder import RunFolder
 
-STEPS, EVERY = 100, 20  # of a run, and between checkpoints
-RUN_LIMIT_S, FAULT_LIMIT_S = 240, 60  # for a run, and in addition for each fault
+MAX_STEPS = 100
+CHECKPOINT_EVERY = 20  # steps
+RUN_LIMIT_S = 240
+FAULT_LIMIT_S = 60  # for each fault, in addition to RUN_LIMIT_S
 DISK_MIB = 700
 
 
@@ -189,10 +191,10 @@ def main() -> int:
             if fault is fill_disk and not is_small:
                 print_lines({"name": name, "skipped": "no file system of its own can be mounted here"})
                 continue
-            steps = STEPS
+            steps = MAX_STEPS
             if name.endswith("down"):
                 steps = compute_num_steps(
-                    run_without_faults(home, client, STEPS, references, arguments)["step_seconds"], arguments
+                    run_without_faults(home, client, MAX_STEPS, references, arguments)["step_seconds"], arguments
                 )
             reference = run_without_faults(home, client, steps, references, arguments)
             result = run(home, client, fault, steps, arguments)
@@ -223,7 +225,7 @@ def run_without_faults(
 
 def compute_num_steps(step_seconds: float, arguments: argparse.Namespace) -> int:
     """Return the number of steps a run needs so that all outages fit in sequence."""
-    return int(1.25 * arguments.times * arguments.outage / step_seconds) + 2 * EVERY
+    return int(1.25 * arguments.times * arguments.outage / step_seconds) + 2 * CHECKPOINT_EVERY
 
 
 @contextlib.contextmanager
@@ -257,7 +259,9 @@ def run(home: Path, client: Client, fault: Fault | None, steps: int, arguments: 
     for old_run in earlier_runs:
         shutil.rmtree(old_run, ignore_errors=True)
     start = time.monotonic()
-    parameters = RoundParameters(max_steps=steps, learning_rate=1e-3, precision="fp32", checkpoint_every=EVERY)
+    parameters = RoundParameters(
+        max_steps=steps, learning_rate=1e-3, precision="fp32", checkpoint_every=CHECKPOINT_EVERY
+    )
     training_round = retry(lambda: client.start_round(parameters))
     limit_s = RUN_LIMIT_S + arguments.times * (FAULT_LIMIT_S + arguments.outage)
 
@@ -270,7 +274,7 @@ def run(home: Path, client: Client, fault: Fault | None, steps: int, arguments: 
     trial = Trial(home, RunFolder(run_folder), arguments.outage)
     num_faults = 0
     # Inject when the run first reaches a step, so that every fault hits a running run.
-    fault_steps = draw_fault_steps(trial.rng, EVERY + 2, steps * 3 // 4, arguments.times) if fault else []
+    fault_steps = draw_fault_steps(trial.rng, CHECKPOINT_EVERY + 2, steps * 3 // 4, arguments.times) if fault else []
     while not trial.is_over and time.monotonic() - start < limit_s:
         if fault_steps and trial.step >= fault_steps[0] and fault is not None and fault(trial):
             num_faults += 1

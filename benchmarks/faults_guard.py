@@ -29,21 +29,23 @@ from yuan.train.events import RepeatEvent, RollBackEvent, SkipEvent
 from yuan.train.metrics_row import END_POSITION_METRIC, FIRST_POSITION_METRIC
 from yuan.train.run_folder import RunFolder, RunSpec
 
-STEPS, MAX_DIFFERENCE, BATCH = 80, 0.01, 16
+MAX_STEPS = 80
+GLOBAL_BATCH_SIZE = 16
+MAX_DIFFERENCE = 0.01  # of the loss, relative
 RECIPE = Recipe(
-    max_steps=STEPS,
+    max_steps=MAX_STEPS,
     learning_rate=1e-3,
     seq_len=64,
     micro_batch_size=2,
-    global_batch_size=BATCH,
+    global_batch_size=GLOBAL_BATCH_SIZE,
     warmup_steps=10,
     checkpoint_every=10,
 )
-FIRST = 40 * BATCH  # first position of the injected fault
+FIRST_BAD_POSITION = 40 * GLOBAL_BATCH_SIZE  # first position of the injected fault
 FAULT_SPANS: dict[str, dict[str, Any]] = {
-    "once": {"first": FIRST, "end": FIRST + BATCH, "times": 1},
-    "two steps": {"first": FIRST, "end": FIRST + 2 * BATCH, "times": None},
-    "five steps": {"first": FIRST, "end": FIRST + 5 * BATCH, "times": None},
+    "once": {"first": FIRST_BAD_POSITION, "end": FIRST_BAD_POSITION + GLOBAL_BATCH_SIZE, "times": 1},
+    "two steps": {"first": FIRST_BAD_POSITION, "end": FIRST_BAD_POSITION + 2 * GLOBAL_BATCH_SIZE, "times": None},
+    "five steps": {"first": FIRST_BAD_POSITION, "end": FIRST_BAD_POSITION + 5 * GLOBAL_BATCH_SIZE, "times": None},
 }
 
 
@@ -63,7 +65,7 @@ def main() -> int:
                 is_right = (
                     abs(difference) <= MAX_DIFFERENCE
                     and missing == reported
-                    and len(folder.read_metrics()) >= STEPS - 2
+                    and len(folder.read_metrics()) >= MAX_STEPS - 2
                 )
                 is_equal = length != "once" or are_weights_equal(clean_run, folder)
                 counts = {

@@ -36,11 +36,14 @@ from infra.processes import find_pids, kill_processes
 from infra.settings import Settings
 from yuan.plan.pool import DeviceGroup, Pool
 
-DEVICES, HOLDERS, TTL_S, POOL = 8, 6, 2.0, "bench"
+POOL_NAME = "bench"
+NUM_DEVICES = 8
+NUM_HOLDERS = 6
+HEARTBEAT_TIMEOUT_S = 2.0
 TURN_VARIABLE = "BENCH_TURN"
 
 # Occupy devices until killed; record a device that another process occupies.
-USE = """
+OCCUPY_DEVICES_SCRIPT = """
 import fcntl, sys, time
 files = []
 for device in sys.argv[2:]:
@@ -60,7 +63,7 @@ def main() -> int:
     ok = True
     for name, figure, goal in (
         ("devices leased to two processes at once", figures["doubled"], 0),
-        ("devices lost at the end", DEVICES - figures["free"], 0),
+        ("devices lost at the end", NUM_DEVICES - figures["free"], 0),
         ("requests left waiting", figures["waiting"], 0),
     ):
         ok &= print_lines(
@@ -100,38 +103,38 @@ def start_database(home: Path) -> Iterator[Settings]:
 def run_trial(folder: Path, settings: Settings, kills: int) -> dict[str, float]:
     engine = open_engine(settings)
     sessions = make_session_factory(engine)
-    group = DeviceGroup(device_class="g", count=DEVICES, memory_gib=8, sustained_tflops=1, devices_per_node=4)
+    group = DeviceGroup(device_class="g", count=NUM_DEVICES, memory_gib=8, sustained_tflops=1, devices_per_node=4)
     with sessions.begin() as session:
         Base.metadata.create_all(session.connection(), checkfirst=True)
-        leases.register_pool(session, Pool(name=POOL, groups=(group,)))
+        leases.register_pool(session, Pool(name=POOL_NAME, groups=(group,)))
     rng = random.Random(0)
     holders: list[subprocess.Popen[bytes]] = []
     killed_leases: set[str] = set()
     num_kills, start = 0, time.monotonic()
     while num_kills < kills:
         holders = [holder for holder in holders if holder.poll() is None]
-        while len(holders) < HOLDERS:
-            holders.append(start_holder(folder, settings, rng.randint(1, DEVICES)))
+        while len(holders) < NUM_HOLDERS:
+            holders.append(start_holder(folder, settings, rng.randint(1, NUM_DEVICES)))
         time.sleep(rng.uniform(0.05, 0.5))
         num_kills += kill_holder(rng, sessions, killed_leases)
-        reap_dead_leases(sessions, {POOL: LocalLauncher()})
+        reap_dead_leases(sessions, {POOL_NAME: LocalLauncher()})
     for holder in holders:  # running holders exit on this signal; the reaper ends the stopped ones
         with contextlib.suppress(ProcessLookupError):
             holder.send_signal(signal.SIGUSR1)
     end = time.monotonic() + 60
     while time.monotonic() < end and any(holder.poll() is None for holder in holders):
-        reap_dead_leases(sessions, {POOL: LocalLauncher()})
+        reap_dead_leases(sessions, {POOL_NAME: LocalLauncher()})
         time.sleep(0.2)
     seconds = time.monotonic() - start
-    time.sleep(TTL_S)
-    reap_dead_leases(sessions, {POOL: LocalLauncher()})
+    time.sleep(HEARTBEAT_TIMEOUT_S)
+    reap_dead_leases(sessions, {POOL_NAME: LocalLauncher()})
     with sessions() as session:
         granted = select(func.count()).where(Lease.granted_at.is_not(None))
         figures = {
             "kills": num_kills,
             "doubled": len((folder / "violations").read_text().splitlines()) if (folder / "violations").exists() else 0,
-            "free": len(leases.find_free_devices(session, POOL)),
-            "waiting": len(list(session.scalars(leases.select_waiting_leases(POOL)))),
+            "free": len(leases.find_free_devices(session, POOL_NAME)),
+            "waiting": len(list(session.scalars(leases.select_waiting_leases(POOL_NAME)))),
             "granted": session.scalar(granted),
             "reaped": session.scalar(granted.where(Lease.end_reason == "its holder exited")),
             "device_hours": round(sum(leases.compute_device_hours(session, by="team").values()), 3),
@@ -176,8 +179,10 @@ def hold(folder: Path, count: int) -> None:
     signal.signal(signal.SIGUSR1, lambda *_: stopping.append(1))
     rng = random.Random(os.getpid())
     while not stopping:
-        with hold_lease(sessions, POOL, {"g": count}, run_id=str(os.getpid()), team="bench", ttl_s=TTL_S) as lease:
-            command = [sys.executable, "-I", "-S", "-c", USE, str(folder), *lease.devices]
+        with hold_lease(
+            sessions, POOL_NAME, {"g": count}, run_id=str(os.getpid()), team="bench", ttl_s=HEARTBEAT_TIMEOUT_S
+        ) as lease:
+            command = [sys.executable, "-I", "-S", "-c", OCCUPY_DEVICES_SCRIPT, str(folder), *lease.devices]
             child = subprocess.Popen(command, env={**os.environ, JOB_VARIABLE: make_job_name(lease.id)})
             end = time.monotonic() + rng.uniform(0.3, 2.0)
             while time.monotonic() < end and not lease.lost.is_set() and child.poll() is None:

@@ -34,10 +34,11 @@ from yuan.data.rows import dump_rows
 from yuan.data.skills import load_skills
 
 MARK = "p0is0n"  # in every hostile text
-CONTRIBUTORS = 6
+NUM_CONTRIBUTORS = 6
 ROUND = RoundParameters(max_steps=20, learning_rate=1e-3, replay_rows=200)
 ROUND_LIMIT_S = 600
-REPORTS, DATASETS = "/api/v1/feedback", "/api/v1/datasets?name=rows"
+REPORTS_PATH = "/api/v1/feedback"
+DATASETS_PATH = "/api/v1/datasets?name=rows"
 Body = dict[str, Any]
 
 
@@ -85,7 +86,7 @@ def make_report(number: int, prompt: str, expected: str, **fields: Any) -> Body:
 
 def make_honest_item(number: int, rng: random.Random) -> Item:
     word = "".join(rng.choices("abcdefgh", k=6)) + str(number)
-    return Item("honest", REPORTS, json.dumps(make_report(number, f"Reverse: {word}", word[::-1])).encode())
+    return Item("honest", REPORTS_PATH, json.dumps(make_report(number, f"Reverse: {word}", word[::-1])).encode())
 
 
 def make_numeric_report(value: object, tolerance: object) -> Callable[[int, Body], object]:
@@ -141,7 +142,7 @@ def make_hostile_item(number: int, earlier: Body) -> Item:
     kind = list(HOSTILE)[number % len(HOSTILE)]
     body = HOSTILE[kind](number, earlier)
     content = body if isinstance(body, bytes) else (body if isinstance(body, str) else json.dumps(body)).encode()
-    return Item(kind, DATASETS if kind.startswith("rows") else REPORTS, content)
+    return Item(kind, DATASETS_PATH if kind.startswith("rows") else REPORTS_PATH, content)
 
 
 def distribute_items(senders: list[Sender], num_honest: int, num_hostile: int) -> None:
@@ -200,7 +201,7 @@ def read_records(senders: list[Sender], url: str) -> dict[str, tuple[str, str | 
             for report in reports:
                 outcomes[report.id] = (report.state, report.reason)
             for item in sender.items:
-                if item.path == DATASETS and item.record_id:
+                if item.path == DATASETS_PATH and item.record_id:
                     dataset = client.dataset(item.record_id)
                     outcomes[dataset.id] = (dataset.state, dataset.reason)
     return outcomes
@@ -224,9 +225,9 @@ def main() -> int:
         (settings.home / "rows.jsonl").write_bytes(dump_rows(base))
         operator.push_dataset(settings.home / "rows.jsonl", name="base", purpose="base")
         first = run_round(operator)
-        senders = [Sender(operator.add_contributor(f"sender-{n}").token) for n in range(CONTRIBUTORS)]
+        senders = [Sender(operator.add_contributor(f"sender-{n}").token) for n in range(NUM_CONTRIBUTORS)]
         distribute_items(senders, arguments.honest, arguments.hostile)
-        with ThreadPoolExecutor(CONTRIBUTORS) as pool:
+        with ThreadPoolExecutor(NUM_CONTRIBUTORS) as pool:
             list(pool.map(lambda sender: send_items(settings.portal_url, sender), senders))
         print(f"sent after {time.monotonic() - start:.0f} s", file=sys.stderr)
         training_rounds = [run_round(operator) for _ in range(2)]

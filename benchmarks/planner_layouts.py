@@ -19,7 +19,7 @@ from yuan.plan.pool import load_pool
 from yuan.plan.search import SizeLimits, search
 from yuan.plan.workload import PUBLISHED_BATCH_SIZES, Grid, Workload
 
-DEVICES = 96
+NUM_DEVICES = 96
 
 
 def main() -> int:
@@ -34,7 +34,7 @@ def main() -> int:
             isolate_documents=False,
         )
         stages = len(layers)
-        data = DEVICES // stages
+        data = NUM_DEVICES // stages
         grid = Grid(
             pipeline_size=stages,
             data_size=data,

@@ -25,10 +25,12 @@ from yuan.plan.stage_costs import StageCosts, build_stage_costs
 from yuan.plan.workload import Workload, compute_default_loss_block
 
 partition_balanced, _ = load_deepspeed_partitions()
-POOLS, SMALL = 100, 6  # devices of a pool that is small enough to try everything
-CLASSES = ("A100-40", "A100-80", "H100-80", "H200", "L40S")
+NUM_POOLS = 100
+MAX_SMALL_POOL_DEVICES = 6  # in a pool that is small enough to try every layout
+DEVICE_CLASSES = ("A100-40", "A100-80", "H100-80", "H200", "L40S")
 SHAPES = ((24, 2048), (32, 4096), (42, 6144), (42, 8192), (84, 8192))  # layers, width
-MAX_GAP, MAX_SIMULATION_ERROR = 0.01, 0.03
+MAX_GAP = 0.01
+MAX_SIMULATION_ERROR = 0.03
 
 
 def draw_case(draw: random.Random, number: int) -> tuple[Workload, Pool]:
@@ -38,8 +40,10 @@ def draw_case(draw: random.Random, number: int) -> tuple[Workload, Pool]:
     model = ModelConfig(
         name="m", num_layers=layers, hidden_size=width, num_heads=width // 128, vocab_size=135_040, seq_len=4096
     )
-    classes = draw.sample(CLASSES, 2 if small else draw.choice((2, 3)))
-    sizes = [draw.randint(1, SMALL // 2) if small else draw.choice((4, 8, 16, 24, 32)) for _ in classes]
+    classes = draw.sample(DEVICE_CLASSES, 2 if small else draw.choice((2, 3)))
+    sizes = [
+        draw.randint(1, MAX_SMALL_POOL_DEVICES // 2) if small else draw.choice((4, 8, 16, 24, 32)) for _ in classes
+    ]
     groups = [{"device_class": name, "count": size} for name, size in zip(classes, sizes, strict=True)]
     work = Workload(
         model=model,
@@ -117,7 +121,7 @@ class PoolResults:
         self.even_split += [] if even is None else [even / layout.seconds]
         self.parameter_split += [] if by_parameters is None else [by_parameters / layout.seconds]
         self.bound_gaps.append(layout.seconds / lower_bound - 1)
-        if pool.num_devices <= SMALL:
+        if pool.num_devices <= MAX_SMALL_POOL_DEVICES:
             self.enumeration_gaps.append(layout.seconds / enumerate_minimum(work, pool) - 1)
         self.simulation_gaps.append(compare_with_simulation(work, chosen))
 
@@ -135,7 +139,7 @@ def measure(num_pools: int) -> PoolResults:
 
 
 def main() -> int:
-    results = measure(int(sys.argv[1]) if len(sys.argv) > 1 else POOLS)
+    results = measure(int(sys.argv[1]) if len(sys.argv) > 1 else NUM_POOLS)
     ok = all(
         [
             show_baseline("the even split", results.even_split, results),

@@ -24,9 +24,14 @@ from yuan.plan.stage_costs import build_stage_costs
 from yuan.plan.workload import Grid, Workload
 
 partition_balanced, partition_uniform = load_deepspeed_partitions()
-LAYERS, STAGES, WIDTHS, S, ACCUM = (24, 32, 42, 84), (4, 8, 16, 32), (2048, 4096, 6144, 8192), 4096, 384
-ROOM_GIB = 900_000  # compute time only: memory must not be a constraint
-THEIRS = {"parameters": "1.020 mean, 1.167 worst", "uniform": "1.071, 1.322", "type:layer": "1.121, 1.645"}
+LAYER_COUNTS = (24, 32, 42, 84)
+STAGE_COUNTS = (4, 8, 16, 32)
+HIDDEN_SIZES = (2048, 4096, 6144, 8192)
+SEQ_LEN = 4096
+GRAD_ACCUM_STEPS = 384
+MEMORY_GIB = 900_000  # compute time only: memory must not be a constraint
+# Mean and worst ratio of DeepSpeed's methods, recorded with other widths.
+DEEPSPEED_RECORDED = {"parameters": "1.020 mean, 1.167 worst", "uniform": "1.071, 1.322", "type:layer": "1.121, 1.645"}
 
 
 def compute_lower_bound(layers: int, stages: int, head: float) -> float:
@@ -49,10 +54,10 @@ def split_with_deepspeed(method: str, model: ModelConfig, stages: int) -> list[i
 def split_with_solver(model: ModelConfig, stages: int) -> list[int]:
     """Return the planner's bounds over the same modules, for time alone."""
     pool = parse_pool(
-        {"name": "p", "group": [{"device_class": "A100-80", "count": stages, "memory_gib": ROOM_GIB}]},
+        {"name": "p", "group": [{"device_class": "A100-80", "count": stages, "memory_gib": MEMORY_GIB}]},
     )
-    work = Workload(model=model, seq_len=S, global_batch_size=ACCUM, precision="bf16", loss_block=512)
-    grid = Grid(pipeline_size=stages, data_size=1, micro_batch_size=1, grad_accum_steps=ACCUM)
+    work = Workload(model=model, seq_len=SEQ_LEN, global_batch_size=GRAD_ACCUM_STEPS, precision="bf16", loss_block=512)
+    grid = Grid(pipeline_size=stages, data_size=1, micro_batch_size=1, grad_accum_steps=GRAD_ACCUM_STEPS)
     costs = build_stage_costs(work, grid, pool.groups)
     no_links, no_finish = np.zeros_like(costs.time.link_s), np.zeros_like(costs.time.finish_fixed_s)
     compute_only = replace(costs.time, link_s=no_links, finish_fixed_s=no_finish, finish_layer_s=no_finish)
@@ -63,14 +68,14 @@ def split_with_solver(model: ModelConfig, stages: int) -> list[int]:
 
 def main() -> int:
     ratios_by_method: dict[str, list[float]] = {}
-    for layers, stages, width in product(LAYERS, STAGES, WIDTHS):
+    for layers, stages, width in product(LAYER_COUNTS, STAGE_COUNTS, HIDDEN_SIZES):
         if stages > layers // 2:
             continue
         model = replace(yuan_102b(), num_layers=layers, hidden_size=width)
-        head = count_head_forward_flops(model) / count_layer_forward_flops(model, S)
+        head = count_head_forward_flops(model) / count_layer_forward_flops(model, SEQ_LEN)
         times = [0.0, *[1.0] * layers, head]
         best = compute_lower_bound(layers, stages, head)
-        splits = {method: split_with_deepspeed(method, model, stages) for method in THEIRS}
+        splits = {method: split_with_deepspeed(method, model, stages) for method in DEEPSPEED_RECORDED}
         for method, bounds in {"ours": split_with_solver(model, stages), **splits}.items():
             ratios_by_method.setdefault(method, []).append(max(sum(times[a:b]) for a, b in pairwise(bounds)) / best)
     ok = True
@@ -90,7 +95,7 @@ def main() -> int:
             "best_in": sum(value < 1.0005 for value in values),
             "cases": len(values),
         }
-        recorded = {} if is_ours else {"recorded_with_other_widths": THEIRS[method]}
+        recorded = {} if is_ours else {"recorded_with_other_widths": DEEPSPEED_RECORDED[method]}
         ok &= print_lines({**entry, **counts, **recorded})
     return 0 if ok else 1
 

@@ -40,7 +40,9 @@ RECIPE = Recipe(
     warmup_steps=1,
     precision="bf16",
 )
-BOUNDS, REPLICAS, NUM_SAVES = (0, 7, 12), 2, 20
+BOUNDS = (0, 7, 12)
+NUM_REPLICAS = 2
+NUM_SAVES = 20
 ORDER = {"seed": 1}
 UNIVERSAL = {"universal_checkpoint_version": 0.2, "pipeline_replicated_parameter_patterns": [r"tied_modules\..*"]}
 
@@ -154,7 +156,7 @@ def measure_saves(folder: Path) -> None:
 
 
 def resume_with_ours(folder: Path) -> None:
-    engine = make_engine((0, MODEL.num_layers), REPLICAS)
+    engine = make_engine((0, MODEL.num_layers), NUM_REPLICAS)
     store = CheckpointStore(folder / "ours", model=MODEL.to_json(), order=ORDER, keep=1, event=lambda _: None)
     dist.barrier()
     start = time.perf_counter()
@@ -168,7 +170,7 @@ def resume_with_ours(folder: Path) -> None:
 
 
 def resume_with_universal(folder: Path) -> None:
-    engine = make_engine((0, MODEL.num_layers), REPLICAS, checkpoint={"load_universal": True})
+    engine = make_engine((0, MODEL.num_layers), NUM_REPLICAS, checkpoint={"load_universal": True})
     dist.barrier()
     start = time.perf_counter()
     engine.load_checkpoint(str(folder / "theirs"), tag="universal", load_lr_scheduler_states=False)

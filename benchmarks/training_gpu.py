@@ -30,7 +30,9 @@ from yuan.train.zero.engine import build_deepspeed_config, start_distributed, st
 from yuan.train.zero.memory import read_peak_memory_bytes
 from yuan.train.zero.pipeline import PlannedPipeline
 
-STEPS, WARM, BATCH = 6, 2, 16
+UNMEASURED_STEPS = 2  # the first ones, which compile and allocate
+MEASURED_STEPS = 6
+GLOBAL_BATCH_SIZE = 16
 NAMES = ("tokens/s at P = 1", "MFU at P = 1", "peak memory at P = 1")
 
 
@@ -109,18 +111,18 @@ def run_rank(folder: Path, is_small: bool) -> None:
         )
     engine, _ = start_engine(module, recipe, build_deepspeed_config(recipe, 1))
     seconds = []
-    for step in range(WARM + STEPS):
+    for step in range(UNMEASURED_STEPS + MEASURED_STEPS):
         engine.reset_activation_shape()
         begun = time.perf_counter()
         engine.train_batch(make_batches(model, recipe, engine.device)).item()
-        if step >= WARM:
+        if step >= UNMEASURED_STEPS:
             seconds.append(time.perf_counter() - begun)
     figures = {
         "device": name,
         "model": model.name,
         "plan": {"micro_batch_size": plan.micro_batch_size, "recomputed_layers": len(plan.recomputed_layers)},
         "seconds": statistics.median(seconds),
-        "tokens": BATCH * length,
+        "tokens": GLOBAL_BATCH_SIZE * length,
         "flops": count_flops_per_token(model, length),
         "peak_tflops": peak,
         "peak_bytes": read_peak_memory_bytes(engine.device),
@@ -135,9 +137,14 @@ def make_plan_and_recipe(model: ModelConfig, length: int, pool: Pool) -> tuple[P
 
     def recipe(micro: int) -> Recipe:
         return Recipe(
-            max_steps=9, learning_rate=1e-4, seq_len=length, micro_batch_size=micro, global_batch_size=BATCH,
-            warmup_steps=1, precision="bf16",
-        )  # fmt: skip
+            max_steps=9,
+            learning_rate=1e-4,
+            seq_len=length,
+            micro_batch_size=micro,
+            global_batch_size=GLOBAL_BATCH_SIZE,
+            warmup_steps=1,
+            precision="bf16",
+        )
 
     plan = make_plan(Workload.from_recipe(model, recipe(1)), pool, SizeLimits(pipeline_size=1, data_size=1))
     return plan, recipe(plan.micro_batch_size)

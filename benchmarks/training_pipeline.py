@@ -37,12 +37,14 @@ from yuan.train.zero.pipeline import LayerStage, NormStage, PlannedPipeline, Sta
 from yuan.train.zero.tied_embedding import EmbeddingStage, make_gradient_getter
 
 MODEL = ModelConfig(name="m", num_layers=9, hidden_size=384, num_heads=6, vocab_size=8_192, seq_len=128)
-BOUNDS, ACCUM, BLOCK = (0, 5, 9), 16, 128
+BOUNDS = (0, 5, 9)
+GRAD_ACCUM_STEPS = 16
+LOSS_BLOCK = 128
 RECIPE = Recipe(
-    max_steps=9, learning_rate=1e-4, seq_len=128, micro_batch_size=1, global_batch_size=ACCUM, warmup_steps=1
+    max_steps=9, learning_rate=1e-4, seq_len=128, micro_batch_size=1, global_batch_size=GRAD_ACCUM_STEPS, warmup_steps=1
 )
-WARM = 2  # steps that allocate
-AUTOGRAD = "--autograd"
+UNMEASURED_STEPS = 2  # the first ones, which allocate
+AUTOGRAD_OPTION = "--autograd"
 
 
 def main() -> int:
@@ -53,7 +55,7 @@ def main() -> int:
             raise RuntimeError(result.stderr[-3000:])
         seconds = json.loads((Path(name) / "seconds.json").read_text())
     ours, torchs, plain = seconds["ours"], seconds["torch"], seconds["plain"]
-    tokens = ACCUM * RECIPE.seq_len
+    tokens = GRAD_ACCUM_STEPS * RECIPE.seq_len
     ratios = [torch_s / ours_s for ours_s, torch_s in zip(ours, torchs, strict=True)]
     figure = round(tokens / statistics.median(ours))
     peer = "torch.distributed.pipelining 1F1B"
@@ -86,7 +88,7 @@ def compute_bubble_limit() -> float:
     """Return the speedup of two stages by the time model, without communication, synchronization or waiting."""
     layer, head = count_layer_forward_flops(MODEL, RECIPE.seq_len), count_head_forward_flops(MODEL)
     first, last = BOUNDS[1] * layer, (BOUNDS[2] - BOUNDS[1]) * layer + head
-    return ACCUM * (first + last) / (first + last + (ACCUM - 1) * max(first, last))
+    return GRAD_ACCUM_STEPS * (first + last) / (first + last + (GRAD_ACCUM_STEPS - 1) * max(first, last))
 
 
 def run_rank(folder: Path) -> None:
@@ -96,13 +98,13 @@ def run_rank(folder: Path) -> None:
     start_distributed(2)
     runs = {"ours": make_our_step(), "torch": make_torch_step(), "plain": make_plain_step()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(WARM + PAIRS):
+    for turn in range(UNMEASURED_STEPS + PAIRS):
         for name in list(runs)[:: -1 if turn % 2 else 1]:
             dist.barrier()
             begun = time.perf_counter()
             runs[name]()
             dist.barrier()
-            if turn >= WARM:
+            if turn >= UNMEASURED_STEPS:
                 seconds[name].append(time.perf_counter() - begun)
     if dist.get_rank() == 0:
         (folder / "seconds.json").write_text(json.dumps(seconds))
@@ -111,18 +113,21 @@ def run_rank(folder: Path) -> None:
 
 def make_batch() -> tuple[Tensor, Tensor, Tensor]:
     """Return tokens, documents and weights of the micro-batches, (A, S) each."""
-    tokens = torch.randint(MODEL.vocab_size, (ACCUM, RECIPE.seq_len), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        MODEL.vocab_size, (GRAD_ACCUM_STEPS, RECIPE.seq_len), generator=torch.Generator().manual_seed(0)
+    )
     return tokens, torch.zeros_like(tokens), torch.full(tokens.shape, 1 / RECIPE.seq_len)
 
 
 def make_our_step() -> Callable[[], None]:
-    module = PlannedPipeline(MODEL, list(BOUNDS), 0, loss_block=BLOCK)
+    module = PlannedPipeline(MODEL, list(BOUNDS), 0, loss_block=LOSS_BLOCK)
     engine, _ = start_engine(module, RECIPE, build_deepspeed_config(RECIPE, 1))
     tokens, documents, weights = make_batch()
 
     def step() -> None:
         rows = [
-            ((tokens[n : n + 1], documents[n : n + 1]), (tokens[n : n + 1], weights[n : n + 1])) for n in range(ACCUM)
+            ((tokens[n : n + 1], documents[n : n + 1]), (tokens[n : n + 1], weights[n : n + 1]))
+            for n in range(GRAD_ACCUM_STEPS)
         ]
         engine.train_batch(iter(rows))
 
@@ -142,7 +147,7 @@ class Part(nn.Module):
         rows = StageRows(MODEL, isolated=True)
         self.tied = EmbeddingStage(MODEL)
         self.has_embedding, self.upstream = has_embedding, upstream
-        if AUTOGRAD not in sys.argv:
+        if AUTOGRAD_OPTION not in sys.argv:
             self.tied.get_gradient = make_gradient_getter(None, self.tied.weight)
         self.layers = nn.ModuleList(LayerStage(MODEL, rows, is_recomputed=False) for _ in range(first, end))
         self.norm = NormStage(MODEL) if has_head else None
@@ -160,7 +165,7 @@ class Part(nn.Module):
         weights_BS = torch.full(labels_BS.shape, 1 / RECIPE.seq_len)
         head_sum = None if self.tied.get_gradient is None else self.tied.get_gradient()
         return head_loss(
-            x_BSH, self.tied.weight, labels_BS, weights_BS, block=BLOCK, head_sum=head_sum, upstream=self.upstream
+            x_BSH, self.tied.weight, labels_BS, weights_BS, block=LOSS_BLOCK, head_sum=head_sum, upstream=self.upstream
         )
 
 
@@ -168,7 +173,8 @@ def make_torch_step() -> Callable[[], None]:
     number = dist.get_rank()
     part = Part(BOUNDS[number], BOUNDS[number + 1], has_embedding=number == 0, has_head=number == 1, upstream=1.0)
     stage = PipelineStage(part, number, 2, torch.device("cpu"))
-    schedule = Schedule1F1B(stage, ACCUM, loss_fn=part.loss)  # on the first rank too, or it would not go backward
+    # The first rank needs the loss function too, or it would not go backward.
+    schedule = Schedule1F1B(stage, GRAD_ACCUM_STEPS, loss_fn=part.loss)
     optimizer, (tokens, _, _) = make_adam(part), make_batch()
 
     def step() -> None:
@@ -192,12 +198,12 @@ def make_torch_step() -> Callable[[], None]:
 def make_plain_step() -> Callable[[], None]:
     if dist.get_rank():
         return lambda: None
-    model = Part(0, MODEL.num_layers, has_embedding=True, has_head=True, upstream=1.0 / ACCUM)
+    model = Part(0, MODEL.num_layers, has_embedding=True, has_head=True, upstream=1.0 / GRAD_ACCUM_STEPS)
     optimizer, (tokens, _, _) = make_adam(model), make_batch()
 
     def step() -> None:
-        for n in range(ACCUM):
-            (model.loss(model(tokens[n : n + 1]), tokens[n : n + 1]) / ACCUM).backward()
+        for n in range(GRAD_ACCUM_STEPS):
+            (model.loss(model(tokens[n : n + 1]), tokens[n : n + 1]) / GRAD_ACCUM_STEPS).backward()
         nn.utils.clip_grad_norm_(model.parameters(), RECIPE.grad_clip)
         optimizer.step()
         optimizer.zero_grad()

@@ -27,10 +27,20 @@ from yuan.model.loss import head_loss
 from yuan.model.transformer import Yuan
 from yuan.tokenizer import Tokenizer, train
 
-SEEDS, STEPS, WARMUP, BATCH, S = (0, 1, 2), 400, 40, 8, 128
-LAYERS, H, HEADS, V = 4, 128, 4, 2_048
-LEARNING_RATE, TEST_WINDOWS, TEST_SHARE = 1e-3, 256, 20
-PAPER = {  # Table 1 of the Yuan 2.0 paper: test loss of 6 layers, H 768
+NUM_LAYERS = 4
+HIDDEN_SIZE = 128
+NUM_HEADS = 4
+VOCAB_SIZE = 2_048
+SEQ_LEN = 128
+
+SEEDS = (0, 1, 2)
+MAX_STEPS = 400
+WARMUP_STEPS = 40
+GLOBAL_BATCH_SIZE = 8
+LEARNING_RATE = 1e-3
+NUM_TEST_WINDOWS = 256
+FILES_PER_TEST_FILE = 20  # one file of so many is held out
+PAPER_LOSSES = {  # Table 1 of the Yuan 2.0 paper: test loss of 6 layers, H 768
     "none": 1.251,
     "conv7": 1.2093,
     "two_convs": 1.2122,
@@ -43,10 +53,10 @@ def make_windows() -> tuple[Tensor, Tensor, int]:
     library = Path(sysconfig.get_path("stdlib"))
     files = [path for path in sorted(library.rglob("*.py")) if not {"site-packages", "test", "tests"} & {*path.parts}]
     texts = {path.relative_to(library).as_posix(): path.read_text(errors="ignore") for path in files}
-    held_out = {name for name in texts if hashlib.sha256(name.encode()).digest()[0] % TEST_SHARE == 0}
+    held_out = {name for name in texts if hashlib.sha256(name.encode()).digest()[0] % FILES_PER_TEST_FILE == 0}
     tokenizer = train(
         (row for name in sorted(texts.keys() - held_out)[::4] for row in texts[name].splitlines() if row.strip()),
-        vocab_size=V,
+        vocab_size=VOCAB_SIZE,
         pieces="bpe",
     )
     train_windows, test_windows = (
@@ -59,7 +69,7 @@ def make_windows() -> tuple[Tensor, Tensor, int]:
 
 def cut_windows(texts: list[str], tokenizer: Tokenizer) -> Tensor:
     tokens = torch.tensor([token for text in texts for token in [*tokenizer.encode(text), tokenizer.eod]])
-    return tokens[: len(tokens) // (S + 1) * (S + 1)].view(-1, S + 1)
+    return tokens[: len(tokens) // (SEQ_LEN + 1) * (SEQ_LEN + 1)].view(-1, SEQ_LEN + 1)
 
 
 def run(variant: LocalFilterKind, seed: int) -> None:
@@ -69,11 +79,11 @@ def run(variant: LocalFilterKind, seed: int) -> None:
     torch.manual_seed(seed)
     config = ModelConfig(
         name="ablation",
-        num_layers=LAYERS,
-        hidden_size=H,
-        num_heads=HEADS,
+        num_layers=NUM_LAYERS,
+        hidden_size=HIDDEN_SIZE,
+        num_heads=NUM_HEADS,
         vocab_size=vocab_size,
-        seq_len=S,
+        seq_len=SEQ_LEN,
         local_filter=variant,
     )
     model = Yuan(config)
@@ -82,13 +92,13 @@ def run(variant: LocalFilterKind, seed: int) -> None:
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, STEPS, pct_start=WARMUP / STEPS, cycle_momentum=False
+        optimizer, LEARNING_RATE, MAX_STEPS, pct_start=WARMUP_STEPS / MAX_STEPS, cycle_momentum=False
     )
     order = torch.randperm(
         len(train_windows), generator=torch.Generator().manual_seed(seed)
     )  # the same for every variant
-    for step in range(STEPS):
-        rows = train_windows[order[torch.arange(step * BATCH, (step + 1) * BATCH) % len(order)]]
+    for step in range(MAX_STEPS):
+        rows = train_windows[order[torch.arange(step * GLOBAL_BATCH_SIZE, (step + 1) * GLOBAL_BATCH_SIZE) % len(order)]]
         compute_mean_loss(model, rows).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -96,13 +106,15 @@ def run(variant: LocalFilterKind, seed: int) -> None:
         schedule.step()
     model.eval()
     with torch.no_grad():
-        losses = [float(compute_mean_loss(model, rows)) for rows in test_windows[:TEST_WINDOWS].split(BATCH)]
+        losses = [
+            float(compute_mean_loss(model, rows)) for rows in test_windows[:NUM_TEST_WINDOWS].split(GLOBAL_BATCH_SIZE)
+        ]
     print(statistics.mean(losses))
 
 
 def compute_mean_loss(model: Yuan, rows: Tensor) -> Tensor:
     x = model.embedding(rows[:, :-1])
-    angles = make_causal_inputs(model.config, S, x)
+    angles = make_causal_inputs(model.config, SEQ_LEN, x)
     for layer in model.layers:
         x = layer(x, angles)
     labels = rows[:, 1:]
@@ -134,8 +146,8 @@ def main() -> int:
         )
         seeds = {"seeds": [round(value, 4) for value in losses]}
         paper = (
-            {"paper": PAPER[variant], "paper_ratio": round(PAPER[variant] / PAPER["none"], 4)}
-            if variant in PAPER
+            {"paper": PAPER_LOSSES[variant], "paper_ratio": round(PAPER_LOSSES[variant] / PAPER_LOSSES["none"], 4)}
+            if variant in PAPER_LOSSES
             else {}
         )
         ok &= print_lines({**entry, **seeds, **paper})

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from infra.machine import has_fast_bf16
 
-PROMPT, NEW = 64, 64
+NUM_PROMPT_TOKENS = 64
+NUM_NEW_TOKENS = 64
 Step = Callable[[Tensor], Tensor]
 
 
@@ -43,16 +44,16 @@ def run(name: str, precision: str, batch: str) -> None:
     model, _ = (yuan_step.make_our_model if name == "ours" else yuan_step.make_llama_model)(dtype)
     model.eval()
     rows = int(batch)
-    prompt = torch.randint(0, yuan_step.V, (rows, PROMPT))
+    prompt = torch.randint(0, yuan_step.VOCAB_SIZE, (rows, NUM_PROMPT_TOKENS))
 
     @torch.inference_mode()
     def measure() -> dict[str, float]:
         step = (make_our_step if name == "ours" else make_llama_step)(model, rows)
         last = step(prompt).argmax(dim=-1)
         began = time.perf_counter()
-        for _ in range(NEW):
+        for _ in range(NUM_NEW_TOKENS):
             last = step(last[:, None]).argmax(dim=-1)
-        return {"tokens_per_s": rows * NEW / (time.perf_counter() - began)}
+        return {"tokens_per_s": rows * NUM_NEW_TOKENS / (time.perf_counter() - began)}
 
     measure()
     serve_measurements(measure)

@@ -25,8 +25,9 @@ TABLE_1 = {
     "vocab_size": 135_040,
     "seq_len": 2048,
 }
-LAYER_TOKENS = 1024
-MAX_TABLE_1, MAX_SHARE = 1.094, 1.3 * 0.096
+NUM_LAYER_TOKENS = 1024
+MAX_TABLE_1_RATIO = 1.094
+MAX_LAYER_SHARE = 1.3 * 0.096
 
 
 def run(shape: str, variant: str, precision: str) -> None:
@@ -51,8 +52,8 @@ def run(shape: str, variant: str, precision: str) -> None:
         published = yuan_2b().to_json()
         config = ModelConfig(**{**published, "local_filter": variant})
         layer = Layer(config).to(dtype)
-        x = torch.randn(1, LAYER_TOKENS, config.hidden_size, dtype=dtype).requires_grad_()
-        rows = make_causal_inputs(config, LAYER_TOKENS, x)
+        x = torch.randn(1, NUM_LAYER_TOKENS, config.hidden_size, dtype=dtype).requires_grad_()
+        rows = make_causal_inputs(config, NUM_LAYER_TOKENS, x)
 
         def step() -> None:
             layer(x, rows).sum().backward()
@@ -70,7 +71,7 @@ def run(shape: str, variant: str, precision: str) -> None:
 def main() -> int:
     precision = "bf16" if has_fast_bf16() else "fp32"
     ok = True
-    for shape, max_ratio in (("table-1", MAX_TABLE_1), ("2b-layer", 1 / (1 - MAX_SHARE))):
+    for shape, max_ratio in (("table-1", MAX_TABLE_1_RATIO), ("2b-layer", 1 / (1 - MAX_LAYER_SHARE))):
         with_filter, without_filter = (shape, "two_convs_norm", precision), (shape, "none", precision)
         measured_ratios, seconds = compare_processes(__file__, with_filter, without_filter, "seconds")
         name = f"filter, {shape}, {precision}"

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from pairs import compute_interval, make_at_least_line, make_line, measure_ratios, print_lines
+from pairs import PAIRS, compute_interval, make_at_least_line, make_line, measure_ratios, print_lines
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,7 +28,7 @@ from yuan.model.loss import head_loss, weighted_cross_entropy
 from yuan.model.transformer import Yuan
 from yuan.plan.flops import count_flops_per_token
 
-STEPS, PAIRS = 3, 10  # of one measurement; of ratios
+STEPS_PER_MEASUREMENT = 3
 GIB = 2**30
 PEAK_TFLOPS = {"H200": 989.5, "H100": 989.5, "A100": 312.0, "A800": 312.0, "L40S": 362.0}  # dense bf16, data sheets
 MFU_GOAL = 0.5
@@ -107,10 +107,10 @@ def make_speed_measure(step: Contestant, num_tokens: int, device: torch.device) 
     def measure() -> float:
         wait_for_device(device)
         began = time.perf_counter()
-        for _ in range(STEPS):
+        for _ in range(STEPS_PER_MEASUREMENT):
             step()
         wait_for_device(device)
-        return STEPS * num_tokens / (time.perf_counter() - began)
+        return STEPS_PER_MEASUREMENT * num_tokens / (time.perf_counter() - began)
 
     return measure
 
@@ -168,7 +168,7 @@ def compare(config: ModelConfig, tokens: Tensor) -> bool:
     step()
     peer()
     pair_ratios = measure_ratios(
-        make_speed_measure(step, num_tokens, device), make_speed_measure(peer, num_tokens, device), PAIRS
+        make_speed_measure(step, num_tokens, device), make_speed_measure(peer, num_tokens, device)
     )
     title, figure = f"{config.name} beside Llama, {name}", round(make_speed_measure(step, num_tokens, device)())
     return (

@@ -22,8 +22,10 @@ from yuan.model.attention_inputs import make_packed_inputs
 from yuan.model.loss import compute_default_block_rows, head_loss
 from yuan.model.transformer import Layer
 
-ROWS, CALLS, WARM_CALLS = 2, 10, 3
-DOCUMENTS = (1, 2, 16, 64)  # in each row
+NUM_ROWS = 2
+UNMEASURED_CALLS = 3  # the first ones, which compile
+MEASURED_CALLS = 10
+DOCUMENT_COUNTS = (1, 2, 16, 64)  # in each row
 BLOCK_BYTES = (2**29, 2**30, 2**31)  # of fp32 logits at a time
 Part = Callable[[], None]
 
@@ -36,7 +38,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = dataclasses.replace(tiny(), seq_len=128) if is_small else dataclasses.replace(yuan_2b(), seq_len=4096)
     torch.manual_seed(0)
-    for num_documents in DOCUMENTS:
+    for num_documents in DOCUMENT_COUNTS:
         for is_compiled in (False, True) if device.type == "cuda" else (False,):
             name = f"layer, {num_documents} documents a row, {'compiled' if is_compiled else 'not compiled'}"
             show_part(name, make_layer_part(config, device, num_documents, is_compiled=is_compiled), device)
@@ -56,7 +58,7 @@ def make_layer_part(config: ModelConfig, device: torch.device, num_documents: in
         layer.compile()
     x = make_hidden(config, device)
     documents = torch.arange(config.seq_len, device=device) // max(1, config.seq_len // num_documents)
-    rows = make_packed_inputs(config, documents.expand(ROWS, -1).contiguous(), x)
+    rows = make_packed_inputs(config, documents.expand(NUM_ROWS, -1).contiguous(), x)
     gradient = torch.randn_like(x)
     return lambda: layer(x, rows).backward(gradient)
 
@@ -80,7 +82,7 @@ def make_plain_loss_part(config: ModelConfig, device: torch.device) -> Part:
 
 
 def make_hidden(config: ModelConfig, device: torch.device) -> Tensor:
-    shape = (ROWS, config.seq_len, config.hidden_size)
+    shape = (NUM_ROWS, config.seq_len, config.hidden_size)
     return torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
 
 
@@ -90,18 +92,18 @@ def make_head(config: ModelConfig, device: torch.device) -> Tensor:
 
 
 def make_labels(config: ModelConfig, device: torch.device) -> Tensor:
-    return torch.randint(config.vocab_size, (ROWS, config.seq_len), device=device)
+    return torch.randint(config.vocab_size, (NUM_ROWS, config.seq_len), device=device)
 
 
 def show_part(name: str, part: Part, device: torch.device) -> None:
     """Show the median milliseconds of a part."""
     seconds = []
-    for call in range(WARM_CALLS + CALLS):
+    for call in range(UNMEASURED_CALLS + MEASURED_CALLS):
         wait_for_device(device)
         begun = time.perf_counter()
         part()
         wait_for_device(device)
-        if call >= WARM_CALLS:
+        if call >= UNMEASURED_CALLS:
             seconds.append(time.perf_counter() - begun)
     print_lines(make_line(name, round(1000 * statistics.median(seconds), 2), "ms"))
 

@@ -27,10 +27,13 @@ from pairs import (
 from torch import Tensor
 from torch.nn import functional as F
 
-V, N, H = 135_040, 768, 256
-CHUNK = 64
+VOCAB_SIZE = 135_040
+NUM_TOKENS = 768
+HIDDEN_SIZE = 256
+CHUNK_TOKENS = 64
 PEERS = ("plain", "torch linear_cross_entropy", "cut-cross-entropy torch_compile")
-MAX_RATIO, MAX_MIB = 1.15, 220
+MAX_TIME_RATIO = 1.15
+MAX_MEMORY_MIB = 220
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -40,12 +43,14 @@ def make_loss(name: str) -> Loss:
     if name == "ours":
         from yuan.model.loss import head_loss
 
-        weights = torch.full((N,), 1 / N)
+        weights = torch.full((NUM_TOKENS,), 1 / NUM_TOKENS)
         return lambda x, head, labels: head_loss(x, head, labels, weights)
     if name == "plain":
         return lambda x, head, labels: F.cross_entropy(x @ head.T, labels)
     if name == "torch linear_cross_entropy":
-        chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK, chunking_method=None, acc_policy="compact")
+        chunks = torch.nn.LinearCrossEntropyOptions(
+            batch_chunk_size=CHUNK_TOKENS, chunking_method=None, acc_policy="compact"
+        )
         return lambda x, head, labels: F.linear_cross_entropy(x, head, labels, options=chunks)
     from cut_cross_entropy import linear_cross_entropy
 
@@ -56,9 +61,9 @@ def run(name: str) -> None:
     """Serve the measurements of one loss: seconds of a step, and its peak memory increase in MiB."""
     torch.set_num_threads(1)
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(N, H, generator=random).requires_grad_()
-    head = (0.05 * torch.randn(V, H, generator=random)).requires_grad_()
-    labels = torch.randint(0, V, (N,), generator=random)
+    x = torch.randn(NUM_TOKENS, HIDDEN_SIZE, generator=random).requires_grad_()
+    head = (0.05 * torch.randn(VOCAB_SIZE, HIDDEN_SIZE, generator=random)).requires_grad_()
+    labels = torch.randint(0, VOCAB_SIZE, (NUM_TOKENS,), generator=random)
     loss_of = make_loss(name)
 
     def step() -> None:
@@ -100,7 +105,9 @@ def main() -> int:
         our_mib, peer_mib = statistics.median(mib["ours"]), statistics.median(mib[name])
         figure = round(statistics.median(seconds["ours"]), 3)
         ok &= print_lines(
-            make_at_most_line(f"loss time against {name}", pair_ratios, MAX_RATIO, figure=figure, unit="s", peer=name),
+            make_at_most_line(
+                f"loss time against {name}", pair_ratios, MAX_TIME_RATIO, figure=figure, unit="s", peer=name
+            ),
             make_line(
                 f"loss memory beside {name}",
                 round(our_mib),
@@ -108,8 +115,8 @@ def main() -> int:
                 name,
                 our_mib / peer_mib,
                 None,
-                f"at most {MAX_MIB} MiB",
-                our_mib <= MAX_MIB,
+                f"at most {MAX_MEMORY_MIB} MiB",
+                our_mib <= MAX_MEMORY_MIB,
             ),
             make_line(
                 f"{name} is not both faster and leaner",

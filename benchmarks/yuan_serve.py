@@ -27,18 +27,21 @@ from flows.stack.stack_control import bring_up, take_down
 from infra.settings import HOME_VARIABLE, Settings, load_settings
 from yuan.data.skills import load_skills
 
-CALLERS, REQUESTS, TOKENS, CROWD = 16, 12, 32, 1000
-SHORT = RoundParameters(max_steps=60, learning_rate=2e-3)
+NUM_CALLERS = 16
+REQUESTS_PER_CALLER = 12
+MAX_TOKENS = 32
+NUM_BURST_CALLS = 1000
+SHORT_TRAINING = RoundParameters(max_steps=60, learning_rate=2e-3)
 
 
 def run_caller(url: str, token: str, first: list[float], whole: list[float], tokens: list[int]) -> None:
     """Send one caller's requests in sequence."""
     with openai.OpenAI(base_url=f"{url}/v1", api_key=token, max_retries=0) as client:
-        for number in range(REQUESTS):
+        for number in range(REQUESTS_PER_CALLER):
             began = time.perf_counter()
             prompt = f"What is {number} plus {number}?"
             stream = client.completions.create(
-                model="yuan", prompt=prompt, max_tokens=TOKENS, temperature=1.0, seed=number, stream=True
+                model="yuan", prompt=prompt, max_tokens=MAX_TOKENS, temperature=1.0, seed=number, stream=True
             )
             count = 0
             for chunk in stream:
@@ -50,8 +53,8 @@ def run_caller(url: str, token: str, first: list[float], whole: list[float], tok
 
 
 def measure(url: str, operator: Client) -> bool:
-    """Measure one caller, then CALLERS concurrent callers."""
-    for callers in (1, CALLERS):
+    """Measure one caller, then NUM_CALLERS concurrent callers."""
+    for callers in (1, NUM_CALLERS):
         accounts = [operator.add_contributor(f"caller-{callers}-{n}").token for n in range(callers)]
         first: list[float] = []
         whole: list[float] = []
@@ -63,7 +66,7 @@ def measure(url: str, operator: Client) -> bool:
         for thread in threads:
             thread.join()
         seconds = time.perf_counter() - began
-        expected = callers * REQUESTS
+        expected = callers * REQUESTS_PER_CALLER
         name = f"{callers} streams through the portal"
         print_lines(
             make_line(f"{name}, first token, median", round(statistics.median(first), 4), "s"),
@@ -78,9 +81,9 @@ def measure(url: str, operator: Client) -> bool:
     return True
 
 
-def measure_crowd(url: str, token: str) -> bool:
-    """Send CROWD calls at once: each must be answered or refused with a reason, and a later call must be answered."""
-    body = {"model": "yuan", "prompt": "What is 1 plus 1?", "max_tokens": TOKENS}
+def measure_burst(url: str, token: str) -> bool:
+    """Send NUM_BURST_CALLS calls at once, each to be answered or refused with a reason; then one to be answered."""
+    body = {"model": "yuan", "prompt": "What is 1 plus 1?", "max_tokens": MAX_TOKENS}
     headers = {"Authorization": f"Bearer {token}"}
 
     async def ask(client: httpx.AsyncClient) -> httpx.Response:
@@ -89,7 +92,7 @@ def measure_crowd(url: str, token: str) -> bool:
     async def ask_all() -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(limits=limits, timeout=120) as client:
-            return await asyncio.gather(*(ask(client) for _ in range(CROWD)))
+            return await asyncio.gather(*(ask(client) for _ in range(NUM_BURST_CALLS)))
 
     began = time.perf_counter()
     responses = asyncio.run(ask_all())
@@ -99,12 +102,12 @@ def measure_crowd(url: str, token: str) -> bool:
         response.status_code in (429, 503) and bool(response.json()["error"]["message"]) for response in responses
     )
     later_answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=120)
-    ok = num_answered + num_refused == CROWD and later_answer.status_code == 200
+    ok = num_answered + num_refused == NUM_BURST_CALLS and later_answer.status_code == 200
     report = make_line(
-        f"{CROWD} at once, answered or refused with a reason",
+        f"{NUM_BURST_CALLS} at once, answered or refused with a reason",
         num_answered + num_refused,
         "requests",
-        goal=str(CROWD),
+        goal=str(NUM_BURST_CALLS),
         ok=ok,
     )
     return print_lines({**report, "answered": num_answered, "refused": num_refused, "seconds": round(seconds, 1)})
@@ -128,11 +131,11 @@ def main() -> int:
                     "base",
                     [row for s in load_skills(BASE_SKILLS)[:4] for row in s.make_rows(300, seed=0)],
                 )
-                training_round = follow_round(operator, operator.start_round(SHORT).id)
+                training_round = follow_round(operator, operator.start_round(SHORT_TRAINING).id)
                 wait_for_version(operator, int(training_round.candidate_version or 0))
                 served = measure(settings.portal_url, operator)
                 token = operator.add_contributor("crowd").token
-                return 0 if measure_crowd(settings.portal_url, token) and served else 1
+                return 0 if measure_burst(settings.portal_url, token) and served else 1
         finally:
             take_down(home)
 

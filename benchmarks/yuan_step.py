@@ -18,8 +18,12 @@ from torch import Tensor, nn
 
 from infra.machine import has_fast_bf16
 
-LAYERS, H, HEADS, V, S = 6, 768, 12, 32_000, 512
-STEPS = 2  # of one measurement
+NUM_LAYERS = 6
+HIDDEN_SIZE = 768
+NUM_HEADS = 12
+VOCAB_SIZE = 32_000
+SEQ_LEN = 512
+STEPS_PER_MEASUREMENT = 2
 
 
 def make_our_model(dtype: torch.dtype) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
@@ -28,13 +32,20 @@ def make_our_model(dtype: torch.dtype) -> tuple[nn.Module, Callable[[Tensor], Te
     from yuan.model.loss import head_loss
     from yuan.model.transformer import Yuan
 
-    config = ModelConfig(name="step", num_layers=LAYERS, hidden_size=H, num_heads=HEADS, vocab_size=V, seq_len=S)
+    config = ModelConfig(
+        name="step",
+        num_layers=NUM_LAYERS,
+        hidden_size=HIDDEN_SIZE,
+        num_heads=NUM_HEADS,
+        vocab_size=VOCAB_SIZE,
+        seq_len=SEQ_LEN,
+    )
     model = Yuan(config).to(dtype)
-    weights = torch.full((1, S - 1), 1 / (S - 1))
+    weights = torch.full((1, SEQ_LEN - 1), 1 / (SEQ_LEN - 1))
 
     def loss_of(tokens: Tensor) -> Tensor:
         x = model.embedding(tokens[:, :-1])
-        rows = make_causal_inputs(config, S - 1, x)
+        rows = make_causal_inputs(config, SEQ_LEN - 1, x)
         for layer in model.layers:
             x = layer(x, rows)
         return head_loss(model.norm(x), model.embedding.weight, tokens[:, 1:], weights)
@@ -46,12 +57,12 @@ def make_llama_model(dtype: torch.dtype) -> tuple[nn.Module, Callable[[Tensor], 
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=V,
-        hidden_size=H,
-        intermediate_size=14 * H // 3,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=S,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=14 * HIDDEN_SIZE // 3,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=NUM_HEADS,
+        max_position_embeddings=SEQ_LEN,
         tie_word_embeddings=True,
         attn_implementation="sdpa",
         use_cache=False,
@@ -67,7 +78,7 @@ def run(name: str, precision: str) -> None:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model, loss_of = (make_our_model if name == "ours" else make_llama_model)(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
-    tokens = torch.randint(0, V, (1, S))
+    tokens = torch.randint(0, VOCAB_SIZE, (1, SEQ_LEN))
 
     def step() -> None:
         loss_of(tokens).backward()
@@ -76,9 +87,9 @@ def run(name: str, precision: str) -> None:
 
     def measure() -> dict[str, float]:
         began = time.perf_counter()
-        for _ in range(STEPS):
+        for _ in range(STEPS_PER_MEASUREMENT):
             step()
-        return {"tokens_per_s": STEPS * (S - 1) / (time.perf_counter() - began)}
+        return {"tokens_per_s": STEPS_PER_MEASUREMENT * (SEQ_LEN - 1) / (time.perf_counter() - began)}
 
     print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters", file=sys.stderr)
     step()
