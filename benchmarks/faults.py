@@ -198,13 +198,13 @@ def main() -> int:
                 )
             reference = run_without_faults(home, client, steps, references, arguments)
             result = run(home, client, fault, steps, arguments)
-            same = {f"same_{key}": result[key] == reference[key] for key in ("positions", "loss")}
+            equalities = {f"same_{key}": result[key] == reference[key] for key in ("positions", "loss")}
             ok &= print_lines(
                 {
                     **make_line(name, result["num_faults"], "faults", "run without faults"),
                     "goal": "ends by itself, every position once, last loss bit-equal",
-                    "ok": result["ended"] and all(same.values()) and result["num_faults"] > 0,
-                    **same,
+                    "ok": result["ended"] and all(equalities.values()) and result["num_faults"] > 0,
+                    **equalities,
                     **{key: result[key] for key in ("ended", "seconds", "loss", "events")},
                 }
             )

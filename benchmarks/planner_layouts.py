@@ -41,35 +41,35 @@ def main() -> int:
             micro_batch_size=1,
             grad_accum_steps=work.global_batch_size // data,
         )
-        theirs = predict_layout(
+        official = predict_layout(
             work, grid, pool.groups, layers=layers, classes=[0] * stages, recompute_layers=[recompute_layers] * stages
         ).layout
-        room = max(theirs.peak_bytes / GIB, pool.groups[0].memory_gib)
-        same = replace(pool, groups=(replace(pool.groups[0], memory_gib=room),))
-        for where, limits in (
+        memory_gib = max(official.peak_bytes / GIB, pool.groups[0].memory_gib)
+        equal_pool = replace(pool, groups=(replace(pool.groups[0], memory_gib=memory_gib),))
+        for grid_name, limits in (
             ("its grid", SizeLimits(pipeline_size=stages, data_size=data, micro_batch_size=1)),
             ("any grid", SizeLimits()),
         ):
-            ours = search(work, same, limits).candidates[0]
-            faster = theirs.seconds / ours.layout.seconds
+            planned = search(work, equal_pool, limits).candidates[0]
+            speedup = official.seconds / planned.layout.seconds
             entry = make_line(
-                f"{name}, {where}",
-                round(ours.layout.seconds, 2),
+                f"{name}, {grid_name}",
+                round(planned.layout.seconds, 2),
                 "s/step",
                 "official layout",
-                faster,
+                speedup,
                 goal="at least 1.0",
-                ok=faster >= 1,
+                ok=speedup >= 1,
             )
             ok &= print_lines(
                 {
                     **entry,
-                    "official_seconds": round(theirs.seconds, 2),
-                    "official_peak_gib": round(theirs.peak_bytes / GIB, 1),
-                    "peak_gib": round(ours.layout.peak_bytes / GIB, 1),
-                    "grid": [ours.grid.pipeline_size, ours.grid.data_size, ours.grid.micro_batch_size],
-                    "layers": ours.layout.layers,
-                    "redone": ours.layout.recompute_layers,
+                    "official_seconds": round(official.seconds, 2),
+                    "official_peak_gib": round(official.peak_bytes / GIB, 1),
+                    "peak_gib": round(planned.layout.peak_bytes / GIB, 1),
+                    "grid": [planned.grid.pipeline_size, planned.grid.data_size, planned.grid.micro_batch_size],
+                    "layers": planned.layout.layers,
+                    "recompute_layers": planned.layout.recompute_layers,
                 }
             )
     return 0 if ok else 1

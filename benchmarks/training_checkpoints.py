@@ -50,40 +50,41 @@ UNIVERSAL = {"universal_checkpoint_version": 0.2, "pipeline_replicated_parameter
 def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        saved = run_in_ranks("save", folder)
-        ours = [run_in_ranks("ours", folder) for _ in range(PAIRS)]
-        theirs = [convert(folder) | run_in_ranks("theirs", folder) for _ in range(PAIRS)]
-    stalls = [stall / whole for stall, whole in zip(saved["stall_s"], saved["whole_s"], strict=True)]
-    low, high = compute_interval(stalls)
-    deepspeed_s = statistics.median(saved["deepspeed_s"])
+        saves = run_in_ranks("save", folder)
+        our_loads = [run_in_ranks("ours", folder) for _ in range(PAIRS)]
+        deepspeed_loads = [convert(folder) | run_in_ranks("deepspeed", folder) for _ in range(PAIRS)]
+    stall_ratios = [stall / whole for stall, whole in zip(saves["stall_s"], saves["whole_s"], strict=True)]
+    low, high = compute_interval(stall_ratios)
+    deepspeed_s = statistics.median(saves["deepspeed_s"])
     stall = make_line(
         "training blocked by a checkpoint",
-        round(statistics.median(saved["stall_s"]), 4),
+        round(statistics.median(saves["stall_s"]), 4),
         "s",
         "blocking write of the same checkpoint",
-        statistics.median(stalls),
+        statistics.median(stall_ratios),
         (low, high),
         "at most 0.05",
         high <= 0.05 * 1.03,
     )
-    ok = print_lines({**stall, "whole_s": round(statistics.median(saved["whole_s"]), 3)})
-    beside = [stall / whole for stall, whole in zip(saved["stall_s"], saved["deepspeed_s"], strict=True)]
+    ok = print_lines({**stall, "whole_s": round(statistics.median(saves["whole_s"]), 3)})
+    deepspeed_ratios = [stall / save for stall, save in zip(saves["stall_s"], saves["deepspeed_s"], strict=True)]
     print_lines(
         make_line(
             "training blocked, compared with DeepSpeed's save, which neither syncs nor hashes",
             round(deepspeed_s, 3),
             "s, theirs",
             "DeepSpeed's save_checkpoint",
-            statistics.median(beside),
-            compute_interval(beside),
+            statistics.median(deepspeed_ratios),
+            compute_interval(deepspeed_ratios),
         )
     )
-    times = [a["convert_s"] + a["load_s"] for a in theirs]
-    ratios = [b / a["load_s"] for a, b in zip(ours, times, strict=True)]
+    deepspeed_load_s = [figures["convert_s"] + figures["load_s"] for figures in deepspeed_loads]
+    our_load_s = [figures["load_s"] for figures in our_loads]
+    ratios = [deepspeed_load / our_load for deepspeed_load, our_load in zip(deepspeed_load_s, our_load_s, strict=True)]
     low, high = compute_interval(ratios)
     resumed = make_line(
         "resuming with another plan",
-        round(statistics.median(a["load_s"] for a in ours), 3),
+        round(statistics.median(our_load_s), 3),
         "s",
         "DeepSpeed's universal checkpoint",
         statistics.median(ratios),
@@ -91,10 +92,12 @@ def main() -> int:
         "at least 5",
         low >= 0.97 * 5,
     )
-    same = all(a["sums"] == b["sums"] for a in ours for b in theirs)
-    parts = {key: round(statistics.median(a[key] for a in theirs), 3) for key in ("convert_s", "load_s")}
-    ok &= print_lines({**resumed, "theirs": parts, "same_weights_and_moments": same})
-    return 0 if ok and same else 1
+    is_equal = all(ours["sums"] == other["sums"] for ours in our_loads for other in deepspeed_loads)
+    parts = {
+        key: round(statistics.median(figures[key] for figures in deepspeed_loads), 3) for key in ("convert_s", "load_s")
+    }
+    ok &= print_lines({**resumed, "theirs": parts, "same_weights_and_moments": is_equal})
+    return 0 if ok and is_equal else 1
 
 
 def run_in_ranks(phase: str, folder: Path) -> dict[str, Any]:
@@ -110,15 +113,17 @@ def convert(folder: Path) -> dict[str, float]:
     """Run DeepSpeed's conversion as its documentation describes."""
     start = time.perf_counter()
     script = deepspeed.checkpoint.ds_to_universal.__file__
-    command = [sys.executable, script, "--input_folder", str(folder / "theirs" / "saved")]
-    subprocess.run([*command, "--output_folder", str(folder / "theirs" / "universal")], capture_output=True, check=True)
+    command = [sys.executable, script, "--input_folder", str(folder / "deepspeed" / "saved")]
+    subprocess.run(
+        [*command, "--output_folder", str(folder / "deepspeed" / "universal")], capture_output=True, check=True
+    )
     return {"convert_s": time.perf_counter() - start}
 
 
 def run_rank(phase: str, folder: Path) -> None:
     torch.set_num_threads(1)
     start_distributed(2)
-    {"save": measure_saves, "ours": resume_with_ours, "theirs": resume_with_universal}[phase](folder)
+    {"save": measure_saves, "ours": resume_with_ours, "deepspeed": resume_with_universal}[phase](folder)
     stop_distributed()
 
 
@@ -145,7 +150,7 @@ def measure_saves(folder: Path) -> None:
         store.wait()
         dist.barrier()
         written = time.perf_counter()
-        engine.save_checkpoint(str(folder / "theirs"), tag="saved")
+        engine.save_checkpoint(str(folder / "deepspeed"), tag="saved")
         dist.barrier()
         if step:  # the first maps the memory that the others copy into
             times["stall_s"].append(stalled - start)
@@ -173,9 +178,9 @@ def resume_with_universal(folder: Path) -> None:
     engine = make_engine((0, MODEL.num_layers), NUM_REPLICAS, checkpoint={"load_universal": True})
     dist.barrier()
     start = time.perf_counter()
-    engine.load_checkpoint(str(folder / "theirs"), tag="universal", load_lr_scheduler_states=False)
+    engine.load_checkpoint(str(folder / "deepspeed"), tag="universal", load_lr_scheduler_states=False)
     dist.barrier()
-    write_figures(folder / "theirs.json", {"load_s": time.perf_counter() - start, "sums": sum_states(engine)})
+    write_figures(folder / "deepspeed.json", {"load_s": time.perf_counter() - start, "sums": sum_states(engine)})
 
 
 def sum_states(engine: Any) -> list[float]:

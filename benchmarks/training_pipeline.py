@@ -54,15 +54,17 @@ def main() -> int:
         if result.returncode:
             raise RuntimeError(result.stderr[-3000:])
         seconds = json.loads((Path(name) / "seconds.json").read_text())
-    ours, torchs, plain = seconds["ours"], seconds["torch"], seconds["plain"]
+    our_seconds = seconds["ours"]
+    torch_seconds = seconds["torch"]
+    plain_seconds = seconds["plain"]
     tokens = GRAD_ACCUM_STEPS * RECIPE.seq_len
-    ratios = [torch_s / ours_s for ours_s, torch_s in zip(ours, torchs, strict=True)]
-    figure = round(tokens / statistics.median(ours))
+    ratios = [torch_s / ours_s for ours_s, torch_s in zip(our_seconds, torch_seconds, strict=True)]
+    figure = round(tokens / statistics.median(our_seconds))
     peer = "torch.distributed.pipelining 1F1B"
     ok = print_lines(
         make_at_least_line("throughput of two stages", ratios, 1.0, figure=figure, unit="tokens/s", peer=peer)
     )
-    speedups = [plain_s / ours_s for ours_s, plain_s in zip(ours, plain, strict=True)]
+    speedups = [plain_s / ours_s for ours_s, plain_s in zip(our_seconds, plain_seconds, strict=True)]
     allowed, (low, high) = compute_bubble_limit(), compute_interval(speedups)
     entry = make_line(
         "two stages over one process",
@@ -78,7 +80,7 @@ def main() -> int:
         {
             **entry,
             "allowed": round(allowed, 3),
-            "torchs": round(statistics.median(plain) / statistics.median(torchs), 3),
+            "torchs": round(statistics.median(plain_seconds) / statistics.median(torch_seconds), 3),
         }
     )
     return 0 if ok else 1

@@ -26,9 +26,9 @@ def test_table_6_is_reproduced_with_the_parameter_count_of_each_row(row):
 
 def test_table_6_with_one_parameter_count_is_off_by_at_most_0_28_percent():
     errors = [
-        abs(ours / theirs - 1)
+        abs(computed / published - 1)
         for row, cells in TABLE_6.items()
-        for ours, theirs in zip(compute_table_6(*row, parameters=YUAN_102B_SHORT_PARAMETERS), cells, strict=True)
+        for computed, published in zip(compute_table_6(*row, parameters=YUAN_102B_SHORT_PARAMETERS), cells, strict=True)
     ]
     assert max(errors) == pytest.approx(0.0028, abs=5e-5)
 
@@ -53,6 +53,8 @@ def test_split_with_minimum_peak_memory_of_fig_3(blockwise, layers, gigabytes):
 
 
 def test_recomputation_lowers_the_peak_memory_of_fig_3():
-    without_redo, with_redo = (solve(build_fig_3_costs(recompute=recompute), "memory") for recompute in (False, True))
-    assert without_redo is not None and with_redo is not None
-    assert with_redo.peak_bytes < without_redo.peak_bytes and max(with_redo.recompute_layers) > 0
+    without_recompute, with_recompute = (
+        solve(build_fig_3_costs(recompute=recompute), "memory") for recompute in (False, True)
+    )
+    assert without_recompute is not None and with_recompute is not None
+    assert with_recompute.peak_bytes < without_recompute.peak_bytes and max(with_recompute.recompute_layers) > 0
