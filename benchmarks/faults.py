@@ -109,7 +109,7 @@ def make_kill(words: str) -> Fault:
 
 def kill_worker(trial: Trial) -> bool:
     pid = read_service_states(trial.home)["worker"].pid
-    return bool(pid) and trial.kill(pid)
+    return trial.kill(pid) if pid else False
 
 
 def make_outage(name: str) -> Fault:

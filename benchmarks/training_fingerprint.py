@@ -102,7 +102,7 @@ def hash_run(folder: RunFolder) -> list[tuple[str, str]]:
 
 def read_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Read every tensor of a checkpoint into memory, by its key."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 

@@ -156,6 +156,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        run(sys.argv[1], int(sys.argv[2]))
+        kind = next(kind for kind in get_args(LocalFilterKind) if kind == sys.argv[1])
+        run(kind, int(sys.argv[2]))
     else:
         sys.exit(main())

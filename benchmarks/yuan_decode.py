@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import yuan_step
@@ -23,13 +24,13 @@ NUM_NEW_TOKENS = 64
 Step = Callable[[Tensor], Tensor]
 
 
-def make_our_step(model: torch.nn.Module, batch: int) -> Step:
+def make_our_step(model: Any, batch: int) -> Step:
     """Return a function from the next tokens (B, S) to the logits (B, V) after them, with its own cache."""
     cache = model.make_cache(batch)
     return lambda tokens: model.forward_incremental(tokens, cache)
 
 
-def make_llama_step(model: torch.nn.Module, batch: int) -> Step:
+def make_llama_step(model: Any, batch: int) -> Step:
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)

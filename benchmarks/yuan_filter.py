@@ -17,14 +17,7 @@ from yuan.model.attention_inputs import make_causal_inputs
 from yuan.model.loss import head_loss
 from yuan.model.transformer import Layer, Yuan
 
-TABLE_1 = {
-    "name": "table-1",
-    "num_layers": 6,
-    "hidden_size": 768,
-    "num_heads": 12,
-    "vocab_size": 135_040,
-    "seq_len": 2048,
-}
+TABLE_1 = ModelConfig(name="table-1", num_layers=6, hidden_size=768, num_heads=12, vocab_size=135_040, seq_len=2048)
 NUM_LAYER_TOKENS = 1024
 MAX_TABLE_1_RATIO = 1.094
 MAX_LAYER_SHARE = 1.3 * 0.096
@@ -36,7 +29,7 @@ def run(shape: str, variant: str, precision: str) -> None:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if shape == "table-1":
-        config = ModelConfig(**TABLE_1, local_filter=variant)
+        config = ModelConfig(**{**TABLE_1.to_json(), "local_filter": variant})
         model = Yuan(config).to(dtype)
         tokens = torch.randint(0, config.vocab_size, (1, config.seq_len))
         weights = torch.full(tokens.shape, 1 / config.seq_len)
@@ -49,8 +42,7 @@ def run(shape: str, variant: str, precision: str) -> None:
             head_loss(model.norm(x), model.embedding.weight, tokens, weights).backward()
             model.zero_grad()
     else:
-        published = yuan_2b().to_json()
-        config = ModelConfig(**{**published, "local_filter": variant})
+        config = ModelConfig(**{**yuan_2b().to_json(), "local_filter": variant})
         layer = Layer(config).to(dtype)
         x = torch.randn(1, NUM_LAYER_TOKENS, config.hidden_size, dtype=dtype).requires_grad_()
         rows = make_causal_inputs(config, NUM_LAYER_TOKENS, x)

@@ -20,6 +20,7 @@ from pairs import make_line, print_lines
 
 from feedback.client import Client
 from feedback.contracts import RoundParameters
+from feedback.states import DatasetPurpose
 from flows.cli.rounds import follow_round
 from flows.demo.demo_corpus import BASE_SKILLS
 from flows.demo.scenario import push_rows, wait_for_version
@@ -128,7 +129,7 @@ def main() -> int:
                 push_rows(
                     operator,
                     "base",
-                    "base",
+                    DatasetPurpose.BASE,
                     [row for s in load_skills(BASE_SKILLS)[:4] for row in s.make_rows(300, seed=0)],
                 )
                 training_round = follow_round(operator, operator.start_round(SHORT_TRAINING).id)
