@@ -97,7 +97,7 @@ def cancel_flow_run(prefect, flow_run):
     assert response.json()["status"] == "ACCEPT"
 
 
-def list_ending_kinds(folder):
+def list_exit_reasons(folder):
     return [event.exit_reason for event in folder.read_events() if isinstance(event, EndedEvent)]
 
 
@@ -132,7 +132,7 @@ def test_run_with_a_rank_killed_out_of_memory_is_replanned_with_less_memory(star
     _, folder = started_run
     limit_memory(read_heartbeats(folder.path)[1].pid)
     check_run_finishes(stack, folder)
-    assert list_ending_kinds(folder)[0] == "out of memory"
+    assert list_exit_reasons(folder)[0] == "out of memory"
     assert any(isinstance(event, ReplanEvent) and "85%" in event.reason for event in folder.read_events())
 
 

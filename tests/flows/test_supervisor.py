@@ -31,7 +31,7 @@ def supervisor(supervise, training_inputs):
     return supervise(training_inputs, dataclasses.replace(RECIPE, max_steps=STEPS, checkpoint_every=20))
 
 
-def list_ending_kinds(folder: RunFolder):
+def list_exit_reasons(folder: RunFolder):
     return [event.exit_reason for event in folder.read_events() if isinstance(event, EndedEvent)]
 
 
@@ -54,7 +54,7 @@ def test_killed_rank_causes_one_restart_and_loses_no_step(supervisor):
     action_thread = run_when_checkpointed(folder, lambda: os.kill(read_heartbeats(folder.path)[1].pid, signal.SIGKILL))
     supervisor.run()
     action_thread.join()
-    assert list_ending_kinds(folder) == ["unknown", "finished"]
+    assert list_exit_reasons(folder) == ["unknown", "finished"]
     assert [row.step for row in folder.read_metrics()] == list(range(1, STEPS + 1))
     with supervisor.context.sessions() as session:
         leases_of_run = session.scalars(select(Lease).where(Lease.run_id == supervisor.run_id)).all()
@@ -73,7 +73,7 @@ def test_run_is_replanned_without_the_lost_device(supervisor):
     action_thread = run_when_checkpointed(folder, lose_device)
     supervisor.run()
     action_thread.join()
-    assert list_ending_kinds(folder) == ["lost device", "finished"]
+    assert list_exit_reasons(folder) == ["lost device", "finished"]
     assert folder.read_spec().plan.pipeline_size == 1 and folder.read_status().state == "finished"
     assert [event.bounds for event in folder.read_events() if isinstance(event, ReplanEvent)] == [[0, 3]]
     steps = [row.metrics["data/first_position"] for row in folder.read_metrics()]
