@@ -138,7 +138,8 @@ def measure_saves(folder: Path) -> None:
     engine = make_engine(BOUNDS, 1)
     tokens = torch.randint(0, MODEL.vocab_size, (1, RECIPE.seq_len))
     documents, weights = torch.zeros_like(tokens), torch.full(tokens.shape, 1 / RECIPE.seq_len)
-    engine.train_batch(iter([((tokens, documents), (tokens, weights))] * RECIPE.global_batch_size))
+    sources = torch.zeros(len(tokens), dtype=torch.int64)
+    engine.train_batch(iter([((tokens, documents), (tokens, weights, sources))] * RECIPE.global_batch_size))
     store = CheckpointStore(folder / "ours", model=MODEL.to_json(), order=ORDER, keep=1, event=lambda _: None)
     state = collect_state(engine, MODEL.num_layers)
     times: dict[str, list[float]] = {"stall_s": [], "whole_s": [], "deepspeed_s": []}
