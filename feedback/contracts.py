@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidat
 from feedback.promotion_decision import PromotionDecision
 from feedback.states import DatasetState, ReportState, RoundState, list_values
 from feedback.verdicts import Verdict
-from yuan.data.checkers import MAX_CHECKER_VALUE_CHARS, Checker, Exact
+from yuan.data.checkers import Checker, Exact
 from yuan.data.rows import BadRow
-from yuan.data.text import MAX_TEXT_CHARS, TextRule, fold_forms, make_rule_error
+from yuan.data.text import MAX_TEXT_CHARS, TextRule, make_rule_error, normalize_text
 from yuan.serve.response_schemas import TextChoice, TextCompletion
 from yuan.train.run_status import RunStatus
 
@@ -92,10 +92,6 @@ class FeedbackIn(BaseModel):
             raise make_rule_error("rejected", "must differ from the chosen answer")
         if self.expected is None:
             return self
-        if self.checker is None and len(self.expected) > MAX_CHECKER_VALUE_CHARS:
-            raise make_rule_error(
-                "checker", f"an expected answer beyond {MAX_CHECKER_VALUE_CHARS} characters needs a checker"
-            )
         if not self.rule.check(self.expected):
             raise make_rule_error("expected", "the checker rejects the expected answer itself; correct one of the two")
         if self.kind == "correction" and self.rule.check(self.response):
@@ -105,11 +101,11 @@ class FeedbackIn(BaseModel):
     @property
     def rule(self) -> Checker:
         """Return the checker that judges answers: the report's own, else equality with `expected`."""
-        return self.checker or Exact(value=(self.expected or "x")[:MAX_CHECKER_VALUE_CHARS])
+        return self.checker or Exact(value=self.expected or "x")
 
 
 def _is_same_text(first: str, second: str) -> bool:
-    return fold_forms(first).strip() == fold_forms(second).strip()
+    return normalize_text(first) == normalize_text(second)
 
 
 class Event(BaseModel):

@@ -19,6 +19,7 @@ from feedback.paging import read_page
 from feedback.states import DatasetPurpose, DatasetState
 from feedback.tables import BASE_SUITE, DATASETS_SUITE, REPORTS_SUITE, Contributor, Dataset, IdempotencyKey
 from feedback.withdrawal import find_withdrawal_events
+from yuan.data.file_formats import HEAD_BYTES, describe_foreign_format
 from yuan.data.rows import BadRow, Row, parse_rows
 from yuan.data.text import describe_errors, make_printable
 
@@ -91,9 +92,13 @@ def add_dataset(
 def check_file(file: BinaryIO) -> FileCheckResult:
     """Check a file row by row, with bounded memory and time even for a hostile file.
 
-    Reading stops at 1,000 malformed rows; a file of more than 500,000 lines is refused before any row is parsed.
+    Reading stops at 1,000 malformed rows; a file of more than 500,000 lines, or of another format than JSONL in UTF-8,
+    is refused before any row is parsed.
     """
     num_bytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if reason := describe_foreign_format(file.read(HEAD_BYTES)):
+        return FileCheckResult(num_bytes, 0, [], reason)
     num_lines = _count_lines(file)
     if num_lines > MAX_DATASET_LINES:
         reason = f"the file has {num_lines:,} lines, at most {MAX_DATASET_LINES:,} are taken; split it"

@@ -24,7 +24,7 @@ def tokenizer():
         ({"type": "exact", "value": "abc"}, [" abc\n", "ａｂｃ"], ["ab c", "ABC", ""]),
         ({"type": "numeric", "value": 1234}, ["1,234", "it is 1234.0", "7 then 1234"], ["1234 or 5", "none", "1235"]),
         ({"type": "numeric", "value": "0.5", "tolerance": "0.01"}, ["0.505"], ["0.52", "-0.5"]),
-        ({"type": "choice", "value": "B"}, ["B", "the answer is B."], ["A or B", "b", "Bad"]),
+        ({"type": "choice", "value": "B"}, ["B", "b", "the answer is B."], ["A or B", "Bad"]),
         ({"type": "contains", "values": ["red", "blue"]}, ["blue and red"], ["red"]),
     ],
 )
@@ -51,10 +51,51 @@ def test_dumped_rows_read_back_equal():
     assert list(parse_rows(dump_rows(rows))) == rows
 
 
-def test_row_key_ignores_case_width_and_spacing_but_not_numbers():
-    row = Row(prompt=" What is  Ａ1?", answer="x")
-    assert row.key == Row(prompt="what is a1?", answer="X").key
-    assert row.key != Row(prompt="what is a2?", answer="x").key
+@pytest.mark.parametrize("prompt", [" ｗhat is A1?\r\n", "\ufeffwhat is A1?\u200b", "what is Ａ１？"])
+def test_row_key_ignores_width_line_ends_and_invisible_outer_characters(prompt):
+    assert Row(prompt=prompt, answer="cafe\u0301").key == Row(prompt="what is A1?", answer="café").key
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("Reverse: Ab", "Reverse: aB"),
+        ("2⁵", "25"),
+        ("if x:\n    y", "if x:\n  y"),
+        ("a  b", "a b"),
+        ("what is a1?", "what is a2?"),
+    ],
+)
+def test_row_keys_differ_where_the_meaning_may_differ(first, second):
+    first_row, second_row = Row(prompt=first, answer="x"), Row(prompt=second, answer="x")
+    assert first_row.key != second_row.key and first_row.prompt_key != second_row.prompt_key
+    assert Row(prompt="x", answer=first).key != Row(prompt="x", answer=second).key
+
+
+def test_near_equal_prompts_share_the_key_that_decides_their_split():
+    assert Row(prompt="Reverse:  Ab", answer="x").split_key == Row(prompt="reverse: aB", answer="y").split_key
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"answer": "a", "answer": "b"}', "answer: must not occur twice"),
+        (b'{"answer": "a", "\\u0061nswer": "b"}', "answer: must not occur twice"),
+        (b'{"answer": "3", "checker": {"type": "numeric", "value": 4, "value": 3}}', "value: must not occur twice"),
+        (
+            b'{"prompt": "1", "answer": "3", "checker": {"type": "numeric", "value": 4}}',
+            "checker: refuses the row",
+        ),
+    ],
+)
+def test_row_that_contradicts_itself_is_a_bad_row(line, reason):
+    (bad,) = parse_rows(line)
+    assert isinstance(bad, BadRow) and bad.reason.startswith(reason)
+
+
+def test_quoted_key_in_a_text_is_no_repeated_key():
+    (row,) = parse_rows(b'{"prompt": "{\\"answer\\": 1, \\"answer\\": 2}", "answer": "\\u00e9"}')
+    assert isinstance(row, Row)
 
 
 @pytest.mark.parametrize("text", ["def f(x):\n    return x", "加 12\t𝄞", "<sep> <eod>", ""])

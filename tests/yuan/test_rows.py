@@ -3,7 +3,7 @@
 import json
 import tracemalloc
 
-from yuan.data.checkers import MAX_CHECKER_VALUE_CHARS
+from yuan.data.checkers import MAX_CONTAINED_CHARS
 from yuan.data.rows import MAX_LINE_BYTES, BadRow, Row, parse_rows
 from yuan.data.text import MAX_TEXT_CHARS
 
@@ -41,7 +41,7 @@ def test_largest_valid_row_fits_in_the_line_limit():
     row |= {"capability": widest * 100, "language": widest * 20, "source": widest * 200}
     row["checker"] = {
         "type": "contains",
-        "values": [widest * (MAX_CHECKER_VALUE_CHARS - 1) + chr(97 + n) for n in range(20)],
+        "values": [widest * (MAX_CONTAINED_CHARS - n) for n in range(20)],
     }
     line = json.dumps(row).encode()  # two escapes of six bytes for each of these characters
     assert len(line) > 0.9 * MAX_LINE_BYTES

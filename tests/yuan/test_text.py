@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from yuan.data.checkers import Checker
 from yuan.data.rows import BadRow, Row, parse_rows
-from yuan.data.text import BadJson, TextRule, fold_forms, make_printable, make_storable, parse_json
+from yuan.data.text import BadJson, TextRule, fold_coarsely, make_printable, make_storable, normalize_text, parse_json
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()))  # lone surrogates and U+0000 too
 CHECKERS = TypeAdapter(Checker)
@@ -146,5 +146,17 @@ def test_unbounded_or_non_finite_checker_value_is_refused(value):
 
 
 @given(st.text(max_size=50))
-def test_fold_forms_equals_nfkc(text):
-    assert fold_forms(text) == unicodedata.normalize("NFKC", text)
+def test_normalizing_twice_equals_normalizing_once(text):
+    assert normalize_text(normalize_text(text)) == normalize_text(text)
+
+
+@given(st.text(st.characters(categories=("Lu", "Ll", "Nd", "Lo"), exclude_characters="\u3000"), max_size=50))
+def test_letters_and_digits_of_ordinary_width_are_kept(text):
+    composed = unicodedata.normalize("NFC", text)
+    has_width_forms = any(unicodedata.decomposition(char).startswith(("<wide>", "<narrow>")) for char in composed)
+    assert has_width_forms or normalize_text(text) == composed
+
+
+@given(st.text(max_size=50))
+def test_coarse_folding_equals_nfkc_casefold_and_single_spaces(text):
+    assert fold_coarsely(text) == " ".join(unicodedata.normalize("NFKC", text).casefold().split())

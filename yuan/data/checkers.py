@@ -1,16 +1,18 @@
 """Checkers: rules that decide if an answer is correct, shared by portal, evaluation and gate."""
 
-import re
 from abc import ABC, abstractmethod
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
+from fractions import Fraction
+from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
-from yuan.data.text import MAX_TEXT_CHARS, TextRule, fold_forms, make_rule_error
+from yuan.data.answer_choices import read_choices
+from yuan.data.answer_numbers import read_final_number
+from yuan.data.text import MAX_TEXT_CHARS, TextRule, make_rule_error, normalize_text
 
-MAX_CHECKER_VALUE_CHARS = 2_000
-CheckerValue = Annotated[str, TextRule(MAX_CHECKER_VALUE_CHARS)]
+MAX_CONTAINED_CHARS = 2_000  # of each value of `contains`
 
 # Digits before and after the decimal point; arithmetic within this bound neither overflows nor takes long.
 MAX_NUMBER_DIGITS = 50
@@ -21,8 +23,6 @@ CheckerNumber = Annotated[
         {"anyOf": [{"type": "number"}, {"type": "string", "pattern": r"^[-+]?[0-9]{1,50}(\.[0-9]{1,50})?$"}]}
     ),
 ]
-_NUMBER_PATTERN = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
-_OPTION_LETTER_PATTERN = re.compile(r"(?<![A-Za-z])[A-Z](?![A-Za-z])")
 
 
 class _CheckerBase(BaseModel, ABC):
@@ -33,25 +33,31 @@ class _CheckerBase(BaseModel, ABC):
 
         An answer of more than 20,000 characters is wrong.
         """
-        return len(answer) <= MAX_TEXT_CHARS and self._accepts(_fold(answer))
+        return len(answer) <= MAX_TEXT_CHARS and self._accepts(normalize_text(answer))
 
     @abstractmethod
-    def _accepts(self, folded: str) -> bool: ...
+    def _accepts(self, text: str) -> bool: ...
 
 
 class Exact(_CheckerBase):
-    """Accept an answer that equals the value, ignoring Unicode compatibility forms and outer white space."""
+    """Accept an answer that equals the value as `normalize_text` folds both: case, inner spaces and "x²" matter."""
 
     type: Literal["exact"] = "exact"
-    value: CheckerValue
+    value: Annotated[str, TextRule(MAX_TEXT_CHARS)]
 
-    def _accepts(self, folded: str) -> bool:
-        return folded == _fold(self.value)
+    @cached_property
+    def _normalized_value(self) -> str:
+        return normalize_text(self.value)
+
+    def _accepts(self, text: str) -> bool:
+        return text == self._normalized_value
 
 
 class Numeric(_CheckerBase):
-    """Accept an answer whose last number equals the value within the tolerance.
+    """Accept an answer whose final number equals the value within the tolerance, computed with exact fractions.
 
+    `read_final_number` finds the number: the last boxed one, else the one that the last statement of an answer gives,
+    else the last one.
     The tolerance is at most half of the value, or 0.5 for values below 1, so that a wrong sign or order of magnitude
     never passes.
     """
@@ -66,38 +72,39 @@ class Numeric(_CheckerBase):
             raise make_rule_error("tolerance", "must be at most half of the value, or 0.5 for values below 1; lower it")
         return self
 
-    def _accepts(self, folded: str) -> bool:
-        numbers = _NUMBER_PATTERN.findall(folded)
-        if not numbers or len(numbers[-1]) > 4 * MAX_NUMBER_DIGITS:
-            return False
-        try:
-            return abs(Decimal(numbers[-1].replace(",", "")) - self.value) <= self.tolerance
-        except InvalidOperation:
-            return False
+    @cached_property
+    def _exact_value(self) -> Fraction:
+        return Fraction(self.value)
+
+    @cached_property
+    def _exact_tolerance(self) -> Fraction:
+        return Fraction(self.tolerance)
+
+    def _accepts(self, text: str) -> bool:
+        readings = read_final_number(text)
+        if self._exact_value in readings:
+            return True
+        return any(abs(number - self._exact_value) <= self._exact_tolerance for number in readings)
 
 
 class Choice(_CheckerBase):
-    """Accept an answer that names exactly one option letter, equal to the value."""
+    """Accept an answer that gives exactly one option letter, equal to the value; `read_choices` finds the letters."""
 
     type: Literal["choice"] = "choice"
     value: Annotated[str, Field(pattern="^[A-Z]$")]
 
-    def _accepts(self, folded: str) -> bool:
-        return set(_OPTION_LETTER_PATTERN.findall(folded)) == {self.value}
+    def _accepts(self, text: str) -> bool:
+        return read_choices(text) == {self.value}
 
 
 class Contains(_CheckerBase):
     """Accept an answer in which every value occurs."""
 
     type: Literal["contains"] = "contains"
-    values: Annotated[list[CheckerValue], Field(min_length=1, max_length=20)]
+    values: Annotated[list[Annotated[str, TextRule(MAX_CONTAINED_CHARS)]], Field(min_length=1, max_length=20)]
 
-    def _accepts(self, folded: str) -> bool:
-        return all(_fold(value) in folded for value in self.values)
+    def _accepts(self, text: str) -> bool:
+        return all(normalize_text(value) in text for value in self.values)
 
 
 Checker = Annotated[Exact | Numeric | Choice | Contains, Field(discriminator="type")]
-
-
-def _fold(text: str) -> str:
-    return fold_forms(text).strip()

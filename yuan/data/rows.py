@@ -1,18 +1,32 @@
 """The row, the unit of training data: prompt, answer and checker; read and written as JSONL."""
 
+import codecs
 import hashlib
 import io
 import json
 from collections.abc import Iterator
 from typing import Annotated, Any, BinaryIO
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from yuan.data.checkers import Checker
-from yuan.data.text import MAX_TEXT_CHARS, TextRule, describe_errors, fold_forms
+from yuan.data.text import (
+    MAX_TEXT_CHARS,
+    BadJson,
+    TextRule,
+    describe_errors,
+    fold_coarsely,
+    make_rule_error,
+    normalize_text,
+    parse_json,
+)
 
 # All fields of a row have about 81,000 characters at most, and JSON writes one in 12 bytes at most, as two `\uXXXX`.
 MAX_LINE_BYTES = 2**20
+
+
+# The version of the rule by which `Row.key` and `Row.prompt_key` are computed; records store the version of their keys.
+KEY_RULE = 2
 
 
 class Row(BaseModel):
@@ -31,14 +45,29 @@ class Row(BaseModel):
     language: Annotated[str, TextRule(20)] | None = Field(default=None, description="language tag, e.g. zh or en")
     source: Annotated[str, TextRule(200)] | None = Field(default=None, description="where the row comes from")
 
+    @model_validator(mode="after")
+    def _check_own_answer(self) -> "Row":
+        if self.checker is not None and not self.checker.check(self.answer):
+            raise make_rule_error("checker", "refuses the row's own answer; correct one of the two")
+        return self
+
     @property
     def key(self) -> str:
-        """Return the deduplication key; rows with the same normalised prompt and answer have equal keys."""
-        return hash_texts(normalise(self.prompt), normalise(self.answer))
+        """Return the deduplication key; rows whose prompts and answers `normalize_text` folds alike have equal keys."""
+        return hash_texts(normalize_text(self.prompt), normalize_text(self.answer))
 
     @property
     def prompt_key(self) -> str:
-        return hash_texts(normalise(self.prompt))
+        return make_prompt_key(self.prompt)
+
+    @property
+    def split_key(self) -> str:
+        """Return the key that decides if the prompt is held out; coarser, so that near-equal prompts share a split."""
+        return hash_texts(fold_coarsely(self.prompt))
+
+
+# Every key of a row and of a checker, as JSON writes it; an escape such as \\u0061 is another way to write one.
+_QUOTED_KEYS = tuple(f'"{name}"'.encode() for name in (*Row.model_fields, "type", "value", "values", "tolerance"))
 
 
 class BadRow(BaseModel):
@@ -48,13 +77,9 @@ class BadRow(BaseModel):
     reason: str
 
 
-def normalise(text: str) -> str:
-    """Fold Unicode forms, case and white space, and nothing else; numbers and names stay as they are.
-
-    >>> normalise("  What is\\tＡ + 1? ")
-    'what is a + 1?'
-    """
-    return " ".join(fold_forms(text).casefold().split())
+def make_prompt_key(prompt: str) -> str:
+    """Return the key of a prompt; prompts that `normalize_text` folds alike have equal keys."""
+    return hash_texts(normalize_text(prompt))
 
 
 def hash_texts(*parts: str) -> str:
@@ -66,7 +91,7 @@ def parse_rows(data: bytes | BinaryIO) -> Iterator[Row | BadRow]:
     """Read JSONL and yield a row or a described error for each non-empty line; holds one line in memory at a time.
 
     Args:
-        data: the bytes, or a file, which is read from its current position.
+        data: the bytes, or a file, which is read from its current position; a byte order mark there is skipped.
     """
     stream = io.BytesIO(data) if isinstance(data, bytes) else data
     for number, line in enumerate(_read_lines(stream), start=1):
@@ -74,11 +99,24 @@ def parse_rows(data: bytes | BinaryIO) -> Iterator[Row | BadRow]:
             yield BadRow(
                 row=number, reason=f"line: has more than the {MAX_LINE_BYTES:,} bytes that a row can need; shorten it"
             )
-        elif line.strip():
-            try:
-                yield Row.model_validate_json(line)
-            except ValidationError as error:
-                yield BadRow(row=number, reason=describe_errors(error))
+            continue
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if line.strip():
+            yield _parse_row(number, line)
+
+
+def _parse_row(number: int, line: bytes) -> Row | BadRow:
+    try:
+        row = Row.model_validate_json(line)
+    except ValidationError as error:
+        return BadRow(row=number, reason=describe_errors(error))
+    # pydantic takes the last value of a repeated key; the slow parser runs only where a key may be repeated.
+    if b"\\u00" in line or any(line.count(name) > 1 for name in _QUOTED_KEYS):
+        try:
+            parse_json(line)
+        except BadJson as error:
+            return BadRow(row=number, reason=f"{error.place or 'line'}: {error}")
+    return row
 
 
 def _read_lines(stream: BinaryIO) -> Iterator[bytes | None]:

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -136,17 +137,28 @@ def parse_json(data: bytes | str, max_values: int | None = None) -> Any:
         BadJson: if the data is not JSON in UTF-8, is nested too deeply, or has a value that is not allowed.
     """
     try:
-        value = json.loads(data if isinstance(data, str) else data.decode())
+        value = json.loads(data if isinstance(data, str) else data.decode(), object_pairs_hook=_make_object)
     except UnicodeDecodeError as error:
         raise BadJson(f"must be JSON in UTF-8, byte {error.start} is not; encode it in UTF-8") from None
     except RecursionError:
         raise BadJson("must not be nested so deeply; send fewer levels") from None
+    except BadJson:
+        raise
     except json.JSONDecodeError as error:
         raise BadJson(f"must be JSON, at character {error.pos}: {error.msg}; correct it there") from None
     except ValueError:  # Python parses integers of 4,300 digits at most
         raise BadJson("must not have numbers of so many digits; send fewer digits") from None
     _check_values(value, max_values)
     return value
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its keys and values; RFC 8259 leaves open which value of a repeated key counts."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise BadJson("must not occur twice; remove one", repeated)
+    return fields
 
 
 def _check_values(document: Any, max_values: int | None) -> None:
@@ -176,20 +188,50 @@ def _extend_path(place: str, key: str) -> str:
     return f"{place}.{key}"[-2 * MAX_PRINTED_CHARS :] if place else key[: 2 * MAX_PRINTED_CHARS]
 
 
-def fold_forms(text: str) -> str:
-    """Fold Unicode compatibility forms (NFKC) in linear time.
+_WIDTH_FORMS = {
+    code: unicodedata.normalize("NFKC", chr(code))
+    for code in (0x3000, *range(0xFF01, 0xFFEF))
+    if unicodedata.decomposition(chr(code)).startswith(("<wide>", "<narrow>"))
+}
+# Characters without width: soft hyphen, zero-width spaces and joiners, marks of direction, word joiner, BOM.
+INVISIBLE_CHARS = "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff"
+_OUTER_CHARS = INVISIBLE_CHARS + "".join(chr(code) for code in range(0x3001) if chr(code).isspace())
 
-    Python sorts a letter's combining marks by insertion, which takes seconds for 20,000 marks; marks beyond 30, which
-    no script uses, are dropped.
 
-    >>> fold_forms("Ａ１")
-    'A1'
+def fold_coarsely(text: str) -> str:
+    """Fold Unicode compatibility forms (NFKC), case and white space, so that near-equal prompts get one split.
+
+    >>> fold_coarsely("  What is\\tＡ + 1? ")
+    'what is a + 1?'
     """
-    if text.isascii():
+    folded = text if text.isascii() else unicodedata.normalize("NFKC", _limit_combining_marks(text))
+    return " ".join(folded.casefold().split())
+
+
+def normalize_text(text: str) -> str:
+    """Fold what never changes a text's meaning; two texts with equal results are the same prompt or answer.
+
+    Full-width and half-width forms become ordinary characters, accents are composed (NFC), line ends become `\\n`, and
+    white space and invisible characters at both ends are removed. Case, indentation, superscripts and all else stay.
+    The time is linear: Python sorts a letter's combining marks by insertion, which takes seconds for 20,000 marks, so
+    marks beyond 30, which no script uses, are dropped.
+
+    >>> normalize_text(" Ａ１\\r\\n x² "), normalize_text("\\ufeffReverse: aB")
+    ('A1\\n x²', 'Reverse: aB')
+    """
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", _limit_combining_marks(text.translate(_WIDTH_FORMS)))
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.strip(_OUTER_CHARS)
+
+
+def _limit_combining_marks(text: str) -> str:
+    if len(text) <= MAX_COMBINING_MARKS or sum(map(bool, map(unicodedata.combining, text))) <= MAX_COMBINING_MARKS:
         return text
     kept, marks = [], 0
     for char in text:
         marks = marks + 1 if unicodedata.combining(char) else 0
         if marks <= MAX_COMBINING_MARKS:
             kept.append(char)
-    return unicodedata.normalize("NFKC", "".join(kept))
+    return "".join(kept)

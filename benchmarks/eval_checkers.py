@@ -1,0 +1,87 @@
+"""Time to check an answer with `exact`, `numeric` and `choice`: `python benchmarks/eval_checkers.py`, half a minute.
+
+The answers are those of `tests/yuan/checker_answers.jsonl`, in turns; the goal is 10 microseconds an answer. The growth
+compares answers of 20,000 and 2,000 characters of patterns on which regular expressions backtrack: linear time gives
+10, quadratic time 100.
+"""
+
+import json
+import statistics
+import time
+from pathlib import Path
+
+from pairs import line, show
+from pydantic import TypeAdapter
+
+from yuan.data.checkers import Checker
+
+ANSWERS = Path(__file__).parents[1] / "tests/yuan/checker_answers.jsonl"
+ROUNDS = 200
+MAX_MICROSECONDS, MAX_GROWTH = 10.0, 25.0
+PATTERNS = ("9", "1,", "111,", "1 111 ", "1/", "1^", "⁻²", "- ", "\\frac{1}", "\\boxed{", "一", "一分之", "答案是")
+PATTERNS += (
+    "1\n",
+    " ",
+    "answer is ",
+    "A",
+    "A,",
+    "A, ",
+    "A and ",
+    "A or ",
+    "(A",
+    "选",
+    "选A",
+    "not A, ",
+    "choose ",
+    "a\u0301",
+    "等于1",
+)
+
+
+def measure_answers(kind: str) -> list[float]:
+    """Return microseconds per answer of each round over the labelled answers of a kind."""
+    adapter: TypeAdapter[Checker] = TypeAdapter(Checker)
+    entries = [json.loads(text) for text in ANSWERS.read_text("utf-8").splitlines()]
+    cases = [
+        (adapter.validate_python({"type": kind, "value": entry["value"]}), answer)
+        for entry in entries
+        if entry["type"] == kind
+        for answer in (*entry["accept"], *entry["refuse"])
+    ]
+    rounds = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        for checker, answer in cases:
+            checker.check(answer)
+        rounds.append((time.perf_counter() - began) / len(cases) * 1e6)
+    return rounds
+
+
+def measure_growth(kind: str) -> float:
+    """Return the largest ratio of the times for 20,000 and 2,000 characters of one pattern."""
+    value = {"numeric": "5", "choice": "B", "exact": "abc"}[kind]
+    checker: Checker = TypeAdapter(Checker).validate_python({"type": kind, "value": value})
+
+    def measure_s(text: str) -> float:
+        durations = []
+        for _ in range(5):
+            began = time.perf_counter()
+            checker.check(text)
+            durations.append(time.perf_counter() - began)
+        return min(durations)
+
+    return max(measure_s((part * 20_000)[:20_000]) / measure_s((part * 2_000)[:2_000]) for part in PATTERNS)
+
+
+def main() -> None:
+    for kind in ("exact", "numeric", "choice"):
+        microseconds = statistics.median(measure_answers(kind))
+        goal, is_fast = f"at most {MAX_MICROSECONDS:g}", microseconds <= MAX_MICROSECONDS
+        show(line(f"{kind}: time of a check", microseconds, "us", goal=goal, ok=is_fast))
+        growth = measure_growth(kind)
+        goal, is_linear = f"at most {MAX_GROWTH:g}", growth <= MAX_GROWTH
+        show(line(f"{kind}: growth of the time for ten times the text", growth, "x", goal=goal, ok=is_linear))
+
+
+if __name__ == "__main__":
+    main()

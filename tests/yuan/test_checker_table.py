@@ -1,0 +1,80 @@
+"""Labelled answers in English and Chinese that each checker must accept or refuse; docs/checkers.md has the rules."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import TypeAdapter
+
+from yuan.data.checkers import Checker
+
+CHECKERS = TypeAdapter(Checker)
+ENTRIES = [
+    json.loads(line) for line in Path(__file__).with_name("checker_answers.jsonl").read_text("utf-8").splitlines()
+]
+# Answers on which a pattern that backtracks would take minutes.
+REPEATED = [
+    "9",
+    "1,",
+    "111,",
+    "1 111 ",
+    "1/",
+    "1^",
+    "⁻²",
+    "- ",
+    "\\frac{1}",
+    "\\boxed{",
+    "{",
+    "一",
+    "一分之",
+    "答案是",
+    "1\n",
+    " ",
+]
+REPEATED += [
+    "answer is ",
+    "A",
+    "A,",
+    "A, ",
+    "A and ",
+    "A or ",
+    "(A",
+    "选",
+    "选A",
+    "not A, ",
+    "choose ",
+    "a\u0301",
+    "\ufeff",
+    "等于1",
+]
+
+
+def list_labelled_answers():
+    """Return (checker, answer, label) of the table."""
+    return [
+        (CHECKERS.validate_python({"type": entry["type"], "value": entry["value"]}), answer, label == "accept")
+        for entry in ENTRIES
+        for label in ("accept", "refuse")
+        for answer in entry[label]
+    ]
+
+
+def test_table_has_at_least_150_different_answers():
+    labelled = list_labelled_answers()
+    assert len({(checker, answer) for checker, answer, _ in labelled}) == len(labelled) >= 150
+
+
+def test_every_labelled_answer_is_judged_as_labelled():
+    wrong = [
+        (checker.type, str(checker.value), answer, label)
+        for checker, answer, label in list_labelled_answers()
+        if checker.check(answer) != label
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("fields", [{"type": "numeric", "value": 5}, {"type": "choice", "value": "B"}])
+def test_longest_repetitive_answers_are_judged(fields):
+    checker = CHECKERS.validate_python(fields)
+    for part in REPEATED:
+        assert checker.check((part * 20_000)[:20_000]) in (True, False)
