@@ -36,13 +36,13 @@ def add_cases(session: Session, suite: str, rows: Sequence[Row], role: CaseRole)
         session.execute(upsert, values)
 
 
-def choose_case_role(prompt_key: str, salt: str, held_out_share: float) -> CaseRole:
+def choose_case_role(split_key: str, salt: str, held_out_share: float) -> CaseRole:
     """Choose a case's role by a salted hash of its prompt: `held_out` for a fraction of all prompts, else `train`.
 
-    The same prompt always gets the same role, whatever the answer. So no contributor can choose the role, not even by
-    withdrawing a report and sending it again with another expected answer.
+    The same prompt always gets the same role, whatever the answer, and near-equal prompts share theirs. So no
+    contributor can choose the role, not even by withdrawing a report and sending it again with another answer.
     """
-    return CaseRole.HELD_OUT if compute_salted_fraction(prompt_key, salt) < held_out_share else CaseRole.TRAIN
+    return CaseRole.HELD_OUT if compute_salted_fraction(split_key, salt) < held_out_share else CaseRole.TRAIN
 
 
 def compute_salted_fraction(key: str, salt: str) -> float:

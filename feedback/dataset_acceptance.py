@@ -38,12 +38,14 @@ class KeyedRow:
         number: its position in the file, from 0.
         key: hash of its prompt and answer; a row with the key of an earlier one is a duplicate.
         prompt_key: hash of its prompt.
+        split_key: coarser hash of its prompt, from which the choice of held-out prompts is derived.
     """
 
     number: int
     row: Row
     key: str
     prompt_key: str
+    split_key: str
 
 
 def accept_dataset(
@@ -69,10 +71,10 @@ def accept_dataset(
     faults = [f"row {row.row}: {row.reason}" for row in stored.bad_rows.values()]
     record_faulty_rows(session, dataset.id, ItemStep.ACCEPT, faults)
 
-    keyed = [KeyedRow(number, row, row.key, row.prompt_key) for number, row in stored.rows.items()]
+    keyed = [KeyedRow(number, row, row.key, row.prompt_key, row.split_key) for number, row in stored.rows.items()]
     duplicates = _find_duplicates(session, keyed)
     testable = {
-        item.number: item.prompt_key
+        item.number: item.split_key
         for item in keyed
         if item.number not in duplicates and item.row.checker is not None and item.row.prompt
     }
@@ -116,7 +118,7 @@ def _draw_held_out_rows(prompts: Mapping[int, str], salt: str, held_out_share: f
     account can exclude more than the share of other accounts' prompts from training.
 
     Args:
-        prompts: prompt keys of the rows, by row number.
+        prompts: split keys of the rows, by row number.
         max_rows: upper limit of the number of rows.
     """
     fractions = {prompt: compute_salted_fraction(prompt, salt) for prompt in set(prompts.values())}

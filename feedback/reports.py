@@ -239,8 +239,7 @@ def review_reports(session: Session, cut_off: datetime, salt: str, held_out_shar
 
 def _decide_report(session: Session, report: Feedback, salt: str, held_out_share: float) -> None:
     """Set a reproduced report's new state, and its case if it is accepted; see `review_reports`."""
-    form = FeedbackIn.model_validate(report.body)
-    sample = Row(prompt=form.prompt, answer=form.expected or "", checker=form.rule)
+    sample = make_report_row(report)
 
     if report.reproduction != REPRODUCED:
         report.state = ReportState.REJECTED
@@ -251,11 +250,26 @@ def _decide_report(session: Session, report: Feedback, salt: str, held_out_share
         report.disputed_key = sample.prompt_key
     else:
         is_trained = _is_trained(session, sample.prompt_key)
-        role = CaseRole.TRAIN if is_trained else choose_case_role(sample.prompt_key, salt, held_out_share)
-        add_cases(session, REPORTS_SUITE, [sample], role)
-        case = session.scalars(select(Case).where(Case.suite == REPORTS_SUITE, Case.key == sample.key)).one()
-        report.state, report.reason, report.case_id = ReportState.ACCEPTED, None, case.id
+        role = CaseRole.TRAIN if is_trained else choose_case_role(sample.split_key, salt, held_out_share)
+        report.state, report.reason = ReportState.ACCEPTED, None
+        report.case_id = get_or_add_report_case(session, sample, role).id
     report.decided_at = transaction_time()
+
+
+def make_report_row(report: Feedback) -> Row:
+    """Return the row of which a correction's case is made.
+
+    Raises:
+        ValidationError: if the stored report is not valid by today's rules.
+    """
+    form = FeedbackIn.model_validate(report.body)
+    return Row(prompt=form.prompt, answer=form.expected or "", checker=form.rule)
+
+
+def get_or_add_report_case(session: Session, sample: Row, role: CaseRole) -> Case:
+    """Return the case of a report's row; an existing one keeps its role."""
+    add_cases(session, REPORTS_SUITE, [sample], role)
+    return session.scalars(select(Case).where(Case.suite == REPORTS_SUITE, Case.key == sample.key)).one()
 
 
 def _is_contradicted(session: Session, sample: Row) -> bool:

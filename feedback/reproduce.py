@@ -1,18 +1,28 @@
 """Reproduction of reports: send their prompts to the champion again over HTTP."""
 
+import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
+from pydantic import ValidationError
 
+from feedback.contracts import FeedbackIn
+from feedback.reports import ReproducedAnswer
+from feedback.tables import Feedback
 from infra.faults import REFUSED_INPUT_STATUSES
 from infra.settings import ModelServerAccess
-from yuan.serve.response_schemas import TextCompletion
+from yuan.data.checkers import Exact
+from yuan.data.text import describe_errors
+from yuan.serve.response_schemas import TextChoice, TextCompletion
+from yuan.serve.schemas import MAX_COMPLETION_TOKENS
 from yuan.version_names import format_model_name
 
 REPRODUCTION_BATCH_PROMPTS = 64
-MAX_REPRODUCTION_TOKENS = 64
+MIN_REPRODUCTION_TOKENS = 64
+MAX_REPRODUCTION_TOKENS = 1024  # of an answer whose length the expected one does not bound
 SERVER_FAILURE_STATUS = 500  # the server's status when it fails on a request that it accepted
 MAX_PROMPT_ATTEMPTS, PROMPT_RETRY_PAUSE_S = 3, 0.5  # for a single prompt on which the server fails
 
@@ -21,28 +31,69 @@ class PromptRefused(ValueError):
     """The model server cannot answer this prompt; the message has the reason."""
 
 
+class AnswerCut(ValueError):
+    """The answer to this prompt was cut before its end, so it cannot be judged."""
+
+
+@dataclass(frozen=True)
+class ReproductionPrompt:
+    """The prompt of a report, with the limit of its answer.
+
+    Attributes:
+        max_tokens: at most MAX_COMPLETION_TOKENS.
+        is_cut_wrong: True if an answer that the limit cuts is wrong, whatever would follow.
+    """
+
+    report_id: str
+    prompt: str
+    max_tokens: int
+    is_cut_wrong: bool
+
+
+def make_reproduction_prompt(report: Feedback) -> ReproductionPrompt:
+    """Return the prompt of a report with a limit that leaves room for the expected answer.
+
+    An answer that must equal a text is wrong once it is longer, and each token stands for at least one byte. Any other
+    answer may give its result at its end, so it is not judged if it is cut.
+    """
+    limits = (MIN_REPRODUCTION_TOKENS, True)
+    with contextlib.suppress(ValidationError):  # `record_reproductions` records why such a report fails
+        form = FeedbackIn.model_validate(report.body)
+        num_bytes = len((form.expected or "").encode())
+        if not isinstance(form.rule, Exact):
+            limits = (MAX_REPRODUCTION_TOKENS, False)
+        elif num_bytes > MIN_REPRODUCTION_TOKENS // 2:
+            limits = (min(2 * num_bytes, MAX_COMPLETION_TOKENS), 2 * num_bytes <= MAX_COMPLETION_TOKENS)
+    return ReproductionPrompt(report.id, str(report.body.get("prompt", "")), *limits)
+
+
 def reproduce_answers(
-    settings: ModelServerAccess, prompts: Sequence[str], version: int
-) -> Iterator[list[str | ValueError]]:
+    settings: ModelServerAccess, prompts: Iterable[ReproductionPrompt], version: int
+) -> Iterator[list[ReproducedAnswer]]:
     """Yield the answers of the version in service to the prompts, at temperature 0, one batch of prompts at a time.
 
-    A refused batch is halved until each faulty prompt is alone. A faulty prompt has a `PromptRefused` in place of its
-    answer; the others are answered.
+    Prompts are answered in the order of their limits, since a batch has the largest limit of its prompts. A refused
+    batch is halved until each faulty prompt is alone. A faulty prompt has a `PromptRefused` in place of its answer; the
+    others are answered.
 
     Raises:
         httpx.HTTPError: if the model server does not answer; retry.
         ConnectionError: if another version is in service at present; retry.
     """
     headers = {"Authorization": f"Bearer {settings.model_server_token.get_secret_value()}"}
+    ordered = sorted(prompts, key=lambda prompt: prompt.max_tokens)
     with httpx.Client(base_url=settings.model_server_url, timeout=120, headers=headers) as http:
-        for start in range(0, len(prompts), REPRODUCTION_BATCH_PROMPTS):
-            yield _answer_batch(http, prompts[start : start + REPRODUCTION_BATCH_PROMPTS], version)
+        for start in range(0, len(ordered), REPRODUCTION_BATCH_PROMPTS):
+            batch = ordered[start : start + REPRODUCTION_BATCH_PROMPTS]
+            answers = _answer_batch(http, batch, version)
+            pairs = zip(batch, answers, strict=True)
+            yield [ReproducedAnswer(prompt.report_id, answer) for prompt, answer in pairs]
 
 
-def _answer_batch(http: httpx.Client, prompts: Sequence[str], version: int) -> list[str | ValueError]:
+def _answer_batch(http: httpx.Client, prompts: Sequence[ReproductionPrompt], version: int) -> list[str | ValueError]:
     response = _request_completions(http, prompts)
     if response.status_code not in (*REFUSED_INPUT_STATUSES, SERVER_FAILURE_STATUS):
-        return _read_answers(response, version)
+        return _read_answers(response, version, prompts)
     if len(prompts) > 1:
         half = len(prompts) // 2
         return [*_answer_batch(http, prompts[:half], version), *_answer_batch(http, prompts[half:], version)]
@@ -51,14 +102,40 @@ def _answer_batch(http: httpx.Client, prompts: Sequence[str], version: int) -> l
     return [PromptRefused(_parse_error_message(response))]
 
 
-def _read_answers(response: httpx.Response, version: int) -> list[str | ValueError]:
-    completion = TextCompletion.model_validate(response.raise_for_status().json())
+def _read_answers(
+    response: httpx.Response, version: int, prompts: Sequence[ReproductionPrompt]
+) -> list[str | ValueError]:
+    """Return the answers in the order of the prompts.
+
+    Raises:
+        httpx.RemoteProtocolError: if it is not one answer to each prompt; retry.
+        ConnectionError: if another version answered.
+    """
+    response.raise_for_status()
+    try:
+        completion = TextCompletion.model_validate_json(response.content)
+    except ValidationError as error:
+        raise httpx.RemoteProtocolError(f"the answer is malformed: {describe_errors(error)}; retry") from None
     if completion.model != format_model_name(version):
         raise ConnectionError(f"the request was for v{version}, and {completion.model} answered; retry")
-    return [choice.text for choice in completion.choices]
+    choices = {choice.index: choice for choice in completion.choices}
+    if sorted(choices) != list(range(len(prompts))):
+        raise httpx.RemoteProtocolError(f"the model server answered {len(choices)} of {len(prompts)} prompts; retry")
+    return [_read_answer(choices[index], prompt, version) for index, prompt in enumerate(prompts)]
 
 
-def _retry_single_prompt(http: httpx.Client, prompt: str, version: int, response: httpx.Response) -> str | ValueError:
+def _read_answer(choice: TextChoice, prompt: ReproductionPrompt, version: int) -> str | ValueError:
+    if choice.finish_reason != "length" or prompt.is_cut_wrong:
+        return choice.text
+    return AnswerCut(
+        f"the answer of v{version} was cut at {prompt.max_tokens:,} tokens or at the end of the window, so it is not "
+        "judged; the next version is tried"
+    )
+
+
+def _retry_single_prompt(
+    http: httpx.Client, prompt: ReproductionPrompt, version: int, response: httpx.Response
+) -> str | ValueError:
     """Retry a prompt on which the server failed; refuse it if it fails every time while another prompt succeeds."""
     for _ in range(MAX_PROMPT_ATTEMPTS - 1):
         time.sleep(PROMPT_RETRY_PAUSE_S)
@@ -66,16 +143,19 @@ def _retry_single_prompt(http: httpx.Client, prompt: str, version: int, response
         if response.status_code in REFUSED_INPUT_STATUSES:
             return PromptRefused(_parse_error_message(response))
         if response.status_code != SERVER_FAILURE_STATUS:
-            return _read_answers(response, version)[0]
+            return _read_answers(response, version, [prompt])[0]
 
     # If the server fails on any prompt, this prompt is not at fault.
-    if not _request_completions(http, ["?"]).is_success:
+    control = ReproductionPrompt("", "?", max_tokens=1, is_cut_wrong=True)
+    if not _request_completions(http, [control]).is_success:
         response.raise_for_status()
     return PromptRefused(f"the model server fails on it: {_parse_error_message(response)}")
 
 
-def _request_completions(http: httpx.Client, prompts: Sequence[str]) -> httpx.Response:
-    body = {"model": "yuan", "prompt": list(prompts), "max_tokens": MAX_REPRODUCTION_TOKENS, "temperature": 0}
+def _request_completions(http: httpx.Client, prompts: Sequence[ReproductionPrompt]) -> httpx.Response:
+    max_tokens = max(prompt.max_tokens for prompt in prompts)
+    texts = [prompt.prompt for prompt in prompts]
+    body = {"model": "yuan", "prompt": texts, "max_tokens": max_tokens, "temperature": 0}
     return http.post("/v1/completions", json=body)
 
 

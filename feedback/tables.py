@@ -24,6 +24,7 @@ from feedback.states import (
     list_values,
 )
 from feedback.verdicts import Verdict
+from yuan.data.rows import KEY_RULE
 
 JsonbObject = dict[str, Any]
 # The platform's suites of cases: made from reports, from rows of the base, and from rows of the other datasets.
@@ -140,6 +141,7 @@ class Dataset(Created, Base):
     num_closed_out: Mapped[int] = mapped_column(default=0, comment="of the newest mixture, by held-out cases")
     bad_rows: Mapped[list[Any]] = mapped_column(default=list)
     decided_at: Mapped[datetime | None] = mapped_column(comment="accepted or rejected")
+    key_rule: Mapped[int] = mapped_column(default=KEY_RULE, comment="version of the rule of its rows' keys")
     __table_args__ = (Index("datasets_in_order", "contributor_id", "created_at", "id"),)
 
 
@@ -172,6 +174,7 @@ class Case(Created, Base):
     role: Mapped[str] = mapped_column(comment=list_values(CaseRole))
     capability: Mapped[str | None]
     withdrawn_at: Mapped[datetime | None] = mapped_column(comment="since then no report or dataset has it")
+    key_rule: Mapped[int] = mapped_column(default=KEY_RULE, comment="version of the rule of its keys")
     __table_args__ = (UniqueConstraint("suite", "key"),)
 
 

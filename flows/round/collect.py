@@ -1,15 +1,24 @@
 """Collect uploads into a frozen mixture, in a round's first steps; process reports between rounds."""
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
+
+from sqlalchemy.orm import Session
 
 from feedback import reports, rounds, snapshots
 from feedback.accounts import audit
 from feedback.dataset_acceptance import accept_dataset, find_checked_datasets, record_acceptance_failure
 from feedback.items import ItemCounts
+from feedback.key_upgrade import (
+    find_outdated_datasets,
+    record_upgrade_failure,
+    upgrade_dataset_keys,
+    upgrade_report_keys,
+)
 from feedback.promotion import find_champion
-from feedback.reproduce import reproduce_answers
+from feedback.reproduce import make_reproduction_prompt, reproduce_answers
 from feedback.round_steps import ItemStep, RoundStep
 from feedback.tables import read_transaction_time
 from flows.context import Context
@@ -55,6 +64,7 @@ def collect_reports_and_datasets(context: Context, round_id: str) -> CollectedCo
         cut_off = training_round.cut_off
         parent_version = training_round.parent_version
 
+    upgraded = upgrade_keys(context)
     screened = _screen_reports(context, cut_off)
     reproduced = ItemCounts()
     if parent_version is not None:  # the first round has no model to reproduce reports against
@@ -66,7 +76,7 @@ def collect_reports_and_datasets(context: Context, round_id: str) -> CollectedCo
         ItemStep.SCREEN: screened.num_failed,
         ItemStep.REPRODUCE: reproduced.num_failed,
         ItemStep.REVIEW: reviewed.failed,
-        ItemStep.ACCEPT: datasets.num_failed,
+        ItemStep.ACCEPT: datasets.num_failed + upgraded.num_failed,
     }
     with context.sessions.begin() as session:
         rounds.record_failed_items(session, round_id, num_failed_by_step)
@@ -83,23 +93,51 @@ def collect_reports_and_datasets(context: Context, round_id: str) -> CollectedCo
 
 
 def _accept_datasets(context: Context, cut_off: datetime) -> ItemCounts:
-    """Accept checked datasets, each in its own transaction, so that one that fails stops no other."""
+    """Accept checked datasets."""
     held_out_share = context.settings.held_out_share
     max_cases = context.settings.max_account_cases
     with context.sessions() as session:
         dataset_ids = find_checked_datasets(session, cut_off)
 
+    def accept(session: Session, dataset_id: str) -> None:
+        accept_dataset(session, dataset_id, context.objects.get, context.salt, held_out_share, max_cases)
+
+    return _process_datasets(context, dataset_ids, accept, record_acceptance_failure)
+
+
+def upgrade_keys(context: Context) -> ItemCounts:
+    """Recompute keys that an older release computed by another rule, before they are compared with new ones."""
+    with context.sessions.begin() as session:
+        num_failed_cases = upgrade_report_keys(session)
+        dataset_ids = find_outdated_datasets(session)
+
+    def upgrade(session: Session, dataset_id: str) -> None:
+        upgrade_dataset_keys(session, dataset_id, context.objects.get)
+
+    datasets = _process_datasets(context, dataset_ids, upgrade, record_upgrade_failure)
+    if datasets.num_items:
+        log.info("upgraded the keys of %d datasets, %d failed", datasets.num_items, datasets.num_failed)
+    return ItemCounts(datasets.num_items, datasets.num_failed + num_failed_cases)
+
+
+def _process_datasets(
+    context: Context,
+    dataset_ids: Sequence[str],
+    process: Callable[[Session, str], None],
+    record_failure: Callable[[Session, str, Exception], None],
+) -> ItemCounts:
+    """Process datasets, each in its own transaction, so that one that fails stops no other."""
     num_failed = 0
     for dataset_id in dataset_ids:
         try:
             with context.sessions.begin() as session:
-                accept_dataset(session, dataset_id, context.objects.get, context.salt, held_out_share, max_cases)
+                process(session, dataset_id)
         except Exception as error:
             if not is_item_error(error):
                 raise
             num_failed += 1
             with context.sessions.begin() as session:
-                record_acceptance_failure(session, dataset_id, error)
+                record_failure(session, dataset_id, error)
     return ItemCounts(len(dataset_ids), num_failed)
 
 
@@ -138,6 +176,7 @@ def process_waiting_reports(context: Context, limit: int) -> WaitingReportsCount
     if version is None:
         return None
 
+    upgrade_keys(context)
     screened = _screen_reports(context, now)
     reproduced = _reproduce_reports(context, now, version, limit)
     with context.sessions() as session:
@@ -160,18 +199,14 @@ def _reproduce_reports(context: Context, cut_off: datetime, version: int, limit:
     """Query the version with the prompts of reports, `limit` at most, and store the answers batch by batch."""
     with context.sessions() as session:
         unreproduced = reports.find_unreproduced_reports(session, cut_off, version, limit)
-        report_ids = [report.id for report in unreproduced]
-        prompts = [str(report.body.get("prompt", "")) for report in unreproduced]
+        prompts = [make_reproduction_prompt(report) for report in unreproduced]
 
     num_queried = num_failed = 0
     with AnswerJudge() as judge:
-        for answers in reproduce_answers(context.settings, prompts, version):
-            batch_ids = report_ids[num_queried : num_queried + len(answers)]
-            answered = zip(batch_ids, answers, strict=True)
-            batch = [reports.ReproducedAnswer(report_id, answer) for report_id, answer in answered]
+        for batch in reproduce_answers(context.settings, prompts, version):
             with context.sessions.begin() as session:
                 num_failed += reports.record_reproductions(session, version, batch, judge.check)
-            num_queried += len(answers)
+            num_queried += len(batch)
     log.info("reproduced %d reports against v%d, %d could not be processed", num_queried, version, num_failed)
     return ItemCounts(num_queried, num_failed)
 

@@ -89,7 +89,7 @@ def make_checked_rows(prefix, count):
 
 def is_held_out(row):
     """Return True if a row's prompt is held out."""
-    return choose_case_role(row.prompt_key, SALT, SHARE) == "held_out"
+    return choose_case_role(row.split_key, SALT, SHARE) == "held_out"
 
 
 def freeze_mixture(session, objects):

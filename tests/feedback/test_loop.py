@@ -11,6 +11,7 @@ from feedback.accounts import Conflict, add_contributor
 from feedback.cases import add_cases, choose_case_role
 from feedback.contracts import FeedbackIn
 from feedback.dataset_acceptance import accept_dataset
+from feedback.reports import make_report_row
 from feedback.tables import AuditEvent, Case, ModelVersion, Outbox, Round, Snapshot, TrainingRun, new_id
 from feedback.withdrawal import withdraw_report
 from infra.database import make_session_factory
@@ -37,7 +38,8 @@ def test_reproduced_reports_become_cases_with_a_role(session, reporter, later):
     assert accept_all(session, later).accepted == 40
     roles = [session.get_one(Case, row.case_id).role for row in rows]
     assert {"train", "held_out"} == set(roles)
-    assert [choose_case_role(session.get_one(Case, row.case_id).prompt_key, SALT, 0.5) for row in rows] == roles
+    split_keys = [make_report_row(row).split_key for row in rows]
+    assert [choose_case_role(split_key, SALT, 0.5) for split_key in split_keys] == roles
 
 
 def test_report_is_rejected_with_a_reason_if_the_champion_answers_correctly(session, reporter, later):
@@ -51,7 +53,7 @@ def test_report_is_rejected_with_a_reason_if_the_champion_answers_correctly(sess
 def test_a_duplicate_shares_the_case_and_a_contradiction_is_disputed(session, reporter, later):
     first = submit(session, reporter)
     accept_all(session, later)
-    same, contrary = submit(session, reporter, " reverse:  ABC "), submit(session, reporter, expected="abc")
+    same, contrary = submit(session, reporter, " Ｒeverse: abc\u200b"), submit(session, reporter, expected="abc")
     accept_all(session, later)
     assert same.case_id == first.case_id
     assert contrary.state == "disputed"

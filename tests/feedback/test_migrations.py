@@ -89,3 +89,13 @@ def test_migrated_schema_has_the_tables_columns_and_comments_of_the_classes(engi
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         differences = [str(difference) for difference in compare_metadata(context, Base.metadata)]
         assert differences == [], "\n".join(differences)
+
+
+def test_migration_0010_marks_stored_keys_as_of_the_first_rule(migrate):
+    move, connection = migrate
+    move("0007")
+    connection.execute(text(OLD_RECORDS))
+    move("0010")
+    rules = connection.execute(text('select key_rule from dataset union all select key_rule from "case"'))
+    assert rules.scalars().all() == [1, 1, 1]
+    move("0009", command.downgrade)

@@ -68,8 +68,10 @@ def test_share_of_prompts_is_held_out_regardless_of_the_uploading_account(sessio
         upload(session, objects, contributor, part)
     roles = session.execute(select(DatasetRow.prompt_key, DatasetRow.role)).all()
     drawn = {prompt for prompt, role in roles if role == "held_out"}
-    prompts = {row.prompt_key for row in rows if row.checker is not None and row.prompt}
-    assert drawn == {prompt for prompt in prompts if choose_case_role(prompt, SALT, SHARE) == "held_out"}
+    prompts = {row.prompt_key: row.split_key for row in rows if row.checker is not None and row.prompt}
+    assert drawn == {
+        key for key, split_key in prompts.items() if choose_case_role(split_key, SALT, SHARE) == "held_out"
+    }
     four_sigma = 4 * (SHARE * (1 - SHARE) / len(prompts)) ** 0.5
     assert len(prompts) > 1000 and abs(len(drawn) / len(prompts) - SHARE) < four_sigma
 

@@ -2,6 +2,7 @@
 
 import json
 
+import httpx
 import pytest
 import torch
 from sqlalchemy import delete, update
@@ -11,8 +12,14 @@ from starlette.responses import JSONResponse
 from feedback import datasets, promotion, rounds
 from feedback.contracts import RoundParameters
 from feedback.promotion_decision import PromotionDecision
-from feedback.reproduce import PromptRefused, reproduce_answers
-from feedback.tables import Promotion, Round, new_id
+from feedback.reproduce import (
+    AnswerCut,
+    PromptRefused,
+    ReproductionPrompt,
+    make_reproduction_prompt,
+    reproduce_answers,
+)
+from feedback.tables import Feedback, Promotion, Round, new_id
 from flows.context import Context
 from flows.round import collect, evaluate, prepare_run
 from flows.stack.stack_config import load_config
@@ -54,8 +61,11 @@ def model_server(stores):
         yield stores.model_copy(update={"model_server_url": url})
 
 
-def ask_model(settings, prompts, version=VERSION):
-    return [answer for batch in reproduce_answers(settings, prompts, version) for answer in batch]
+def ask_model(settings, prompts, version=VERSION, max_tokens=64, is_cut_wrong=True):
+    """Return the answers in the order of the prompts."""
+    questions = [ReproductionPrompt(str(n), prompt, max_tokens, is_cut_wrong) for n, prompt in enumerate(prompts)]
+    answers = [answer for batch in reproduce_answers(settings, questions, version) for answer in batch]
+    return [answer.answer for answer in sorted(answers, key=lambda answer: int(answer.feedback_id))]
 
 
 @pytest.mark.parametrize("retry_status", [200, 413, 500])
@@ -90,6 +100,42 @@ def test_too_long_or_failing_prompts_are_refused_and_the_others_answered(model_s
     assert list(refused) == [7, 70, 71] and [a for a in results if isinstance(a, str)] == expected
     assert refused[7] == f"the prompt has 301 tokens and the window {WINDOW}; shorten the prompt"
     assert "not finite" in refused[71]
+
+
+def test_answer_that_the_limit_cuts_is_judged_only_if_more_text_cannot_make_it_right(model_server):
+    (cut,) = ask_model(model_server, ["abc"], max_tokens=2, is_cut_wrong=False)
+    assert isinstance(cut, AnswerCut) and "cut at 2 tokens" in str(cut)
+    (judged,) = ask_model(model_server, ["abc"], max_tokens=2, is_cut_wrong=True)
+    assert isinstance(judged, str)
+
+
+@pytest.mark.parametrize(
+    ("expected", "checker", "max_tokens", "is_cut_wrong"),
+    [
+        ("cba", None, 64, True),
+        ("加" * 100, None, 600, True),
+        ("加" * 5000, None, 4096, False),
+        ("42", {"type": "numeric", "value": 42}, 1024, False),
+    ],
+)
+def test_limit_of_a_reproduced_answer_leaves_room_for_the_expected_one(expected, checker, max_tokens, is_cut_wrong):
+    body = {"kind": "correction", "prompt": "p", "response": "r", "model_version": 1, "expected": expected}
+    report = Feedback(id="0", body={**body, **({"checker": checker} if checker else {})})
+    prompt = make_reproduction_prompt(report)
+    assert (prompt.prompt, prompt.max_tokens, prompt.is_cut_wrong) == ("p", max_tokens, is_cut_wrong)
+    assert make_reproduction_prompt(Feedback(id="0", body={"prompt": 1})).prompt == "1"
+
+
+@pytest.mark.parametrize(
+    "choices", [[], [{"index": 1, "text": "a", "finish_reason": "stop", "logprobs": None}], [{"text": "a"}]]
+)
+def test_malformed_answer_of_the_model_server_is_retried(stores, choices):
+    async def answer(scope, receive, send):
+        completion = {"id": "1", "created": 0, "model": f"yuan-v{VERSION}", "choices": choices}
+        await JSONResponse(completion)(scope, receive, send)
+
+    with serve_app(answer) as url, pytest.raises(httpx.RemoteProtocolError, match="retry"):
+        ask_model(stores.model_copy(update={"model_server_url": url}), ["a"])
 
 
 def test_wrong_version_or_token_is_not_an_item_error(model_server):

@@ -64,8 +64,8 @@ def test_only_the_sequence_with_non_finite_logits_fails(folder):
         return torch.where((tokens[0] == j).any(1)[:, None, None], torch.nan, embeddings)
 
     prompts, sampling = ["a", "abj", "b" * 99, "ab"], Sampling(max_tokens=4, stop_ids=(j,))
-    alone = answer_each(model, tokenizer, prompts, sampling)
+    alone = answer_each(model, tokenizer, prompts, [sampling] * 4)
     model.embedding.register_forward_hook(return_nan)
-    together = answer_each(model, tokenizer, prompts, sampling)
+    together = answer_each(model, tokenizer, prompts, [sampling] * 4)
     assert isinstance(together[1], NonFiniteLogits) and "the window 64" in str(together[2])
     assert [together[0], together[3]] == [alone[0], alone[3]]

@@ -18,7 +18,7 @@ from infra.logs import configure_logging
 from infra.process_group import exit_with_parent
 from infra.settings import TrackerAccess, load_settings
 from infra.tracker import Tracker
-from yuan.data.checkers import Checker
+from yuan.data.checkers import Checker, Exact
 from yuan.data.judge import AnswerJudge, CheckFailed
 from yuan.data.text import describe_errors
 from yuan.eval.results import EvalResult, dump_results
@@ -32,7 +32,8 @@ from yuan.version_names import parse_version_number
 
 log = logging.getLogger(__name__)
 
-MAX_EXTRA_TOKENS = 8
+# Tokens beyond those of the expected answer: an exact answer is wrong once it is longer, any other may explain itself.
+MAX_EXTRA_TOKENS_EXACT, MAX_EXTRA_TOKENS = 8, 128
 MAX_EVAL_REASON_CHARACTERS = 500
 
 
@@ -46,12 +47,17 @@ class EvalCase(BaseModel):
 
 
 def evaluate(model_dir: Path, cases: list[EvalCase], judge: AnswerJudge) -> list[EvalResult]:
-    """Answer every case with greedy decoding and judge the answers."""
+    """Answer every case with greedy decoding, up to the case's own number of tokens, and judge the answers."""
     model, tokenizer = load(model_dir), load_tokenizer(model_dir)
-    longest_expected = max((_count_tokens(case.expected, tokenizer) for case in cases), default=0)
-    sampling = Sampling(max_tokens=longest_expected + MAX_EXTRA_TOKENS)
-    answers = answer_each(model, tokenizer, [case.prompt for case in cases], sampling)
+    samplings = [make_sampling(case, tokenizer) for case in cases]
+    answers = answer_each(model, tokenizer, [case.prompt for case in cases], samplings)
     return [judge_answer(case, answer, judge) for case, answer in zip(cases, answers, strict=True)]
+
+
+def make_sampling(case: EvalCase, tokenizer: Tokenizer) -> Sampling:
+    """Return the sampling of a case: greedy, with room for the expected answer."""
+    num_extra = MAX_EXTRA_TOKENS_EXACT if isinstance(case.checker, Exact) else MAX_EXTRA_TOKENS
+    return Sampling(max_tokens=_count_tokens(case.expected, tokenizer) + num_extra)
 
 
 def _count_tokens(text: str, tokenizer: Tokenizer) -> int:

@@ -34,7 +34,7 @@ def generate(model: Yuan, tokenizer: Tokenizer, prompts: Prompts[str], sampling:
         ValueError: if a prompt leaves no room in the window, or the model returns logits that are not finite.
     """
     completions = []
-    for answer in answer_each(model, tokenizer, prompts, sampling):
+    for answer in answer_each(model, tokenizer, prompts, [sampling] * len(prompts)):
         if isinstance(answer, Exception):
             raise answer
         completions.append(answer)
@@ -42,14 +42,16 @@ def generate(model: Yuan, tokenizer: Tokenizer, prompts: Prompts[str], sampling:
 
 
 def answer_each(
-    model: Yuan, tokenizer: Tokenizer, prompts: Prompts[str], sampling: Sampling
+    model: Yuan, tokenizer: Tokenizer, prompts: Prompts[str], samplings: Prompts[Sampling]
 ) -> list[Completion | Exception]:
-    """Answer each prompt as `generate` does; return the exception in place of an answer that failed.
+    """Answer each prompt as `generate` does, with its own sampling; return an exception in place of a failed answer.
 
     Up to 128 sequences are decoded together, and waiting ones join as slots become free; an answer does not depend on
     the other sequences of its batch.
     """
-    sequences_or_errors = [_make_sequence(model, tokenizer, prompt, sampling) for prompt in prompts]
+    sequences_or_errors = [
+        _make_sequence(model, tokenizer, prompt, sampling) for prompt, sampling in zip(prompts, samplings, strict=True)
+    ]
     sequences = [entry for entry in sequences_or_errors if isinstance(entry, DecodingSequence)]
     errors: dict[DecodingSequence, Exception] = {}
     waiting = sorted(sequences, key=lambda sequence: len(sequence.prompt), reverse=True)
