@@ -16,6 +16,8 @@ SPECIAL_TOKENS = (
     *("<commit_before>", "<commit_msg>", "<commit_after>"),
     *("<jupyter_start>", "<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<empty_output>"),
 )
+SPACE_MARK = "\u2581"  # how SentencePiece writes a space within a piece
+UNKNOWN_TEXT = " \u2047 "  # what SentencePiece decodes its unknown token to
 TOKENIZER_MODEL_FILE = "tokenizer.model"
 EMBEDDING_ROWS_MULTIPLE = 128  # the published vocabulary is padded to a multiple of this
 PieceKind = Literal["char", "bpe"]
@@ -26,7 +28,8 @@ class Tokenizer:
 
     Special tokens that are pieces of the model keep their ids; the others get ids after the last piece, as in the
     official code. Encoding text never yields a special token: `<sep>` in a prompt is encoded as its characters, not as
-    the separator. Decoding never writes special tokens or unused embedding rows into text.
+    the separator. Decoding never writes special tokens or unused embedding rows into text. SentencePiece writes spaces
+    as U+2581 inside, so that character, a block that hardly any text has, is decoded as a space.
 
     Attributes:
         special: the id of each special token.
@@ -37,6 +40,8 @@ class Tokenizer:
 
     def __init__(self, model: bytes) -> None:
         self.model = model
+        if not model:
+            raise ValueError("the SentencePiece model is empty; fetch it again")
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
@@ -52,6 +57,9 @@ class Tokenizer:
             self.special[token] = piece_id if is_piece else self.num_pieces + num_appended
         self.eod, self.sep, self.pad = (self.special[token] for token in (EOD, SEP, PAD))
         self._special_ids = set(self.special.values())
+        self._appended_names = {
+            token_id: name for name, token_id in self.special.items() if token_id >= self.num_pieces
+        }
 
     def __len__(self) -> int:
         return max(self.num_pieces, 1 + max(self.special.values()))
@@ -77,12 +85,37 @@ class Tokenizer:
         return safe_ids
 
     def _spell(self, token_id: int) -> list[int]:
-        """Encode the name of a special token, found in text, character by character."""
-        return [int(self._pieces.piece_to_id(letter)) for letter in self._pieces.id_to_piece(token_id)]
+        """Encode the name of a special token, found in text, by characters, and characters without a piece by bytes."""
+        ids: list[int] = []
+        for letter in self._pieces.id_to_piece(token_id):
+            letter_id = int(self._pieces.piece_to_id(letter))
+            is_piece = letter_id != self._pieces.unk_id()
+            ids += [letter_id] if is_piece else [self._get_byte_id(byte) for byte in letter.encode()]
+        return ids
+
+    def _get_byte_id(self, byte: int) -> int:
+        return int(self._pieces.piece_to_id(f"<0x{byte:02X}>"))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, without special tokens and unused embedding rows."""
-        return str(self._pieces.decode([n for n in ids if n < self.num_pieces and n not in self._special_ids]))
+        text = self._pieces.decode([n for n in ids if n < self.num_pieces and n not in self._special_ids])
+        return str(text).replace(SPACE_MARK, " ")  # a model without a piece for the space spells its mark in bytes
+
+    def get_token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of a token alone: one for a byte piece, a leading space too; none for a special token."""
+        if token_id == self._pieces.unk_id():
+            return UNKNOWN_TEXT.encode()
+        if token_id >= self.num_pieces or token_id in self._special_ids or self._pieces.is_control(token_id):
+            return b""
+        if self._pieces.is_byte(token_id):
+            return bytes([int(self._pieces.id_to_piece(token_id)[3:5], 16)])
+        return str(self._pieces.id_to_piece(token_id)).replace(SPACE_MARK, " ").encode()
+
+    def get_token_name(self, token_id: int) -> str:
+        """Return a name of a token without text: a special token's own, `token_id:5` for an unused embedding row."""
+        is_piece = token_id < self.num_pieces
+        name = self._pieces.id_to_piece(token_id) if is_piece else self._appended_names.get(token_id)
+        return str(name) if name else f"token_id:{token_id}"
 
     def check_fits(self, vocab_size: int) -> None:
         """Check that the tokenizer fits a model's embedding.
@@ -106,9 +139,13 @@ def load(folder: Path) -> Tokenizer:
         ValueError: if the file is missing, or lacks a special token.
     """
     try:
-        return Tokenizer((folder / TOKENIZER_MODEL_FILE).read_bytes())
+        model = (folder / TOKENIZER_MODEL_FILE).read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {TOKENIZER_MODEL_FILE}; put the model's tokenizer there") from None
+    try:
+        return Tokenizer(model)
+    except ValueError as error:
+        raise ValueError(f"{folder / TOKENIZER_MODEL_FILE}: {error}") from None
 
 
 def train(texts: Iterable[str], *, vocab_size: int, pieces: PieceKind = "char") -> Tokenizer:

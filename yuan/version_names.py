@@ -3,6 +3,7 @@
 import re
 
 MAX_VERSION_DIGITS = 9  # so that the number fits a column of 32 bits
+SERVED_MODEL_NAME = "yuan"  # whatever version is in service
 MODEL_NAME_PREFIX = "yuan-v"
 
 

@@ -13,6 +13,7 @@ from feedback.api.access import Transactions, UploadLimiter
 from feedback.api.errors import (
     COMMON_ERROR_STATUSES,
     BodyLimitMiddleware,
+    HeadMiddleware,
     InternalErrorMiddleware,
     add_error_handlers,
     document_errors,
@@ -68,6 +69,7 @@ def make_app(settings: PortalSettings, engine: Engine, objects: ObjectStore) -> 
     app.add_middleware(
         BodyLimitMiddleware, limits={"/api/v1/datasets": settings.max_upload_bytes}, default=settings.max_report_bytes
     )
+    app.add_middleware(HeadMiddleware)
     app.add_middleware(InternalErrorMiddleware)  # added last, so it wraps all others
 
     @app.get("/health", include_in_schema=False)

@@ -131,7 +131,8 @@ def find_allowed_methods(request: Request) -> str:
     """Return the methods that the routes of the request's path allow, as an Allow header."""
     routes = request.app.router.routes
     scopes = [(method, {**request.scope, "method": method}) for method in HTTP_METHODS]
-    return ", ".join(method for method, scope in scopes if any(r.matches(scope)[0] == Match.FULL for r in routes))
+    allowed = {method for method, scope in scopes if any(r.matches(scope)[0] == Match.FULL for r in routes)}
+    return ", ".join(sorted(allowed | ({"HEAD"} if "GET" in allowed else set())))
 
 
 class InternalErrorMiddleware:
@@ -169,6 +170,23 @@ class InternalErrorMiddleware:
             )
             message = "the portal failed, nothing was changed; tell the operator, the error is in the portal's log"
             await make_error_response(500, "internal", message)(scope, receive, send)
+
+
+class HeadMiddleware:
+    """Respond to HEAD as to GET, without the body; FastAPI's routes do not take HEAD by themselves."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_without_body(event: Any) -> None:
+            await send({**event, "body": b""} if event["type"] == "http.response.body" else event)
+
+        await self._app({**scope, "method": "GET"}, receive, send_without_body)
 
 
 class BodyLimitMiddleware:

@@ -5,11 +5,12 @@ import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Annotated, Any
+from urllib.parse import quote
 
 import anyio
 import httpx
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Path, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
@@ -22,7 +23,7 @@ from feedback.api.access import (
     Transactions,
     require_known_query_without_session,
 )
-from feedback.api.errors import STORE_UNAVAILABLE_ERRORS, ModelServerUnavailable
+from feedback.api.errors import STORE_UNAVAILABLE_ERRORS, ModelServerUnavailable, document_errors
 from feedback.tables import new_id
 from yuan.data.text import make_storable
 from yuan.serve.disconnect import run_until_disconnect
@@ -36,7 +37,7 @@ router = APIRouter(
 log = logging.getLogger(__name__)
 
 FORWARDED_HEADERS = ("x-yuan-version", "retry-after")
-SSE_DATA_PREFIX, SSE_DONE_LINE = b"data: ", b"data: [DONE]"
+SSE_DATA_PREFIX, SSE_DONE_LINE, SSE_ERROR_PREFIX = b"data: ", b"data: [DONE]", b'data: {"error"'
 RESPONSE_STORE_ERRORS = (*STORE_UNAVAILABLE_ERRORS, PortalBusy)
 # Limits for a caller to read the next event, and to read the whole stream; generation itself ends within 110 s. A
 # stream holds one of the portal's connections to the model server, which buffers unread events in memory.
@@ -54,6 +55,17 @@ STREAMING_RESPONSES: dict[int | str, CompletionJson] = {
 async def models(call: Request, account: CurrentAccount) -> Response:
     """List the models in service."""
     upstream = await _request_model_server(call, "GET", "/v1/models")
+    return _relay_response(upstream, await _read_json_body(upstream))
+
+
+@router.get("/models/{name:path}", responses=document_errors(404))
+async def get_model(
+    name: Annotated[str, Path(max_length=200, description="yuan, or yuan-v7 for that version")],
+    call: Request,
+    account: CurrentAccount,
+) -> Response:
+    """Describe a model in service."""
+    upstream = await _request_model_server(call, "GET", f"/v1/models/{quote(name, safe='')}")
     return _relay_response(upstream, await _read_json_body(upstream))
 
 
@@ -119,7 +131,9 @@ class RecordedStream(StreamingResponse):
 
     async def _forward_events(self) -> AsyncIterator[bytes]:
         try:
+            has_ended = False
             async for line in _read_lines(self._upstream):
+                has_ended = has_ended or line == SSE_DONE_LINE or line.startswith(SSE_ERROR_PREFIX)
                 if line == SSE_DONE_LINE:  # the caller may report the response as soon as it reads this
                     await self._recorder.store_responses()
                 if line.startswith(SSE_DATA_PREFIX) and line != SSE_DONE_LINE:
@@ -127,6 +141,8 @@ class RecordedStream(StreamingResponse):
                     line = SSE_DATA_PREFIX + json.dumps(self._recorder.record_choices(data)).encode()
                 if line:
                     yield line + b"\n\n"
+            if not has_ended:
+                raise ModelServerUnavailable("the model server ended the answer early; retry")
         except (httpx.RequestError, ModelServerUnavailable) as error:
             with contextlib.suppress(*RESPONSE_STORE_ERRORS):  # the text before the error may be reported too
                 await self._recorder.store_responses()

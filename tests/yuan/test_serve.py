@@ -113,7 +113,7 @@ def test_model_version_is_in_a_response_header(http, served_model):
         ({"prompt": "a", "n": 100, "max_tokens": 0}, 422, "greater than or equal to 1"),
         ({"prompt": ["a", "b"], "n": 100}, 400, "at most 128 choices"),
         ({"prompt": "a", "presence_penalty": 1}, 422, "presence_penalty is not supported"),
-        ({"prompt": "a", "best_of": 2}, 422, "best_of is not supported"),
+        ({"prompt": "a", "best_of": 2}, 422, "must equal n, which is 1"),
         ({"prompt": []}, 422, ""),
         ({"prompt": "a", "echo": True}, 422, "echo is not supported"),
         ({"prompt": "a", "temperature": "warm"}, 422, "number"),

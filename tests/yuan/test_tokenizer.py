@@ -69,3 +69,24 @@ def test_invalid_or_missing_tokenizer_model_is_refused(tmp_path):
 
 def test_training_twice_gives_the_same_bytes(own_tokenizer):
     assert tokenizers.train(["What is 12 plus 34? 加减乘除"], vocab_size=512).model == own_tokenizer.model
+
+
+@pytest.mark.parametrize("text", ["a  b", " <sep> <eod>x", "\u2581a", "é\n"])
+def test_text_round_trips_with_a_tokenizer_that_has_no_piece_for_space_or_latin_letters(text):
+    tokenizer = tokenizers.train(["一二三四五六七八九十加减" * 3], vocab_size=400)
+    ids = tokenizer.encode(text)
+    assert set(ids).isdisjoint({*tokenizer.special.values(), 0}), "0 is the unknown piece"
+    assert tokenizer.decode(ids) == text.replace(tokenizers.SPACE_MARK, " ")
+
+
+@pytest.mark.parametrize("fixture", ["own_tokenizer", "published_tokenizer"])
+def test_bytes_of_single_tokens_add_up_to_the_text(fixture, request):
+    tokenizer = request.getfixturevalue(fixture)
+    text = "is 12 plus 34?\n加减 𝄞 é"
+    joined = b"".join(map(tokenizer.get_token_bytes, tokenizer.encode(text))).decode()
+    assert joined.removeprefix(" ") == text  # the published tokenizer starts each part with a space
+    for token_id, name in (
+        (tokenizer.sep, "<sep>"),
+        (tokenizer.padded_size - 1, f"token_id:{tokenizer.padded_size - 1}"),
+    ):
+        assert (tokenizer.get_token_bytes(token_id), tokenizer.get_token_name(token_id)) == (b"", name)

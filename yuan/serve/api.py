@@ -1,6 +1,7 @@
 """The OpenAI API of the model in service. Internal: only the portal has its token."""
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -22,6 +23,7 @@ from yuan.serve.request import (
     DecodingFailed,
     EngineStopped,
     GenerationRequest,
+    ModelNotServed,
     QueueFull,
     ServedModel,
 )
@@ -50,8 +52,13 @@ def make_api(token: str, service: ModelService) -> FastAPI:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         served = service.served
-        data = [{"id": "yuan", "object": "model", "owned_by": "cotrain", "version": served.version}] if served else []
-        return {"object": "list", "data": data}
+        return {"object": "list", "data": [describe_model(served, name) for name in served.names] if served else []}
+
+    @app.get("/v1/models/{name:path}")
+    async def get_model(name: str) -> dict[str, Any]:
+        served = service.get_served()
+        served.check_name(name)
+        return describe_model(served, name)
 
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
@@ -59,9 +66,7 @@ def make_api(token: str, service: ModelService) -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(form: CompletionIn, call: Call) -> Response:
-        listener = AnswerReceiver(
-            service, build_sampling(form, form.logprobs), num_choices=form.n, caller=get_caller(call)
-        )
+        listener = AnswerReceiver(service, build_sampling(form, form.logprobs), form, caller=get_caller(call))
         listener.submit(lambda served: form.prompts(served.tokenizer))
         formatter = CompletionFormatter(listener.version, listener.tokenizer, with_logprobs=form.logprobs is not None)
         return await respond(listener, formatter, form, call)
@@ -70,13 +75,25 @@ def make_api(token: str, service: ModelService) -> FastAPI:
     async def chat(form: ChatIn, call: Call) -> Response:
         max_tokens = form.max_completion_tokens or form.max_tokens
         sampling = build_sampling(form, form.top_logprobs if form.logprobs else None, max_tokens=max_tokens)
-        listener = AnswerReceiver(service, sampling, num_choices=form.n, caller=get_caller(call))
+        listener = AnswerReceiver(service, sampling, form, caller=get_caller(call))
         listener.submit(lambda served: [[*served.tokenizer.encode(form.prompt()), served.tokenizer.sep]])
         formatter = ChatFormatter(listener.version, listener.tokenizer, with_logprobs=form.logprobs)
         return await respond(listener, formatter, form, call)
 
     _add_error_handlers(app, service)
     return app
+
+
+def describe_model(served: ServedModel, name: str) -> dict[str, Any]:
+    """Return the model in service as a list of models describes it; `created` is when it was loaded."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": served.since,
+        "owned_by": "cotrain",
+        "version": served.version,
+        "context_length": served.model.config.seq_len,
+    }
 
 
 def get_caller(call: Call) -> str:
@@ -92,7 +109,7 @@ def build_sampling(form: CompletionIn | ChatIn, logprobs: int | None, **changes:
         "top_k": form.top_k,
         "top_p": form.top_p,
         "repetition_penalty": form.repetition_penalty,
-        "seed": form.seed,
+        "seed": secrets.randbits(62) if form.seed is None else form.seed,
         "stop": (form.stop,) if isinstance(form.stop, str) else tuple(form.stop or ()),
         "stop_ids": tuple(form.stop_token_ids),
         "logprobs": logprobs,
@@ -103,11 +120,11 @@ def build_sampling(form: CompletionIn | ChatIn, logprobs: int | None, **changes:
 class AnswerReceiver:
     """Receive the pieces of one call's answer: pass them from the engine's thread to this event loop."""
 
-    def __init__(self, service: ModelService, sampling: Sampling, *, num_choices: int, caller: str) -> None:
+    def __init__(self, service: ModelService, sampling: Sampling, form: CompletionIn | ChatIn, *, caller: str) -> None:
         self.metrics = service.metrics
         self._service = service
         self._sampling = sampling
-        self._num_choices = num_choices
+        self._requested_model, self._num_choices = form.model, form.n
         self._caller = caller
         self._pieces: asyncio.Queue[AnswerPiece | Exception] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
@@ -116,10 +133,11 @@ class AnswerReceiver:
         """Queue the prompts for the model in service.
 
         Raises:
-            NoModelInService, QueueFull, EngineStopped, ValueError: see `ModelService.submit`.
+            NoModelInService, ModelNotServed, QueueFull, EngineStopped, ValueError: see `ModelService.submit`.
         """
 
         def make_request(served: ServedModel) -> GenerationRequest:
+            served.check_name(self._requested_model)
             prompts = get_prompts(served)
             if len(prompts) * self._num_choices > MAX_CHOICES:
                 raise ValueError(
@@ -228,6 +246,8 @@ def _describe_error(error: Exception) -> tuple[int, str, str]:
         return 503, "unavailable", str(error)
     if isinstance(error, NonFiniteLogits | DecodingFailed):
         return 500, "internal", str(error)
+    if isinstance(error, ModelNotServed):
+        return 404, "not_found", str(error)
     if isinstance(error, ValueError):
         return 400, "invalid", str(error)
     return 500, "internal", "internal error; the reason is in the model server's log"

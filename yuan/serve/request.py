@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from yuan.data.text import make_printable
 from yuan.generate.sampling import ChosenToken, Sampling
 from yuan.generate.sequence import DecodingSequence
 from yuan.model.transformer import Yuan
 from yuan.tokenizer import Tokenizer
+from yuan.version_names import SERVED_MODEL_NAME, format_model_name
 
 
 class QueueFull(RuntimeError):
@@ -24,6 +26,17 @@ class NoModelInService(LookupError):
     def __init__(self, message: str, retry_after_s: int | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class ModelNotServed(ValueError):
+    """Report a request for a model that is not in service; a version asked for by name is answered by no other."""
+
+    def __init__(self, requested: str, served_version: int) -> None:
+        served = format_model_name(served_version)
+        super().__init__(
+            f"there is no model {make_printable(requested)!r} here; use {SERVED_MODEL_NAME}, or {served} by its name"
+        )
+        self.param = "model"
 
 
 class UnknownTokenIds(ValueError):
@@ -51,11 +64,30 @@ class EngineStopped(RuntimeError):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model in service and its version."""
+    """A model in service.
+
+    Attributes:
+        since: when it was loaded, in seconds since the epoch.
+    """
 
     model: Yuan
     tokenizer: Tokenizer
     version: int
+    since: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Return the names under which a request may ask for it."""
+        return SERVED_MODEL_NAME, format_model_name(self.version)
+
+    def check_name(self, requested: str) -> None:
+        """Check that a request's model is this one.
+
+        Raises:
+            ModelNotServed: if it is not.
+        """
+        if requested not in self.names:
+            raise ModelNotServed(requested, self.version)
 
 
 @dataclass(frozen=True)

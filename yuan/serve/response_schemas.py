@@ -61,11 +61,11 @@ class TextCompletion(AnswerEnvelope):
 
 
 class TokenAlternative(ResponseSchema):
-    """A token that is possible at a position of a chat answer; `bytes` are those of its text in UTF-8."""
+    """A token that is possible at a position of a chat answer; `bytes` may be part of a character, or null."""
 
     token: str
     logprob: float | None
-    bytes: tuple[int, ...]
+    bytes: tuple[int, ...] | None
 
 
 class ChatTokenLogprob(TokenAlternative):

@@ -6,10 +6,11 @@ Portal and model server validate with the same schemas; the portal has no torch,
 import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from yuan.data.text import TextRule, find_unstorable, make_rule_error
+from yuan.data.text import TextRule, find_unstorable, make_printable, make_rule_error
 from yuan.generate.limits import MAX_LOGPROBS, MAX_TOP_K
+from yuan.version_names import SERVED_MODEL_NAME
 
 if TYPE_CHECKING:
     from yuan.tokenizer import Tokenizer
@@ -94,31 +95,66 @@ PromptText = Annotated[str, TextRule(MAX_PROMPT_CHARS)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(strict=True, ge=0, le=MAX_TOKEN_ID)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-# Fields of OpenAI's API that are not supported, each with the value that has no effect and is accepted.
+# Fields that change no answer: their values are not looked at.
+IGNORED_FIELDS = frozenset(
+    ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+)
+# Fields of OpenAI's API and of servers like it that are not supported, with the value that has no effect, which clients
+# send; any other value is refused, and so is any field that is in no table here.
 UNSUPPORTED_FIELDS: dict[str, Any] = {
     "frequency_penalty": 0,
     "presence_penalty": 0,
     "logit_bias": {},
-    "tools": [],
-    "functions": [],
     "response_format": {"type": "text"},
-    "best_of": 1,
+    "modalities": ["text"],
+    "tools": [],
+    "tool_choice": "none",
+    "parallel_tool_calls": True,
+    "functions": [],
+    "function_call": "none",
     "echo": False,
+    "suffix": "",
+    "min_p": 0,
+    "min_tokens": 0,
+    "ignore_eos": False,
+    "skip_special_tokens": True,
 }
 
 
+def _has_no_effect(value: object, neutral: object) -> bool:
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+
+
 class StreamOptions(BaseModel):
+    """Hold the options of a stream; `include_obfuscation` pads OpenAI's events, and has no effect here."""
+
+    model_config = ConfigDict(extra="forbid")
+
     include_usage: bool = Field(default=False, strict=True)
+    include_obfuscation: bool = Field(default=False, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_null_fields(cls, data: Any) -> Any:
+        return _drop_nulls(data)
+
+
+def _drop_nulls(data: Any) -> Any:
+    return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
 class DecodingFields(BaseModel):
     """The fields of both routes.
 
-    Unknown fields are ignored, as clients send many; unsupported fields that would change the answer are rejected. The
-    default temperature is 0, unlike OpenAI's, so that answers are reproducible.
+    `null` means the default. Fields that change no answer are ignored; a field that would change it and is not offered
+    is refused, known or not. The default temperature is 0, unlike OpenAI's, so that answers are reproducible.
     """
 
-    model: str = "yuan"
+    model_config = ConfigDict(extra="forbid")
+
+    model: Annotated[str, Field(strict=True, max_length=200)] = Field(
+        default=SERVED_MODEL_NAME, description="yuan, or yuan-v7 for that version only"
+    )
     max_tokens: int = Field(default=64, ge=1, le=MAX_COMPLETION_TOKENS, strict=True)
     temperature: float = Field(
         default=0.0,
@@ -138,19 +174,33 @@ class DecodingFields(BaseModel):
     ] = None
     stop_token_ids: list[TokenId] = Field(default=[], max_length=16, description="not OpenAI's")
     n: int = Field(default=1, ge=1, le=MAX_CHOICES, strict=True)
-    seed: int = Field(default=0, ge=-(2**63), le=2**63 - 1, strict=True)
+    best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES, strict=True, description="must equal n")
+    seed: int | None = Field(
+        default=None, ge=-(2**63), le=2**63 - 1, strict=True, description="without it, sampled answers differ"
+    )
     stream: bool = Field(default=False, strict=True)
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions | None = Field(default=None, description="only with stream")
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unsupported_fields(cls, data: Any) -> Any:
-        for name, neutral in UNSUPPORTED_FIELDS.items():
-            value = data.get(name) if isinstance(data, dict) else None
-            is_neutral = value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
-            if value is not None and not is_neutral:
-                raise make_rule_error(name, f"{name} is not supported by this server; leave it out")
-        return data
+    def _drop_fields_without_effect(cls, data: Any) -> Any:
+        """Drop null and ignored fields, and refuse the others that this route does not have."""
+        if not isinstance(data, dict):
+            return data
+        kept = {name: value for name, value in data.items() if value is not None and name not in IGNORED_FIELDS}
+        for name in [name for name in kept if name not in cls.model_fields]:
+            if name not in UNSUPPORTED_FIELDS or not _has_no_effect(kept[name], UNSUPPORTED_FIELDS[name]):
+                raise make_rule_error(name, f"{make_printable(name)} is not supported by this route; leave it out")
+            del kept[name]
+        return kept
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> "DecodingFields":
+        if self.best_of not in (None, self.n):
+            raise make_rule_error("best_of", f"must equal n, which is {self.n}; leave it out")
+        if self.stream_options is not None and not self.stream:
+            raise make_rule_error("stream_options", "is for streams only; set stream to true or leave it out")
+        return self
 
 
 class CompletionIn(DecodingFields):
@@ -188,6 +238,8 @@ class CompletionIn(DecodingFields):
 
 
 class Part(BaseModel):
+    """Hold one text part of a message's content."""
+
     type: Literal["text"]
     text: str
 
@@ -196,9 +248,36 @@ def join_text_parts(content: str | list[Part]) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
+# Fields that a message from an earlier answer has, with the values that have no effect; `name` is never looked at.
+UNSUPPORTED_MESSAGE_FIELDS: dict[str, Any] = {"tool_calls": [], "function_call": {}, "annotations": [], "audio": {}}
+
+
 class Message(BaseModel):
+    """Hold one message of a conversation; an earlier answer may have no content, as answers with tool calls have."""
+
+    model_config = ConfigDict(extra="forbid")
+
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str | list[Part], BeforeValidator(check_content)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_fields_without_effect(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if data.get("role") in ("tool", "function"):
+            raise make_rule_error(
+                "role", "messages of tools are not supported; write their results as a user's message"
+            )
+        kept = {name: value for name, value in data.items() if value is not None and name not in ("name", "refusal")}
+        if "content" in data and "content" not in kept:
+            kept["content"] = "" if data.get("role") == "assistant" else None
+        for name in [name for name in kept if name not in cls.model_fields]:
+            neutral = UNSUPPORTED_MESSAGE_FIELDS.get(name)
+            if neutral is None or not _has_no_effect(kept[name], neutral):
+                raise make_rule_error(name, f"{make_printable(name)} of a message is not supported; leave it out")
+            del kept[name]
+        return kept
 
     @property
     def text(self) -> str:
@@ -212,6 +291,12 @@ class ChatIn(DecodingFields):
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_COMPLETION_TOKENS, strict=True)
     logprobs: bool = Field(default=False, strict=True)
     top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS, strict=True)
+
+    @model_validator(mode="after")
+    def _check_top_logprobs(self) -> "ChatIn":
+        if self.top_logprobs and not self.logprobs:
+            raise make_rule_error("top_logprobs", "needs logprobs to be true; set it or leave top_logprobs out")
+        return self
 
     @model_validator(mode="after")
     def _refuse_blank_question(self) -> "ChatIn":

@@ -60,11 +60,22 @@ class ModelService:
         engines = [*self._draining, self.engine] if self.engine else []
         return next((fault for engine in engines if (fault := engine.fault())), None)
 
+    def get_served(self) -> ServedModel:
+        """Return the model in service.
+
+        Raises:
+            NoModelInService: if there is none.
+        """
+        if self.engine is None:
+            raise NoModelInService(self.absence_reason.message, self.absence_reason.retry_after_s)
+        return self.engine.served
+
     def submit(self, make_request: Callable[[ServedModel], GenerationRequest]) -> GenerationRequest:
         """Make a request for the model in service and queue it there.
 
         Raises:
             NoModelInService: if no model is in service.
+            ModelNotServed: if the request asks for another model.
             EngineStopped: if the engine has stopped.
             QueueFull: if too many sequences wait.
             ValueError: if a prompt does not fit.
