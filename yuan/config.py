@@ -9,6 +9,7 @@ Precision = Literal["fp32", "bf16"]
 LocalFilterKind = Literal["two_convs_norm", "two_convs", "conv7", "conv3", "conv2", "conv1", "none"]
 T = TypeVar("T")
 
+MAX_MODEL_SIZE = 2**24  # of a width, length or number of layers; sums and products of sizes fit 64 bits
 MODEL_CONFIG_FILE = "config.json"  # of a model folder
 
 
@@ -42,10 +43,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in ("num_layers", "hidden_size", "num_heads", "vocab_size", "seq_len"):
-            if getattr(self, field) < 1:
-                raise ValueError(
-                    f"{field} must be at least 1, got {getattr(self, field)}; write a whole number above 0"
-                )
+            value = getattr(self, field)
+            if type(value) is not int or not 1 <= value <= MAX_MODEL_SIZE:
+                raise ValueError(f"{field} must be an integer from 1 to {MAX_MODEL_SIZE:,}, got {value!r}; correct it")
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(
                 "hidden_size must be an even multiple of num_heads, so that rotary halves exist, "
@@ -58,10 +58,10 @@ class ModelConfig:
                     f"leave it out for {getattr(ModelConfig, field)}"
                 )
         for field in ("norm_eps", "rope_base"):
-            if not getattr(self, field) > 0:
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(
-                    f"{field} must be positive, got {getattr(self, field)}; "
-                    f"leave it out for {getattr(ModelConfig, field)}"
+                    f"{field} must be a positive number, got {value!r}; leave it out for {getattr(ModelConfig, field)}"
                 )
 
     @property

@@ -51,6 +51,15 @@ def open_folder(root: Path, name: str = ".") -> Iterator[int]:
         os.close(descriptor)
 
 
+def is_plain_file_name(name: object) -> bool:
+    """Return True if a name is that of a file in the same folder: without separators, and not `..`.
+
+    >>> is_plain_file_name("model.safetensors"), is_plain_file_name("../x"), is_plain_file_name("..")
+    (True, False, False)
+    """
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
 def open_file(root: Path, name: str, flags: int = os.O_RDONLY) -> int:
     """Open a regular file below a trusted folder and return its descriptor.
 

@@ -67,11 +67,15 @@ def import_(
     out: Annotated[Path, typer.Option(help="folder to write; must be empty or new")],
     format: ModelFormatOption = "hf",
     dtype: WeightsDtypeOption = None,
+    rope_precision: Annotated[
+        Literal["bf16", "fp32"] | None,
+        typer.Option(help="of the rotary angles in training; default: config.json's, else that of the weights"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Convert published weights, safetensors or pickles, to a model folder; no code in them is executed."""
     with explain_errors():
-        manifest = import_hf(folder, out, dtype=dtype)
+        manifest = import_hf(folder, out, dtype=dtype, rope_precision=rope_precision)
         text = f"wrote {out}; next: cotrain generate {out} --prompt ..."
         show({"out": str(out), **manifest.to_json()}, text, as_json)
 

@@ -147,8 +147,8 @@ def write_published(published_folder, tmp_path):
     """Make a published folder with one weights file, and a function that writes changed tensors into it."""
     (tmp_path / "config.json").write_bytes((published_folder / "config.json").read_bytes())
 
-    def write(**changes):
-        tensors = load_hf_tensors(published_folder) | changes
+    def write(cast=torch.float32, **changes):
+        tensors = {name: tensor.to(cast) for name, tensor in load_hf_tensors(published_folder).items()} | changes
         save_file({n: t.contiguous() for n, t in tensors.items() if t is not None}, tmp_path / "model.safetensors")
         return tmp_path
 
@@ -201,12 +201,147 @@ def test_unsupported_model_config_is_refused(published_folder, tmp_path, change,
         read_hf_config(tmp_path)
 
 
-def test_published_config_defaults_to_the_official_bf16_rope(published_folder, tmp_path):
-    data = json.loads((published_folder / "config.json").read_text())
-    for ours in ("rope_precision", "local_filter", "name"):
-        del data[ours]
-    (tmp_path / "config.json").write_text(json.dumps(data))
-    assert read_hf_config(tmp_path).rope_precision == "bf16"
+def drop_own_fields(folder):
+    """Make config.json that of other software, without the fields that only this platform writes."""
+    data = json.loads((folder / "config.json").read_text())
+    kept = {name: value for name, value in data.items() if name not in ("rope_precision", "local_filter", "name")}
+    (folder / "config.json").write_text(json.dumps(kept))
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "requested", "expected"),
+    [
+        (torch.bfloat16, None, None, "bf16"),
+        (torch.float32, None, None, "fp32"),
+        (torch.bfloat16, "fp32", None, "bf16"),
+        (torch.float32, "bf16", None, "fp32"),
+        (torch.float32, None, "bf16", "bf16"),
+    ],
+)
+def test_rope_precision_of_an_import_follows_the_stored_weights_and_no_cast(
+    write_published, tmp_path, stored, dtype, requested, expected
+):
+    folder = write_published(cast=stored)
+    drop_own_fields(folder)
+    import_hf(folder, tmp_path / "ours", dtype=dtype, rope_precision=requested)
+    assert weights.read_config(tmp_path / "ours").rope_precision == expected
+    export_hf(tmp_path / "ours", tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["rope_precision"] == expected
+
+
+def test_safetensors_are_read_beside_a_left_over_index_of_pickles(write_published, tmp_path):
+    folder = write_published()
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"x": "gone.bin"}}))
+    import_hf(folder, tmp_path / "ours")
+
+
+def test_tied_file_that_kept_only_the_head_is_read(write_published, folder, tmp_path):
+    published = write_published(**{hf_layout.HF_EMBEDDING: None})
+    import_hf(published, tmp_path / "ours")
+    assert torch.equal(weights.load(tmp_path / "ours").embedding.weight, weights.load(folder).embedding.weight)
+
+
+@pytest.mark.parametrize("wrap", [lambda tensors: tensors, lambda tensors: {"state_dict": tensors, "epoch": 3}])
+@pytest.mark.parametrize("with_zip", [True, False])
+def test_pickle_of_an_old_torch_or_within_a_state_dict_is_read(published_folder, folder, tmp_path, wrap, with_zip):
+    tensors = load_hf_tensors(published_folder)
+    torch.save(wrap(tensors), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=with_zip)
+    (tmp_path / "config.json").write_bytes((published_folder / "config.json").read_bytes())
+    import_hf(tmp_path, tmp_path / "ours")
+    assert torch.equal(weights.load(tmp_path / "ours").norm.weight, weights.load(folder).norm.weight)
+
+
+@pytest.mark.parametrize("saved", [{"optimizer": {}}, [torch.ones(2)], {"a": 5}])
+def test_pickle_without_tensors_by_name_is_named_for_its_content(published_folder, tmp_path, saved):
+    torch.save(saved, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_bytes((published_folder / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin must hold a dictionary of tensors"):
+        import_hf(tmp_path, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "..", "a/b.safetensors", "", 5])
+def test_index_that_names_a_file_outside_of_its_folder_is_refused(published_folder, tmp_path, name):
+    (tmp_path / "config.json").write_bytes((published_folder / "config.json").read_bytes())
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(ValueError, match="outside of its folder"):
+        import_hf(tmp_path, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("name", ["../config.json", "/etc/passwd", ".."])
+def test_manifest_that_names_a_file_outside_of_its_folder_is_refused(write_published, tmp_path, name):
+    folder = write_published()
+    (folder / "manifest.json").write_text(json.dumps({"files": {name: "0"}}))
+    with pytest.raises(ValueError, match=r"manifest\.json"):
+        import_hf(folder, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '"x"', "{", "\xff", '{"files": 5}', '{"format": "other software"}'])
+def test_foreign_manifest_is_one_line_with_its_file_and_the_fix(write_published, tmp_path, content):
+    folder = write_published()
+    (folder / "manifest.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"manifest\.json is not of this platform, remove it") as raised:
+        import_hf(folder, tmp_path / "ours")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "null", "{", "NaN", '{"num_hidden_layers": "2"}', '{"num_hidden_layers": 2.5, "hidden_size": 32}', "\xff"],
+)
+def test_config_of_wrong_type_is_one_line_with_its_file(write_published, tmp_path, content):
+    folder = write_published()
+    (folder / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"config\.json") as raised:
+        import_hf(folder, tmp_path / "ours")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("field", ["num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"])
+@pytest.mark.parametrize("value", [True, "32", 2.5, -1, 10**20, [1], None])
+def test_size_in_the_config_that_is_no_integer_of_its_range_is_refused(write_published, tmp_path, field, value):
+    folder = write_published()
+    data = json.loads((folder / "config.json").read_text()) | {field: value, "model_max_length": value}
+    (folder / "config.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"config\.json is not the configuration of a Yuan"):
+        import_hf(folder, tmp_path / "ours")
+
+
+def test_tensors_of_different_dtypes_stay_as_stored(write_published, tmp_path):
+    published = write_published(**{hf_layout.HF_NORM: torch.ones(32, dtype=torch.float32)}, cast=torch.bfloat16)
+    import_hf(published, tmp_path / "ours", max_shard_bytes=50_000)
+    model = weights.load(tmp_path / "ours")
+    assert model.norm.weight.dtype == torch.float32 and model.embedding.weight.dtype == torch.bfloat16
+    index = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.full((32,), torch.nan), "norm.weight has values that are not finite"),
+        (torch.full((32,), torch.inf), "norm.weight has values that are not finite"),
+        (torch.ones(32, dtype=torch.int8), "norm.weight must have floating-point numbers"),
+    ],
+)
+def test_weights_that_are_not_finite_or_integers_are_refused_by_name(write_published, tmp_path, tensor, message):
+    with pytest.raises(ValueError, match=message):
+        import_hf(write_published(**{hf_layout.HF_NORM: tensor}), tmp_path / "ours")
+
+
+def test_export_without_a_tokenizer_has_token_ids_within_its_vocabulary(write_published, tmp_path):
+    folder = write_published()
+    import_hf(folder, tmp_path / "ours")
+    export_hf(tmp_path / "ours", tmp_path / "again")
+    data = json.loads((tmp_path / "again" / "config.json").read_text())
+    ids = [value for name, value in data.items() if name.endswith(("_token_id", "_token"))]
+    assert len(ids) == 6 and all(0 <= token_id < data["vocab_size"] for token_id in ids)
+
+
+def test_empty_tokenizer_is_named(write_published, tmp_path):
+    folder = write_published()
+    (folder / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"tokenizer\.model: the SentencePiece model is empty"):
+        import_hf(folder, tmp_path / "ours")
 
 
 def test_tokenizer_of_another_size_than_the_vocabulary_is_refused(write_published, tmp_path):

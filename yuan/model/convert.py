@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from yuan import tokenizer as tokenizers
-from yuan.config import MODEL_CONFIG_FILE, MODEL_PRESETS, ModelConfig
+from yuan.config import MODEL_CONFIG_FILE, MODEL_PRESETS, ModelConfig, Precision
+from yuan.data.text import BadJson, parse_json
 from yuan.model import hf_layout
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
 from yuan.model.shards import MAX_SHARD_BYTES, TensorReader, write_shards
@@ -39,17 +41,12 @@ def export_hf(
     config, source = read_config(folder), TensorReader(folder)
     source.check_shapes(hf_layout.get_yuan_shapes(config))
     _make_empty_folder(out)
-    torch_dtype = _choose_dtype(dtype, source, "norm.weight")
-    files = _write_tensors(
-        out,
-        hf_layout.get_hf_shapes(config),
-        hf_layout.convert_to_hf(config, source.read_tensor),
-        torch_dtype,
-        max_shard_bytes,
-    )
+    torch_dtype = _get_dtype(dtype)
+    tensors = hf_layout.convert_to_hf(config, source.read_tensor)
+    files = _write_tensors(out, hf_layout.get_hf_shapes(config), tensors, source, torch_dtype, max_shard_bytes)
     tokenizer = tokenizers.load(folder) if (folder / tokenizers.TOKENIZER_MODEL_FILE).is_file() else None
 
-    hf_config = build_hf_config(config, tokenizer, torch_dtype)
+    hf_config = build_hf_config(config, tokenizer, torch_dtype or source.dtype("norm.weight"))
     generation_config = {name: hf_config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     json_files: dict[str, Any] = {MODEL_CONFIG_FILE: hf_config, GENERATION_CONFIG_FILE: generation_config}
     if tokenizer is not None:
@@ -62,40 +59,51 @@ def export_hf(
 
 
 def import_hf(
-    folder: Path, out: Path, *, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+    folder: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    rope_precision: Precision | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> ModelManifest:
     """Import a published folder, safetensors or pickles, into our layout; peak memory stays near one shard.
 
-    A tokenizer beside the weights is copied, if there is one.
+    A tokenizer beside the weights is copied, if there is one. Tensors keep their stored dtypes unless `dtype` is given.
+
+    Args:
+        dtype: "bf16" or "fp32"; default: as stored.
+        rope_precision: precision of the rotary angles with which the model was trained; default: our own field in
+            config.json, else "bf16" for weights in bf16, as in the official training, and "fp32" for others. A cast
+            does not change it.
 
     Returns:
         The manifest of the new folder.
 
     Raises:
         ValueError: if a file is missing or damaged, the configuration is not of a Yuan model, a tensor is missing,
-            unknown or of another shape (the message names every one), or `out` has files.
+            unknown, of another shape, of integers or not finite (the message names it), or `out` has files.
     """
     if (folder / MODEL_MANIFEST_FILE).is_file():
-        verify_folder(folder)
-    config = read_hf_config(folder)
+        _verify_manifest(folder)
     source = TensorReader(folder)
-    source.check_shapes(hf_layout.get_hf_shapes(config), optional={hf_layout.HF_HEAD})
-    if hf_layout.HF_HEAD in source.names and not torch.equal(
-        source.read_tensor(hf_layout.HF_HEAD), source.read_tensor(hf_layout.HF_EMBEDDING)
-    ):
+    config = read_hf_config(folder)
+    embedding = hf_layout.HF_EMBEDDING if hf_layout.HF_EMBEDDING in source.names else hf_layout.HF_HEAD
+    tied = {hf_layout.HF_EMBEDDING, hf_layout.HF_HEAD} - {embedding}
+    source.check_shapes(hf_layout.get_hf_shapes(config), optional=tied)
+    if tied <= source.names and not torch.equal(*(source.read_tensor(name) for name in (embedding, *tied))):
         raise ValueError(
             f"{hf_layout.HF_HEAD} in {folder} is not equal to {hf_layout.HF_EMBEDDING}, and Yuan 2.0 ties the two; "
             "fetch the model again"
         )
+    config = replace(config, rope_precision=rope_precision or _find_rope_precision(folder, source))
     _make_empty_folder(out)
-    torch_dtype = _choose_dtype(dtype, source, hf_layout.HF_NORM)
-    files = _write_tensors(
-        out,
-        hf_layout.get_yuan_shapes(config),
-        hf_layout.convert_from_hf(config, source.read_tensor),
-        torch_dtype,
-        max_shard_bytes,
-    )
+
+    def read(name: str) -> Tensor:
+        return source.read_tensor(embedding if name == hf_layout.HF_EMBEDDING else name)
+
+    tensors = hf_layout.convert_from_hf(config, read)
+    shapes = hf_layout.get_yuan_shapes(config)
+    files = _write_tensors(out, shapes, tensors, source, _get_dtype(dtype), max_shard_bytes)
     (out / MODEL_CONFIG_FILE).write_text(json.dumps(config.to_json(), indent=2))
     if (folder / tokenizers.TOKENIZER_MODEL_FILE).is_file():
         tokenizer = tokenizers.load(folder)
@@ -105,10 +113,25 @@ def import_hf(
     return write_manifest(out, [*files, MODEL_CONFIG_FILE], {"imported": "hf"})
 
 
+def _verify_manifest(folder: Path) -> None:
+    try:
+        verify_folder(folder)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; if {folder / MODEL_MANIFEST_FILE} is not of this platform, remove it to import without checksums"
+        ) from None
+
+
+def _find_rope_precision(folder: Path, source: TensorReader) -> Precision:
+    stored = _read_config_fields(folder).get("rope_precision")
+    if stored is not None:
+        return read_hf_config(folder).rope_precision
+    return "bf16" if source.dtype(hf_layout.HF_NORM) == torch.bfloat16 else "fp32"
+
+
 def build_hf_config(config: ModelConfig, tokenizer: tokenizers.Tokenizer | None, dtype: torch.dtype) -> dict[str, Any]:
     """Build the published config.json of a model; other software ignores our `rope_precision` and `local_filter`."""
-    eod = tokenizer.eod if tokenizer else PUBLISHED_TOKEN_IDS["eod"]
-    sep = tokenizer.sep if tokenizer else PUBLISHED_TOKEN_IDS["sep"]
+    eod, sep = (tokenizer.eod, tokenizer.sep) if tokenizer else _choose_token_ids(config.vocab_size)
     return {
         "architectures": ["YuanForCausalLM"],
         "model_type": "yuan",
@@ -140,14 +163,40 @@ def build_hf_config(config: ModelConfig, tokenizer: tokenizers.Tokenizer | None,
     }
 
 
+def _choose_token_ids(vocab_size: int) -> tuple[int, int]:
+    """Return ids of `<eod>` and `<sep>` for a model without a tokenizer: the published ones, if it has them."""
+    eod, sep = PUBLISHED_TOKEN_IDS["eod"], PUBLISHED_TOKEN_IDS["sep"]
+    return (eod, sep) if max(eod, sep) < vocab_size else (vocab_size - 1, max(0, vocab_size - 2))
+
+
+def _read_config_fields(folder: Path) -> dict[str, Any]:
+    """Read config.json as it is.
+
+    Raises:
+        ValueError: if it is missing, or not a JSON object.
+    """
+    path = folder / MODEL_CONFIG_FILE
+    try:
+        fields = parse_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(
+            f"{folder} has no {MODEL_CONFIG_FILE}, which defines the shapes; download it next to the weights"
+        ) from None
+    except BadJson as error:
+        raise ValueError(f"{path} {error}; fetch the model again") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(fields).__name__}; fetch the model again")
+    return fields
+
+
 def read_hf_config(folder: Path) -> ModelConfig:
-    """Read a published config.json; without `rope_precision` the angles are those of the official training.
+    """Read a published config.json; without `rope_precision` the angles are exact.
 
     Raises:
         ValueError: if it is missing, or not of a Yuan 2.0 model.
     """
+    data = _read_config_fields(folder)
     try:
-        data = json.loads((folder / MODEL_CONFIG_FILE).read_text())
         config = ModelConfig(
             name=str(data.get("name", folder.name)),
             num_layers=data["num_hidden_layers"],
@@ -157,16 +206,13 @@ def read_hf_config(folder: Path) -> ModelConfig:
             seq_len=data.get("max_position_embeddings") or data["model_max_length"],
             norm_eps=data.get("rms_norm_eps", 1e-6),
             rope_base=data.get("rope_theta", 10_000.0),
-            rope_precision=data.get("rope_precision", "bf16"),
+            rope_precision=data.get("rope_precision", "fp32"),
             local_filter=data.get("local_filter", "two_convs_norm"),
         )
-    except FileNotFoundError:
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
-            f"{folder} has no {MODEL_CONFIG_FILE}, which defines the shapes; download it next to the weights"
-        ) from None
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{folder / MODEL_CONFIG_FILE} is not the configuration of a Yuan ({error!r}); fetch the model again"
+            f"{folder / MODEL_CONFIG_FILE} is not the configuration of a Yuan: {reason}; fetch the model again"
         ) from None
     rules = (("intermediate_size", config.ffn_hidden_size), ("hidden_act", "silu"), ("use_shareqk", False))
     for field, expected in rules:
@@ -207,28 +253,38 @@ def _write_tensors(
     out: Path,
     shapes: dict[str, tuple[int, ...]],
     tensors: Iterable[tuple[str, Tensor]],
-    torch_dtype: torch.dtype,
+    source: TensorReader,
+    dtype: torch.dtype | None,
     max_bytes: int,
 ) -> list[str]:
-    sizes = {name: torch_dtype.itemsize * int(torch.Size(shape).numel()) for name, shape in shapes.items()}
-    return write_shards(out, sizes, _cast_tensors(tensors, torch_dtype), max_bytes=max_bytes)
+    """Write tensors, cast to a dtype, or each as it is stored."""
+    itemsize = dtype.itemsize if dtype else max(source.dtype(name).itemsize for name in source.names)
+    sizes = {name: itemsize * int(torch.Size(shape).numel()) for name, shape in shapes.items()}
+    return write_shards(out, sizes, _cast_tensors(tensors, dtype), max_bytes=max_bytes)
 
 
-def _cast_tensors(tensors: Iterable[tuple[str, Tensor]], torch_dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _cast_tensors(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in a dtype, or in their own if it is None.
+
+    Raises:
+        ValueError: if a tensor has integers, or values that are not finite.
+    """
     for name, tensor in tensors:
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must have floating-point numbers, got {tensor.dtype}; fetch the model again")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} has values that are not finite; export the model again from a good checkpoint")
         # Clone: parts of one matrix would share memory, which safetensors rejects.
-        yield name, tensor.to(torch_dtype).contiguous().clone()
+        yield name, tensor.to(dtype or tensor.dtype).contiguous().clone()
 
 
-def _choose_dtype(dtype_name: str | None, source: TensorReader, tensor_name: str) -> torch.dtype:
-    """Return the dtype of a name; without a name, that of a stored tensor."""
-    if dtype_name is None:
-        return source.read_tensor(tensor_name).dtype
-    if dtype_name not in DTYPES_BY_NAME:
+def _get_dtype(dtype_name: str | None) -> torch.dtype | None:
+    """Return the dtype of a name; None without a name."""
+    if dtype_name is not None and dtype_name not in DTYPES_BY_NAME:
         raise ValueError(
             f"dtype must be one of {', '.join(DTYPES_BY_NAME)}, got {dtype_name!r}; leave it out for the stored one"
         )
-    return DTYPES_BY_NAME[dtype_name]
+    return DTYPES_BY_NAME.get(dtype_name or "")
 
 
 def _make_empty_folder(out: Path) -> None:

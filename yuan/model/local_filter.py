@@ -56,6 +56,10 @@ class CausalConv(nn.Module):
         return all_taps.chunk(self.weight.shape[0], dim=-1)
 
 
+# The official code fixes it; only the other norms have the epsilon of the configuration.
+LOCAL_FILTER_NORM_EPS = 1e-6
+
+
 class LocalFilter(nn.Module):
     """Mix each token with its two predecessors: two convolutions of kernel 2, H to H/2 to H, a residual and a norm.
 
@@ -70,7 +74,7 @@ class LocalFilter(nn.Module):
         self.conv1 = CausalConv(width, width // 2, 2)
         self.conv2 = CausalConv(width // 2, width, 2)
         has_norm = config.local_filter == "two_convs_norm"
-        self.norm = nn.RMSNorm(width, eps=config.norm_eps) if has_norm else nn.Identity()
+        self.norm = nn.RMSNorm(width, eps=LOCAL_FILTER_NORM_EPS) if has_norm else nn.Identity()
 
     def forward(self, x_BSH: Tensor, continues: Tensor | None = None) -> Tensor:
         filtered: Tensor = self.norm(self.conv2(self.conv1(x_BSH, continues), continues) + x_BSH)

@@ -3,8 +3,9 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from yuan.safe_files import is_plain_file_name
 
 MODEL_MANIFEST_FILE = "manifest.json"
 MODEL_MANIFEST_SCHEMA = 1
@@ -42,7 +43,7 @@ class ModelManifest:
         """
         files = fields.get("files") if isinstance(fields, dict) else None
         is_valid = isinstance(files, dict) and all(
-            isinstance(digest, str) and name and Path(name).name == name for name, digest in files.items()
+            isinstance(digest, str) and is_plain_file_name(name) for name, digest in files.items()
         )
         if not files or not is_valid:
             raise ValueError("it has no `files` with a sha256 for each name; fetch the model again")

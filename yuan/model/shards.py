@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import zipfile
 from collections.abc import Container, Iterable
 from pathlib import Path
 
@@ -10,12 +11,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from yuan.data.text import make_printable
+from yuan.safe_files import is_plain_file_name
+
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
 PICKLED_WEIGHTS_FILE = "pytorch_model.bin"
 PICKLED_WEIGHTS_INDEX_FILE = "pytorch_model.bin.index.json"
 MAX_SHARD_BYTES = 4 * 10**9
 DAMAGE_ERRORS = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, OSError, ValueError)
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 IGNORED_TENSOR_SUFFIX = "rotary_emb.inv_freq"  # a buffer that some published files contain
 
 
@@ -55,14 +60,13 @@ class TensorReader:
             )
 
     def _find_files(self) -> dict[str, str]:
-        for index in (WEIGHTS_INDEX_FILE, PICKLED_WEIGHTS_INDEX_FILE):
-            if (self._folder / index).is_file():
-                try:
-                    return dict(json.loads((self._folder / index).read_text())["weight_map"])
-                except (ValueError, KeyError, TypeError):
-                    raise ValueError(f"{self._folder / index} is damaged; fetch the model again") from None
+        """Return the file of each tensor; safetensors come before pickles, which may be left from another download."""
+        if (self._folder / WEIGHTS_INDEX_FILE).is_file():
+            return self._read_index(WEIGHTS_INDEX_FILE)
         if (self._folder / WEIGHTS_FILE).is_file():
             return dict.fromkeys(self._list_names(WEIGHTS_FILE), WEIGHTS_FILE)
+        if (self._folder / PICKLED_WEIGHTS_INDEX_FILE).is_file():
+            return self._read_index(PICKLED_WEIGHTS_INDEX_FILE)
         if (self._folder / PICKLED_WEIGHTS_FILE).is_file():
             return dict.fromkeys(self._load_pickle(PICKLED_WEIGHTS_FILE), PICKLED_WEIGHTS_FILE)
         raise ValueError(
@@ -70,16 +74,38 @@ class TensorReader:
             f"{PICKLED_WEIGHTS_INDEX_FILE} there"
         )
 
+    def _read_index(self, index: str) -> dict[str, str]:
+        path = self._folder / index
+        try:
+            files = dict(json.loads(path.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path} is damaged; fetch the model again") from None
+        for file in files.values():
+            if not is_plain_file_name(file):
+                raise ValueError(
+                    f"{path} names a file outside of its folder, {make_printable(repr(file))}; fetch the model again"
+                )
+        return files
+
     def _list_names(self, file: str) -> list[str]:
         with self._report_damage(file), safe_open(self._folder / file, "pt") as tensors:
             return list(tensors.keys())
 
     def _load_pickle(self, file: str) -> dict[str, Tensor]:
+        """Load a pickle; one in the format of torch before 1.6 cannot be mapped, so it is held in memory."""
+        path = self._folder / file
         with self._report_damage(file):
-            loaded = torch.load(self._folder / file, map_location="cpu", weights_only=True, mmap=True)
-            if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-                raise ValueError("not a dictionary of tensors")
-            return loaded
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        for key in ("state_dict", "model", "module"):  # as training scripts save them
+            if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+                loaded = loaded[key]
+        if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+            content = f"the keys {', '.join(map(str, list(loaded)[:5]))}" if isinstance(loaded, dict) else type(loaded)
+            raise ValueError(
+                f"{path} must hold a dictionary of tensors, or one under the key state_dict, got "
+                f"{make_printable(str(content))}; save the model's state_dict alone"
+            )
+        return loaded
 
     def _report_damage(self, file: str) -> "DamageReporter":
         return DamageReporter(self._folder / file)
@@ -95,6 +121,15 @@ class TensorReader:
             with self._report_damage(file), safe_open(self._folder / file, "pt") as tensors:
                 return tuple(tensors.get_slice(name).get_shape())
         return tuple(self.read_tensor(name).shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's dtype; reads only the header of a safetensors file."""
+        file = self._files[name]
+        if not file.endswith(".safetensors"):
+            return self.read_tensor(name).dtype
+        with self._report_damage(file), safe_open(self._folder / file, "pt") as tensors:
+            stored = str(tensors.get_slice(name).get_dtype())
+        return SAFETENSORS_DTYPES.get(stored) or self.read_tensor(name).dtype
 
     def read_tensor(self, name: str) -> Tensor:
         """Read one tensor."""
@@ -129,7 +164,7 @@ def write_shards(
     """Write tensors into files of at most max_bytes (or one tensor); only one file's tensors are held in memory.
 
     Args:
-        sizes: bytes of every tensor, in the order of `tensors`; the number of shards is computed from it.
+        sizes: upper bound of the bytes of every tensor, in the order of `tensors`; the shards follow from it.
 
     Returns:
         The names of the files, including the index if there are several shards.
@@ -138,16 +173,18 @@ def write_shards(
     remaining = iter(tensors)
     names: list[str] = []
     weight_map: dict[str, str] = {}
+    total_bytes = 0
     for number, group in enumerate(groups, start=1):
         file = WEIGHTS_FILE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
         shard = dict(next(remaining) for _ in group)
         assert list(shard) == group, "tensors come in the order of their sizes"
         save_file({name: tensor.contiguous() for name, tensor in shard.items()}, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(group, file)
+        total_bytes += sum(tensor.nbytes for tensor in shard.values())
         names.append(file)
 
     if len(groups) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (folder / WEIGHTS_INDEX_FILE).write_text(json.dumps(index, indent=2))
         names.append(WEIGHTS_INDEX_FILE)
     return names
