@@ -190,3 +190,29 @@ def test_a_plan_for_another_model_is_refused():
     other = ModelConfig(**{**tiny(512).to_json(), "num_layers": 9})
     with pytest.raises(ValueError, match="plan again"):
         RunSpec(kind="pretrain", model=other, snapshot="s", plan=plan, recipe=RECIPE, seed=0, parent=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"seq_len": 16_384}, "from 1 to 8,192, the positions of 2b, got 16384"),
+        ({"seq_len": 10**9}, "from 1 to 8,192"),
+        ({"global_batch_size": 10**12}, "from 1 to 1,048,576"),
+        ({"global_batch_size": True}, "must be an integer"),
+        ({"loss_block": 0}, "must be an integer"),
+    ],
+)
+def test_size_of_a_workload_beyond_its_range_is_refused(changes, reason):
+    sizes = {"seq_len": 4096, "global_batch_size": 384, "loss_block": 512, **changes}
+    with pytest.raises(ValueError, match=reason):
+        Workload(model=yuan_2b(), precision="bf16", **sizes)
+
+
+def test_of_equally_fast_plans_the_one_with_less_memory_is_returned():
+    """Micro-batches of 1 and 2 take the same time on one stage, which floats tell apart at the 15th digit."""
+    work = Workload(model=yuan_2b(), seq_len=4096, global_batch_size=384, precision="bf16", loss_block=512)
+    plan = make_plan(work, make_pool(**{"A100-80": 8}), explained=False)
+    larger = make_plan(work, make_pool(**{"A100-80": 8}), SizeLimits(micro_batch_size=2), explained=False)
+    assert (plan.pipeline_size, plan.micro_batch_size) == (1, 1)
+    assert plan.step_seconds == pytest.approx(larger.step_seconds, rel=1e-9)
+    assert plan.peak_memory_bytes < larger.peak_memory_bytes

@@ -17,7 +17,7 @@ def test_pool_files_are_read_by_name(tmp_path):
     group = '[[pool.group]]\ndevice_class = "A100-80"\ncount = 8\n'
     file.write_text(f'[[pool]]\nname = "a"\n{group}\n[[pool]]\nname = "b"\n{group}')
     assert load_pool(f"{file}:b").num_devices == 8
-    with pytest.raises(ValueError, match=r"\['a', 'b'\]"):
+    with pytest.raises(ValueError, match="has the pools 'a', 'b'"):
         load_pool(str(file))
     with pytest.raises(ValueError, match="did you mean 'a'"):
         load_pool(f"{file}:aa")
@@ -49,7 +49,7 @@ def test_pool_file_round_trips_with_special_characters_in_names(tmp_path, name):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"count": 0}, "count of device class 'A100-80' must be a whole number of at least 1, got 0"),
+        ({"count": 0}, "count of device class 'A100-80' must be a whole number from 1 to 1,000,000, got 0"),
         ({"count": 2.5}, "whole number"),
         ({"inter_node_gb_s": 0}, "inter_node_gb_s of device class 'A100-80' must be positive, got 0"),
         ({"sustained_tflops": -1}, "must be positive, got -1"),
@@ -82,3 +82,44 @@ def test_error_for_an_invalid_device_group_names_the_rule(changes, reason):
 def test_error_for_an_invalid_pool_names_the_rule(entry, reason):
     with pytest.raises(ValueError, match=reason):
         parse_pool(entry)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'[pool]\nname = "p"\n', r"one table \[pool\]; write \[\[pool\]\]"),
+        (b'[[pool]]\nname = "p"\n[pool.group]\ncount = 1\n', r"one table \[pool\.group\]; write \[\[pool\.group\]\]"),
+        (b'pool = ["a"]\n', r"must be tables \[\[pool\]\]"),
+        (b'pool = "a"\n', r"must be tables \[\[pool\]\]"),
+        (b"[[pool]]\nname = 5\n", "needs a name, got 5"),
+        (b'[[pool]]\nname = "p"\nlaunch = 3\n', "must be a table of texts and integers"),
+        (b'[[pool]]\nname = "p\xe9"\n', "must be UTF-8, byte 18 is not"),
+        (b'[[pool]]\nname = "p"\n[[pool.group]]\ndevice_class = 5\n', "device_class .* must be a text, got 5"),
+        (
+            b'[[pool]]\nname = "p"\n[[pool.group]]\ndevice_class = "A100-80"\ncount = 1\nmeasured = 1\n',
+            "must be a table",
+        ),
+    ],
+)
+def test_pool_file_of_wrong_form_is_one_clear_line(tmp_path, content, reason):
+    (tmp_path / "pool.toml").write_bytes(content)
+    with pytest.raises(ValueError, match=reason) as raised:
+        load_pool(str(tmp_path / "pool.toml"))
+    assert "\n" not in str(raised.value)
+
+
+def test_pool_file_with_a_byte_order_mark_is_read_and_an_empty_name_is_refused(tmp_path):
+    pool = parse_pool({"name": "p", "group": [A100]})
+    (tmp_path / "pool.toml").write_bytes(b"\xef\xbb\xbf" + dump_pool(pool).encode())
+    assert load_pool(str(tmp_path / "pool.toml")) == pool
+    with pytest.raises(ValueError, match="a pool file is needed"):
+        load_pool("")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"count": 10**20}, {"memory_gb_s": 1e-300}, {"intra_node_latency_us": 1e308}, {"memory_gib": float("inf")}],
+)
+def test_size_beyond_its_stated_range_is_refused(changes):
+    with pytest.raises(ValueError, match="must be"):
+        parse_pool({"name": "p", "group": [{**A100, **changes}]})

@@ -13,6 +13,7 @@ from yuan.plan.plan_record import PipelinePlan, Stage
 from yuan.plan.plan_svg import draw_plan_svg
 from yuan.plan.pool import DeviceGroup, Pool
 from yuan.plan.search import (
+    CANDIDATE_TIE_TOLERANCE,
     MAX_SIMULATED_CANDIDATES,
     PlanCandidate,
     SizeLimits,
@@ -66,7 +67,9 @@ def make_plan(
     first = best = result.candidates[0]
     if objective == "time":
         simulated = [simulate_step_seconds(work, candidate) for candidate in result.candidates]
-        best = result.candidates[simulated.index(min(simulated))]
+        limit = min(simulated) * (1 + CANDIDATE_TIE_TOLERANCE)
+        fastest = [n for n, seconds in enumerate(simulated) if seconds <= limit]
+        best = result.candidates[min(fastest, key=lambda n: (result.candidates[n].layout.peak_bytes, n))]
 
     # The bound is in seconds, which the objective "memory" does not minimize.
     lower_bound = result.lower_bound if objective == "time" else None

@@ -1,12 +1,12 @@
 """Device pools: read, validate and write them as TOML."""
 
 import difflib
-import math
+import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 import tomli_w
 
@@ -14,9 +14,15 @@ from yuan.plan.devices import DEVICE_SPECS, DEVICES_WITHOUT_BF16
 
 LauncherName = Literal["local", "slurm", "kubernetes"]
 
+MAX_SHOWN_CHARACTERS = 80
+MAX_SHOWN_NAMES = 12
 CPU_POOL_NAME = "cpu-2"
 DEFAULT_RESERVE_GIB = 2.0
-MAX_PLAUSIBLE_VALUE = 1e6  # GiB, TFLOP/s or GB/s above those of any device; a larger number is in a wrong unit
+# GiB, TFLOP/s and GB/s of devices and links lie within these; a number outside of them is in a wrong unit.
+MIN_PLAUSIBLE_VALUE = 1e-6
+MAX_PLAUSIBLE_VALUE = 1e6
+MAX_LATENCY_US = 1e7
+MAX_DEVICES = 1_000_000  # of a group, and of a node
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +88,13 @@ class DeviceGroup:
     measured: MeasuredRates | None = None
 
     def __post_init__(self) -> None:
-        name = f"of device class {self.device_class!r}"
+        name = f"of device class {_show(self.device_class)}"
         for field in ("count", "devices_per_node"):
             value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_DEVICES:
                 raise ValueError(
-                    f"{field} {name} must be a whole number of at least 1, got {value!r}; correct the pool"
+                    f"{field} {name} must be a whole number from 1 to {MAX_DEVICES:,}, got {_show(value)}; "
+                    "correct the pool"
                 )
         for field in (
             *("memory_gib", "sustained_tflops", "memory_gb_s", "intra_node_gb_s", "inter_node_gb_s"),
@@ -126,15 +133,18 @@ class Pool:
 
     def __post_init__(self) -> None:
         if not self.groups:
-            raise ValueError(f"pool {self.name!r} has no devices; add a [[pool.group]]")
+            raise ValueError(f"pool {_show(self.name)} has no devices; add a [[pool.group]]")
         classes = [group.device_class for group in self.groups]
         if self.launcher not in get_args(LauncherName):
             raise ValueError(
-                f"launcher of pool {self.name!r} must be one of {', '.join(get_args(LauncherName))}, "
-                f"got {self.launcher!r}; leave it out for local"
+                f"launcher of pool {_show(self.name)} must be one of {', '.join(get_args(LauncherName))}, "
+                f"got {_show(self.launcher)}; leave it out for local"
             )
         if len(set(classes)) < len(classes):
-            raise ValueError(f"pool {self.name!r} must name each device class once, got {classes}; add up their counts")
+            raise ValueError(
+                f"pool {_show(self.name)} must name each device class once, got {_show_list(classes)}; "
+                "add up their counts"
+            )
 
     @property
     def num_devices(self) -> int:
@@ -164,16 +174,24 @@ def load_pool(spec: str) -> Pool:
         ValueError: if the file, the name or a field is wrong; the message lists the valid ones.
     """
     file, _, name = spec.partition(":")
+    if not file:
+        raise ValueError(f"a pool file is needed, got {spec!r}; name one as FILE or FILE:NAME")
     try:
-        data = tomllib.loads(Path(file).read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"cannot read the pool file {file}: {error}; pass a TOML file with [[pool]]") from None
+        text = Path(file).read_bytes().decode("utf-8-sig")
+        data = tomllib.loads(text.replace("\r\n", "\n"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the pool file {file} must be UTF-8, byte {error.start} is not; save it as UTF-8") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join((str(error) or type(error).__name__).split())[:200]
+        raise ValueError(f"cannot read the pool file {file}: {reason}; pass a TOML file with [[pool]]") from None
     _check_keys(data, {"pool"}, f"{file}")
-    entries = data.get("pool", [])
-    names = [str(entry.get("name")) for entry in entries]
+    entries = _get_tables(data, "pool", file)
+    names = [_show(entry.get("name")) for entry in entries]
     matches = [entry for entry in entries if not name or entry.get("name") == name]
     if len(matches) != 1:
-        raise ValueError(f"{file} has the pools {names}; choose one as {file}:NAME{_suggest_nearest(name, names)}")
+        texts = [entry["name"] for entry in entries if isinstance(entry.get("name"), str)]
+        suggestion = _suggest_nearest(name, texts)
+        raise ValueError(f"{file} has the pools {_show_list(names)}; choose one as {file}:NAME{suggestion}")
     return parse_pool(matches[0])
 
 
@@ -184,14 +202,56 @@ def parse_pool(entry: Mapping[str, Any]) -> Pool:
         ValueError: if a key is unknown (the message suggests the nearest known one), or a value is missing or wrong.
     """
     _check_keys(entry, {"name", "group", "launcher", "launch"}, "a [[pool]]")
-    if "name" not in entry:
-        raise ValueError(f'a [[pool]] needs a name, got the keys {sorted(entry)}; add name = "..."')
+    name = entry.get("name")
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f'a [[pool]] needs a name, got {_show(name)}; add name = "..."')
+    launch = entry.get("launch", {})
+    if not isinstance(launch, dict) or not all(isinstance(value, str | int) for value in launch.values()):
+        raise ValueError(
+            f"[pool.launch] of {_show(name)} must be a table of texts and integers, got {_show(launch)}; correct it"
+        )
     return Pool(
-        name=str(entry["name"]),
-        groups=tuple(_parse_group(group) for group in entry.get("group", ())),
+        name=name,
+        groups=tuple(_parse_group(group) for group in _get_tables(entry, "group", f"pool {_show(name)}", "pool.")),
         launcher=entry.get("launcher", "local"),
-        launch=tuple(entry.get("launch", {}).items()),
+        launch=tuple(launch.items()),
     )
+
+
+def _get_tables(table: Mapping[str, Any], key: str, place: str, prefix: str = "") -> list[dict[str, Any]]:
+    """Return an array of tables.
+
+    Raises:
+        ValueError: if it is a single table, or anything else.
+    """
+    entries = table.get(key, [])
+    if isinstance(entries, dict):
+        raise ValueError(f"{place} has one table [{prefix}{key}]; write [[{prefix}{key}]], since there may be several")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{prefix}{key} of {place} must be tables [[{prefix}{key}]], got {_show(entries)}; correct it")
+    return entries
+
+
+def _show(value: object) -> str:
+    """Return a value for a message, of limited length; `repr` escapes what cannot be printed."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes integers of 4,300 digits at most
+        return "a number of thousands of digits"
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[: MAX_SHOWN_CHARACTERS - 1]}…"
+
+
+def _show_list(texts: Sequence[str]) -> str:
+    """Return the first texts of a list for a message."""
+    shown = ", ".join(texts[:MAX_SHOWN_NAMES])
+    return f"{shown} and {len(texts) - MAX_SHOWN_NAMES} more" if len(texts) > MAX_SHOWN_NAMES else shown or "none"
+
+
+def is_finite_number(value: object) -> TypeGuard[int | float]:
+    """Return True if a value is a number, neither true nor false, and within the range of floats."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def dump_pool(pool: Pool) -> str:
@@ -210,10 +270,13 @@ def _drop_none(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse_group(entry: Mapping[str, Any]) -> DeviceGroup:
     _check_keys(entry, {field.name for field in fields(DeviceGroup)}, "a [[pool.group]]")
-    name = str(entry.get("device_class", ""))
+    name = entry.get("device_class", "")
+    if not isinstance(name, str):
+        raise ValueError(f"device_class of a [[pool.group]] must be a text, got {_show(name)}; write it in quotes")
     if name in DEVICES_WITHOUT_BF16:
         raise ValueError(
-            f"device class {name} cannot multiply bf16, in which Yuan is trained; use one of {_format_known_classes()}"
+            f"device class {_show(name)} cannot multiply bf16, in which Yuan is trained; "
+            f"use one of {_format_known_classes()}"
         )
     defaults = asdict(DEVICE_SPECS[name]) if name in DEVICE_SPECS else {}
     values = {**defaults, **entry}
@@ -221,15 +284,22 @@ def _parse_group(entry: Mapping[str, Any]) -> DeviceGroup:
     if missing:
         suggestion = _suggest_nearest(name, list(DEVICE_SPECS))
         raise ValueError(
-            f"a [[pool.group]] of device class {name!r} needs {', '.join(sorted(missing))}; known classes need only a "
-            f"count: {_format_known_classes()}{suggestion}"
+            f"a [[pool.group]] of device class {_show(name)} needs {', '.join(sorted(missing))}; "
+            f"known classes need only a count: {_format_known_classes()}{suggestion}"
         )
     if "measured" in values:
+        if not isinstance(values["measured"], dict):
+            raise ValueError(
+                f"measured of {_show(name)} must be a table [pool.group.measured], got {_show(values['measured'])}; "
+                "calibrate again"
+            )
         _check_keys(values["measured"], {field.name for field in fields(MeasuredRates)}, "[pool.group.measured]")
         try:
             values["measured"] = MeasuredRates(**values["measured"])
         except TypeError as error:
-            raise ValueError(f"[pool.group.measured] of {name!r} lacks a rate ({error}); calibrate again") from None
+            raise ValueError(
+                f"[pool.group.measured] of {_show(name)} lacks a rate ({error}); calibrate again"
+            ) from None
     return DeviceGroup(**values)
 
 
@@ -241,7 +311,9 @@ def _check_keys(table: Mapping[str, Any], known_keys: set[str], table_name: str)
     for key in table:
         if key not in known_keys:
             suggestion = _suggest_nearest(key, sorted(known_keys))
-            raise ValueError(f"{table_name} has the unknown key {key!r}{suggestion}; use one of {sorted(known_keys)}")
+            raise ValueError(
+                f"{table_name} has the unknown key {_show(key)}{suggestion}; use one of {sorted(known_keys)}"
+            )
 
 
 def _suggest_nearest(word: str, words: list[str]) -> str:
@@ -250,15 +322,20 @@ def _suggest_nearest(word: str, words: list[str]) -> str:
 
 
 def _check_positive(label: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{label} must be positive, got {value!r}; write a number above 0")
-    if value >= MAX_PLAUSIBLE_VALUE:
-        raise ValueError(f"{label} must be below {MAX_PLAUSIBLE_VALUE:,.0f}, got {value!r}; check its unit")
+    if not is_finite_number(value) or value <= 0:
+        raise ValueError(f"{label} must be positive, got {_show(value)}; write a number above 0")
+    if not MIN_PLAUSIBLE_VALUE <= value < MAX_PLAUSIBLE_VALUE:
+        raise ValueError(
+            f"{label} must be from {MIN_PLAUSIBLE_VALUE:g} to below {MAX_PLAUSIBLE_VALUE:,.0f}, got {_show(value)}; "
+            "check its unit"
+        )
 
 
 def _check_not_negative(label: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{label} must be zero or more, got {value!r}; write 0 if there is none")
+    if not is_finite_number(value) or value < 0:
+        raise ValueError(f"{label} must be zero or more, got {_show(value)}; write 0 if there is none")
+    if value > MAX_LATENCY_US:
+        raise ValueError(f"{label} must be at most {MAX_LATENCY_US:,.0f}, got {_show(value)}; check its unit")
 
 
 def find_device_group(pool: Pool, device_class: str | None) -> DeviceGroup:

@@ -17,6 +17,7 @@ from yuan.plan.workload import Grid, Workload
 MAX_SIMULATED_CANDIDATES = 10  # candidates returned for simulation
 # Time model and simulation agree within this factor, so a candidate slower by more cannot be the fastest in simulation.
 MAX_SIMULATED_SLOWDOWN = 1.03
+CANDIDATE_TIE_TOLERANCE = 1e-9  # relative; of plans that are as good in exact arithmetic, which floats tell apart
 NUM_GRIDS_BOUNDED_FIRST = 32  # grids to bound before the first one is solved
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 
@@ -194,7 +195,8 @@ class _GridSearch:
         if not self.best:
             return self.max_value
         first, last = (self._get_objective_value(self.best[n].candidate.layout) for n in (0, -1))
-        limit = last if len(self.best) == self.num_candidates else float("inf")
+        is_full = len(self.best) == self.num_candidates
+        limit = max(last, first * (1 + CANDIDATE_TIE_TOLERANCE)) if is_full else float("inf")
         return min(self.max_value, first * MAX_SIMULATED_SLOWDOWN, limit)
 
     @property
@@ -236,12 +238,17 @@ class _GridSearch:
             self.best = sorted(self.best, key=lambda ranked: ranked.rank)[: self.num_candidates]
 
     def result(self) -> SearchResult:
-        """Return the candidates; of the best grid, the layout with the lowest peak memory among equally fast ones."""
-        candidates = [ranked.candidate for ranked in self.best]
-        if candidates:
-            layout = minimize_peak_memory(self.best[0].costs, candidates[0].layout)
-            candidates[0] = replace(candidates[0], layout=layout)
-        return SearchResult(tuple(candidates), self.floor)
+        """Return the candidates; of equally fast layouts and grids, the one with the lowest peak memory comes first."""
+        if not self.best:
+            return SearchResult((), self.floor)
+        limit = self.best[0].rank[0] * (1 + CANDIDATE_TIE_TOLERANCE)
+        tied = [ranked for ranked in self.best if ranked.rank[0] <= limit]
+        smallest = []
+        for ranked in tied:
+            layout = minimize_peak_memory(ranked.costs, ranked.candidate.layout)
+            smallest.append(replace(ranked.candidate, layout=layout))
+        smallest.sort(key=lambda candidate: self._compute_rank(candidate)[1:])
+        return SearchResult((*smallest, *(ranked.candidate for ranked in self.best[len(tied) :])), self.floor)
 
     def _get_objective_value(self, layout: Layout) -> float:
         return layout.seconds if self.objective == "time" else layout.peak_bytes

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import get_args
 
-from yuan.config import ModelConfig, Precision, Recipe
+from yuan.config import MAX_MODEL_SIZE, ModelConfig, Precision, Recipe
 
 LOSS_BLOCK_BYTES = 512 * 2**20
+MAX_GLOBAL_BATCH_SIZE = 2**20
 PUBLISHED_BATCH_SIZES = {
     "2b": 384,
     "51b": 1152,
@@ -23,7 +24,8 @@ class Workload:
         isolate_documents: documents do not attend to each other, which needs memory for an attention mask.
 
     Raises:
-        ValueError: if the precision is unknown or a number is not positive.
+        ValueError: if the precision is unknown, or a number is not in its range: a sequence has at most the model's
+            positions, a step at most MAX_GLOBAL_BATCH_SIZE samples.
     """
 
     model: ModelConfig
@@ -38,10 +40,18 @@ class Workload:
             raise ValueError(
                 f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}; choose one of them"
             )
-        for field in ("seq_len", "global_batch_size", "loss_block"):
+        limits = {
+            "seq_len": self.model.seq_len,
+            "global_batch_size": MAX_GLOBAL_BATCH_SIZE,
+            "loss_block": MAX_MODEL_SIZE,
+        }
+        for field, limit in limits.items():
             value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ValueError(f"{field} must be at least 1, got {value}; pass a larger number")
+            if field == "loss_block" and value is None:
+                continue
+            if type(value) is not int or not 1 <= value <= limit:
+                place = f", the positions of {self.model.name}" if field == "seq_len" else ""
+                raise ValueError(f"{field} must be an integer from 1 to {limit:,}{place}, got {value!r}; change it")
 
     @classmethod
     def from_recipe(cls, model: ModelConfig, recipe: Recipe) -> "Workload":
