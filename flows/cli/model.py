@@ -7,13 +7,14 @@ from typing import Annotated, Literal
 import typer
 
 from flows.cli.output import JsonOption, explain_errors, show
+from yuan.config import Precision
 from yuan.generate.answers import generate as generate_answers
 from yuan.generate.sampling import Sampling
 from yuan.model.convert import export_hf, import_hf
 from yuan.model.weights import load, load_tokenizer
 
 ModelFormatOption = Annotated[Literal["hf"], typer.Option(help="hf: the published Hugging Face layout")]
-WeightsDtypeOption = Annotated[Literal["bf16", "fp32"] | None, typer.Option(help="default: as stored")]
+WeightsDtypeOption = Annotated[Precision | None, typer.Option(help="default: as stored")]
 
 
 def generate(
@@ -68,7 +69,7 @@ def import_(
     format: ModelFormatOption = "hf",
     dtype: WeightsDtypeOption = None,
     rope_precision: Annotated[
-        Literal["bf16", "fp32"] | None,
+        Precision | None,
         typer.Option(help="of the rotary angles in training; default: config.json's, else that of the weights"),
     ] = None,
     as_json: JsonOption = False,

@@ -130,7 +130,7 @@ def test_mlflow_assistant_is_forbidden_for_all_accounts(stack):
 def test_openai_client_works_through_the_portal(first_round, stack, operator):
     token = operator.add_contributor("openai-user").token
     with openai.OpenAI(base_url=f"{stack.settings.portal_url}/v1", api_key=token) as client:
-        stack.wait_until(lambda: [model.id for model in client.models.list()] == ["yuan"])
+        stack.wait_until(lambda: [model.id for model in client.models.list()] == ["yuan", "yuan-v1"])
         text = client.completions.create(model="yuan", prompt="1 + 1 = ?", max_tokens=4)
         chat = client.chat.completions.create(model="yuan", messages=[{"role": "user", "content": "1 + 1 = ?"}])
         chunks = list(client.completions.create(model="yuan", prompt="1 + 1 = ?", max_tokens=4, stream=True))
