@@ -1,5 +1,6 @@
 """Check that a report refers to a registered version and to a response that its reporter received."""
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from feedback.accounts import InvalidField, NotFound
@@ -19,7 +20,8 @@ def check_provenance(session: Session, contributor: Contributor, report: Feedbac
         NotFound: if the version was never registered, or the contributor received no response with this id.
         InvalidField: if prompt, response or version differ from the recorded ones.
     """
-    if session.get(ModelVersion, report.model_version) is None:
+    version = select(ModelVersion.version).where(ModelVersion.version == report.model_version)
+    if session.scalar(version) is None:
         raise NotFound(
             f"there is no version {report.model_version}; use the version that the /v1 response names", "model_version"
         )

@@ -27,6 +27,11 @@ def describe_report(session: Session, report: Feedback) -> FeedbackOut:
     return describe_reports(session, [report])[0]
 
 
+def describe_new_report(report: Feedback) -> FeedbackOut:
+    """Build the public record of a report that this transaction has stored: nothing else refers to it yet."""
+    return _build_report_record(report, _list_first_events(report), [], [])
+
+
 def describe_reports(session: Session, reports: Sequence[Feedback]) -> list[FeedbackOut]:
     """Build the public records of reports, with the same number of queries as for one report."""
     ids = [report.id for report in reports]

@@ -35,7 +35,6 @@ def add_feedback(session: Session, contributor: Contributor, form: FeedbackIn, f
     )
     session.add(report)
     session.flush()
-    session.refresh(report)
     return report
 
 

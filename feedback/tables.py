@@ -74,7 +74,7 @@ class ApiToken(Created, Base):
     contributor_id: Mapped[str] = mapped_column(ForeignKey("contributor.id"))
     name: Mapped[str]
     revoked_at: Mapped[datetime | None]
-    contributor: Mapped[Contributor] = relationship()
+    contributor: Mapped[Contributor] = relationship(lazy="joined")  # every request needs both
 
 
 class IdempotencyKey(Created, Base):

@@ -96,13 +96,14 @@ def submit(
 ) -> FeedbackOut:
     """Report a response. Every accepted report becomes a test for all later versions."""
     claimed = repeat.claim(session, contributor)
-    if not claimed.is_repeat:
-        if contributor.role != AccountRole.OPERATOR:
-            _check_daily_limit(session, Feedback, contributor.id, request.app.state.max_daily_reports, "reports")
-        provenance.check_provenance(session, contributor, form)
-        reports.add_feedback(session, contributor, form, claimed.id)
-        notify_dispatcher(session)
-    return report_records.describe_report(session, reports.get_feedback(session, contributor, claimed.id))
+    if claimed.is_repeat:
+        return report_records.describe_report(session, reports.get_feedback(session, contributor, claimed.id))
+    if contributor.role != AccountRole.OPERATOR:
+        _check_daily_limit(session, Feedback, contributor.id, request.app.state.max_daily_reports, "reports")
+    provenance.check_provenance(session, contributor, form)
+    report = reports.add_feedback(session, contributor, form, claimed.id)
+    notify_dispatcher(session)
+    return report_records.describe_new_report(report)
 
 
 @router.get("/feedback", responses=PAGED_RESPONSES)
