@@ -42,7 +42,8 @@ class Client:
     """One contributor's connection to the portal.
 
     Every write has an idempotency key, so a retry after a lost response has no second effect. Connection errors and the
-    statuses 502 to 504 are retried with exponential backoff, about 12 s in total.
+    statuses 502 to 504 are retried with exponential backoff, about 12 s in total; a server that the client has not
+    reached before is not waited for.
 
     Raises:
         PortalError: from every method, when the portal refuses.
@@ -58,6 +59,7 @@ class Client:
                 "a token has visible ASCII characters only; remove the others from COTRAIN_TOKEN or --token"
             )
         self._http = httpx.Client(base_url=url, timeout=timeout_s, headers={"Authorization": f"Bearer {token}"})
+        self._has_connected = False
 
     def __enter__(self) -> "Client":
         return self
@@ -172,10 +174,15 @@ class Client:
                 response = self._http.request(method, path, **request)
             except (httpx.UnsupportedProtocol, httpx.LocalProtocolError):
                 raise  # a wrong URL or header: no retry would change it
+            except httpx.ConnectError:
+                # A server that has never answered has probably another address; one that has is being restarted.
+                if is_last or not self._has_connected:
+                    raise
             except httpx.TransportError:
                 if is_last:
                     raise
             else:
+                self._has_connected = True
                 if response.is_success:
                     return response
                 if response.status_code not in RETRIED_STATUSES or is_last:

@@ -86,7 +86,7 @@ def explain_errors() -> Iterator[None]:
     except httpx.LocalProtocolError as error:
         raise fail(f"the request cannot be sent ({error}); remove line breaks from token and URL") from None
     except httpx.TransportError as error:
-        raise fail(f"the portal does not answer ({error}); is the stack up? see `cotrain status`") from None
+        raise fail(f"{_name_server(error)} does not answer ({error}); check --url, or see `cotrain status`") from None
     except ValidationError as error:
         raise fail(describe_errors(error)) from None
     except (ValueError, OSError, RuntimeError) as error:
@@ -96,6 +96,15 @@ def explain_errors() -> Iterator[None]:
         if not type(error).__module__.startswith("mlflow."):
             raise
         raise fail(f"MLflow refused the request: {str(error).splitlines()[0]}; see `cotrain doctor`") from None
+
+
+def _name_server(error: httpx.TransportError) -> str:
+    """Return the server of a failed request; the portal if no request was made."""
+    try:
+        url = error.request.url
+    except RuntimeError:
+        return "the portal"
+    return f"the server at {url.scheme}://{url.netloc.decode()}"
 
 
 def read_version_option(text: str) -> int:

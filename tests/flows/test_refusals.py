@@ -1,5 +1,7 @@
 """Test that the command line rejects options that the portal would reject, in one line and with a nonzero status."""
 
+import time
+
 import pytest
 from typer.testing import CliRunner
 
@@ -82,3 +84,11 @@ def test_version_with_too_many_digits_is_rejected_without_a_query():
     """PostgreSQL would fail on a number that its column cannot hold."""
     with pytest.raises(ValueError, match="with at most 9 digits"):
         resolve_version(None, "v" + "9" * 30)
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "http://no-such-host.invalid"])
+def test_wrong_address_of_the_portal_fails_at_the_first_attempt_with_its_name(address, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("the client waited before a retry"))
+    command = ["withdraw", "report", "0" * 32, "--reason", "r", "--url", address, "--token", "t"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1 and f"the server at {address} does not answer" in result.output
