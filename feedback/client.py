@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import httpx
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from feedback.contracts import (
     AccountWithdrawalOut,
@@ -23,8 +23,11 @@ from feedback.contracts import (
     StoredCompletion,
 )
 from feedback.states import DatasetPurpose
+from yuan.data.text import describe_errors
 
 ResponseModel = TypeVar("ResponseModel", bound=BaseModel)
+Parsed = TypeVar("Parsed")
+MAX_SHOWN_RESPONSE_CHARACTERS = 300
 RETRIED_STATUSES = (502, 503, 504)
 MAX_REQUEST_ATTEMPTS = 6
 CLIENT_PAGE_SIZE = 200  # the portal's largest page
@@ -131,7 +134,7 @@ class Client:
     def complete(self, prompts: list[str], *, max_tokens: int = 48) -> StoredCompletion:
         """Complete prompts with the champion at temperature 0; return one choice for each prompt, in their order."""
         body = {"model": "yuan", "prompt": prompts, "max_tokens": max_tokens, "temperature": 0}
-        return StoredCompletion.model_validate(self._request("POST", "/v1/completions", json=body).json())
+        return _parse(self._request("POST", "/v1/completions", json=body), TypeAdapter(StoredCompletion))
 
     def add_contributor(self, name: str) -> ContributorOut:
         """Create an account; operators only."""
@@ -150,22 +153,28 @@ class Client:
         return self._post(RoundOut, f"/api/v1/rounds/{round_id}/cancel", None)
 
     def _get(self, model: type[ResponseModel], path: str) -> ResponseModel:
-        return model.model_validate(self._request("GET", path).json())
+        return _parse(self._request("GET", path), TypeAdapter(model))
 
     def _get_pages(self, model: type[ResponseModel], path: str) -> list[ResponseModel]:
         items: list[ResponseModel] = []
         params = httpx.QueryParams(limit=CLIENT_PAGE_SIZE)
-        while True:
+        seen = set[str]()
+        while str(params) not in seen:  # a server that repeats a page would never end
+            seen.add(str(params))
             response = self._request("GET", path, params=params)
-            items += [model.model_validate(item) for item in response.json()]
+            items += _parse_list(response, model)
             if "next" not in response.links:
                 return items
             # Use only the link's query: the token must not be sent to another address, whatever a response contains.
-            params = httpx.URL(response.links["next"]["url"]).params
+            try:
+                params = httpx.URL(response.links["next"]["url"]).params
+            except httpx.InvalidURL:
+                raise _make_unusable_error(response, "its link to the next page is no URL") from None
+        raise _make_unusable_error(response, "its link to the next page leads back to an earlier one")
 
     def _post(self, model: type[ResponseModel], path: str, key: str | None, **request: Any) -> ResponseModel:
         headers = {"Idempotency-Key": key or uuid.uuid4().hex}
-        return model.model_validate(self._request("POST", path, headers=headers, **request).json())
+        return _parse(self._request("POST", path, headers=headers, **request), TypeAdapter(model))
 
     def _request(self, method: str, path: str, **request: Any) -> httpx.Response:
         for attempt in range(MAX_REQUEST_ATTEMPTS):
@@ -191,8 +200,33 @@ class Client:
         raise AssertionError("the last attempt returns or raises")
 
 
+def _parse(response: httpx.Response, adapter: TypeAdapter[Parsed]) -> Parsed:
+    """Parse a response.
+
+    Raises:
+        PortalError: if it is not JSON of the expected form, as from a server that is no portal.
+    """
+    try:
+        return adapter.validate_json(response.content)
+    except ValidationError as error:
+        raise _make_unusable_error(response, describe_errors(error)) from None
+
+
+def _parse_list(response: httpx.Response, model: type[ResponseModel]) -> list[ResponseModel]:
+    try:
+        return [model.model_validate(item) for item in _parse(response, TypeAdapter(list[Any]))]
+    except ValidationError as error:
+        raise _make_unusable_error(response, describe_errors(error)) from None
+
+
+def _make_unusable_error(response: httpx.Response, reason: str) -> PortalError:
+    message = f"the response is not that of a portal ({reason[:MAX_SHOWN_RESPONSE_CHARACTERS]}); check the address"
+    return PortalError(response.status_code, ErrorBody(message=message, type="unusable"))
+
+
 def _parse_error_body(response: httpx.Response) -> ErrorBody:
     try:
-        return ErrorOut.model_validate(response.json()).error
-    except ValueError:
-        return ErrorBody(message=response.text[:300] or "the response has no body", type="unknown")
+        return ErrorOut.model_validate_json(response.content).error
+    except ValidationError:
+        text = response.content[:MAX_SHOWN_RESPONSE_CHARACTERS].decode(errors="replace")
+        return ErrorBody(message=text or "the response has no body", type="unknown")

@@ -160,8 +160,8 @@ class AccountWithdrawalOut(BaseModel):
 
     account: str = Field(description="id of the account")
     name: str
-    reports: int
-    datasets: int
+    reports: int = Field(ge=0)
+    datasets: int = Field(ge=0)
 
 
 class DatasetOut(BaseModel):

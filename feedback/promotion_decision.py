@@ -1,9 +1,11 @@
 """The record of the promotion gate's decision, as rounds store it and the portal publishes it."""
 
 import math
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, computed_field
+from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validator
 
+CaseCount = Annotated[int, Field(strict=True, ge=0, le=2**53)]
 Z_95 = 1.959963984540054
 
 
@@ -12,8 +14,14 @@ class PassRate(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    passed: int
-    total: int
+    passed: CaseCount
+    total: CaseCount
+
+    @model_validator(mode="after")
+    def _check_passed(self) -> "PassRate":
+        if self.passed > self.total:
+            raise ValueError(f"passed must be at most total, got {self.passed} of {self.total}")
+        return self
 
     @computed_field
     @property

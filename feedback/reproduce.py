@@ -10,12 +10,13 @@ import httpx
 from pydantic import ValidationError
 
 from feedback.contracts import FeedbackIn
+from feedback.items import MAX_ITEM_REASON_CHARACTERS
 from feedback.reports import ReproducedAnswer
 from feedback.tables import Feedback
 from infra.faults import REFUSED_INPUT_STATUSES
 from infra.settings import ModelServerAccess
 from yuan.data.checkers import Exact
-from yuan.data.text import describe_errors
+from yuan.data.text import describe_errors, make_printable
 from yuan.serve.response_schemas import TextChoice, TextCompletion
 from yuan.serve.schemas import MAX_COMPLETION_TOKENS
 from yuan.version_names import format_model_name
@@ -117,9 +118,9 @@ def _read_answers(
     except ValidationError as error:
         raise httpx.RemoteProtocolError(f"the answer is malformed: {describe_errors(error)}; retry") from None
     if completion.model != format_model_name(version):
-        raise ConnectionError(f"the request was for v{version}, and {completion.model} answered; retry")
+        raise ConnectionError(f"the request was for v{version}, and {make_printable(completion.model)} answered; retry")
     choices = {choice.index: choice for choice in completion.choices}
-    if sorted(choices) != list(range(len(prompts))):
+    if len(completion.choices) != len(prompts) or sorted(choices) != list(range(len(prompts))):
         raise httpx.RemoteProtocolError(f"the model server answered {len(choices)} of {len(prompts)} prompts; retry")
     return [_read_answer(choices[index], prompt, version) for index, prompt in enumerate(prompts)]
 
@@ -162,6 +163,6 @@ def _request_completions(http: httpx.Client, prompts: Sequence[ReproductionPromp
 def _parse_error_message(response: httpx.Response) -> str:
     try:
         message: Any = response.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"the model server refuses it with {response.status_code}"
-    return str(message)
+    return make_printable(str(message), MAX_ITEM_REASON_CHARACTERS)

@@ -21,7 +21,7 @@ import struct
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 CAPABILITIES = {"override": 1, "search": 2}  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 PR_SET_PDEATHSIG = 1
@@ -186,9 +186,37 @@ class ConfinementSpec:
         """Read the fields from JSON.
 
         Raises:
-            TypeError: if a field is missing or unknown, so that nothing starts with a rule left out.
+            TypeError: if a field is missing, unknown or repeated, so that nothing starts with a rule left out.
+            ValueError: if a field has another type or value than it may have.
         """
-        return cls(**json.loads(text))
+        spec = cls(**json.loads(text, object_pairs_hook=_refuse_repeated_fields))
+        for name in ("read", "write", "list_folders", "sockets"):
+            _check_field(name, _is_list_of(getattr(spec, name), str))
+        for name in ("is_server", "system_v", "scope_signals", "scope_sockets"):
+            _check_field(name, isinstance(getattr(spec, name), bool))
+        _check_field("bind", _is_list_of(spec.bind, int))
+        _check_field("connect", spec.connect is None or _is_list_of(spec.connect, int))
+        _check_field("thread_names", spec.thread_names in get_args(ThreadNameAccess))
+        _check_field("user", spec.user in get_args(UserChange))
+        _check_field("uid", type(spec.uid) is int and spec.uid >= 0)
+        _check_field("signal", isinstance(spec.signal, str) and spec.signal in signal.Signals.__members__)
+        return spec
+
+
+def _is_list_of(value: object, item_type: type) -> bool:
+    return isinstance(value, list) and all(type(item) is item_type for item in value)
+
+
+def _check_field(name: str, is_valid: bool) -> None:
+    if not is_valid:
+        raise ValueError(f"{name} of a confinement has a wrong type or value; nothing is started")
+
+
+def _refuse_repeated_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise TypeError("a field of a confinement is repeated; nothing is started")
+    return fields
 
 
 def check_result(result: int, operation: str) -> int:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
+MAX_FILE_NAME_BYTES = 255  # of Linux file systems (NAME_MAX)
 MAX_SMALL_FILE_BYTES = 16 * 2**20  # limit for a status, an exit note or a manifest
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -57,7 +58,9 @@ def is_plain_file_name(name: object) -> bool:
     >>> is_plain_file_name("model.safetensors"), is_plain_file_name("../x"), is_plain_file_name("..")
     (True, False, False)
     """
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+    if not isinstance(name, str) or name in ("", ".", "..") or not name.isprintable() or set(name) & set("/\\"):
+        return False
+    return len(name.encode()) <= MAX_FILE_NAME_BYTES
 
 
 def open_file(root: Path, name: str, flags: int = os.O_RDONLY) -> int:

@@ -68,3 +68,9 @@ def test_account_regressions_are_significant_unless_stored_otherwise(counts):
     older = {name: value for name, value in ACCOUNT.items() if name != "counts"}
     assert AccountRegressions.model_validate(older).is_significant
     assert AccountRegressions.model_validate({**older, "counts": counts}).is_significant is counts
+
+
+@pytest.mark.parametrize("rate", [{"passed": 5, "total": 3}, {"passed": -1, "total": 3}, {"passed": True, "total": 3}])
+def test_impossible_pass_rate_is_rejected(rate):
+    with pytest.raises(ValueError, match="passed"):
+        PassRate.model_validate(rate)

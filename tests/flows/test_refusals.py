@@ -1,10 +1,13 @@
 """Test that the command line rejects options that the portal would reject, in one line and with a nonzero status."""
 
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from typer.testing import CliRunner
 
+from feedback.client import Client, PortalError
 from feedback.contracts import RoundParameters
 from flows.cli.app import app
 from flows.model_folders import resolve_version
@@ -92,3 +95,32 @@ def test_wrong_address_of_the_portal_fails_at_the_first_attempt_with_its_name(ad
     command = ["withdraw", "report", "0" * 32, "--reason", "r", "--url", address, "--token", "t"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 1 and f"the server at {address} does not answer" in result.output
+
+
+class Pages(BaseHTTPRequestHandler):
+    """A server that is no portal: every page leads to itself, and pages of notices are HTML."""
+
+    def do_GET(self):
+        body = b"<html>" if "notices" in self.path else b"[]"
+        self.send_response(200)
+        self.send_header("Link", f'<{self.path}>; rel="next"')
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_client_reports_responses_that_no_portal_gives():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Pages)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with Client(f"http://127.0.0.1:{server.server_port}", "t") as client:
+            with pytest.raises(PortalError, match=r"leads back to an earlier one.*check the address"):
+                client.all_feedback()
+            with pytest.raises(PortalError, match=r"Invalid JSON.*check the address"):
+                client.notices()
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from infra import confined_child, confinement
+from infra.confined_child import ConfinementSpec
 from infra.confinement import CHILD_PROGRAM, Confinement, build_confined_environment, is_landlock_enforced
 from infra.launchers.job import Job
 from infra.launchers.local import LocalLauncher
@@ -372,3 +373,29 @@ def test_thread_names_are_granted_with_accelerators_of_cuda(use, expected, monke
 
     assert grant("nvidia0") == (expected, use != "none")
     assert grant("dri") == ("none", use != "none")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"write": "/"},
+        {"bind": [True]},
+        {"connect": [80.0]},
+        {"is_server": "false"},
+        {"signal": "SIG_IGN"},
+        {"signal": []},
+        {"thread_names": "all"},
+        {"user": {}},
+        {"uid": -1},
+    ],
+)
+def test_wrong_type_or_value_in_a_specification_stops_the_start(change):
+    text = Confinement().command("program")[3]
+    with pytest.raises(ValueError, match=next(iter(change))):
+        ConfinementSpec.from_json(json.dumps({**json.loads(text), **change}))
+
+
+def test_repeated_field_in_a_specification_stops_the_start():
+    text = Confinement().command("program")[3]
+    with pytest.raises(TypeError, match="repeated"):
+        ConfinementSpec.from_json(text[:-1] + ', "uid": 0}')

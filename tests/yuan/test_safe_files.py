@@ -2,7 +2,7 @@
 
 import pytest
 
-from yuan.safe_files import replace_folder
+from yuan.safe_files import is_plain_file_name, replace_folder
 
 
 def write_partly(folder):
@@ -42,3 +42,8 @@ def test_a_link_in_place_of_the_folder_is_replaced_and_not_followed(tmp_path, na
         (scratch / "weights").touch()
     assert not (run / "export").is_symlink() and (run / "export" / "weights").is_file()
     assert [path.name for path in victim.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\0", "a\n", "\ud800", "é" * 128, 3, None])
+def test_name_that_no_file_of_a_folder_may_have_is_recognized(name):
+    assert not is_plain_file_name(name) and is_plain_file_name("é" * 127)

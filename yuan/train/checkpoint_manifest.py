@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yuan.safe_files import is_file, list_names, read_file
+from yuan.safe_files import is_file, is_plain_file_name, list_names, read_file
 from yuan.train.file_digest import FileDigest, find_difference
 
 CHECKPOINT_MANIFEST_FILE = "manifest.json"
@@ -69,9 +69,10 @@ class CheckpointManifest:
         loss, decisions = data.get("loss"), data.get("decisions")
         if not (
             data.get("schema") == MANIFEST_SCHEMA
-            and isinstance(step, int)
-            and isinstance(num_updates, int)
+            and type(step) is int
+            and type(num_updates) is int
             and isinstance(files, Mapping)
+            and all(map(is_plain_file_name, files))
             and isinstance(model, Mapping)
             and isinstance(order, Mapping)
             and isinstance(loss, int | float | None)
