@@ -24,7 +24,7 @@ from sqlalchemy import func, select
 
 from feedback import leases
 from feedback.tables import Base, Lease, PoolDevice
-from flows.stack.stack_config import load_config, write_environment
+from flows.stack.stack_config import load_or_make_config, write_environment
 from flows.stack.stores import make_postgres_service
 from flows.supervisor.lease_holder import SessionFactory, hold_lease, make_job_name
 from flows.supervisor.reaper import reap_dead_leases
@@ -75,7 +75,7 @@ def main() -> int:
 @contextlib.contextmanager
 def start_database(home: Path) -> Iterator[Settings]:
     """Start a separate PostgreSQL with our tables."""
-    config = load_config(home)
+    config = load_or_make_config(home)
     write_environment(home, config)
     settings = Settings(_env_file=home / "env", home=home)
     postgres = Postgres(

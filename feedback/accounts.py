@@ -43,10 +43,25 @@ def digest_token(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Account:
+    """An account's id and role, for use in any transaction or none."""
+
+    id: str
+    role: str
+
+
 def find_contributor_by_token(session: Session, token: str) -> Contributor | None:
     """Return the account that owns a token; None if the token is unknown or revoked."""
     api_token = session.get(ApiToken, digest_token(token))
     return api_token.contributor if api_token is not None and api_token.revoked_at is None else None
+
+
+def find_account_by_token(session: Session, token: str) -> Account | None:
+    """Return id and role of the account that owns a token; None if the token is unknown or revoked."""
+    query = select(Contributor.id, Contributor.role).join(ApiToken, ApiToken.contributor_id == Contributor.id)
+    row = session.execute(query.where(ApiToken.digest == digest_token(token), ApiToken.revoked_at.is_(None))).first()
+    return None if row is None else Account(*row)
 
 
 def find_account(session: Session, name_or_id: str) -> Contributor:
@@ -102,7 +117,7 @@ def ensure_operator(session: Session, token: str) -> None:
 
 
 def claim_idempotency_key(
-    session: Session, contributor: Contributor, key: str, request_digest: str, record_id: str
+    session: Session, account_id: str, key: str, request_digest: str, record_id: str
 ) -> str | None:
     """Bind an idempotency key to a new record.
 
@@ -114,14 +129,22 @@ def claim_idempotency_key(
     Raises:
         Conflict: if the key was used for another request.
     """
-    row = {"contributor_id": contributor.id, "key": key, "request_digest": request_digest, "record_id": record_id}
+    row = {"contributor_id": account_id, "key": key, "request_digest": request_digest, "record_id": record_id}
     inserted = session.execute(
         insert(IdempotencyKey).values(row).on_conflict_do_nothing().returning(IdempotencyKey.key)
     )
-    if inserted.first() is not None:
-        return None
+    return find_claimed_record(session, account_id, key, request_digest) if inserted.first() is None else None
 
-    claimed = session.get_one(IdempotencyKey, (contributor.id, key))
+
+def find_claimed_record(session: Session, account_id: str, key: str, request_digest: str) -> str | None:
+    """Return the id of the record to which an earlier request has bound a key; None if there is none.
+
+    Raises:
+        Conflict: if the key was used for another request.
+    """
+    claimed = session.get(IdempotencyKey, (account_id, key))
+    if claimed is None:
+        return None
     if claimed.request_digest != request_digest:
         raise Conflict("this Idempotency-Key was used for another request; use a new key")
     return claimed.record_id

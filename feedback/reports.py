@@ -25,19 +25,6 @@ from yuan.data.text import MAX_TEXT_CHARS
 REPRODUCED = "reproduced"  # value of `Feedback.reproduction` if the version answers wrong again
 
 
-def add_feedback(session: Session, contributor: Contributor, form: FeedbackIn, feedback_id: str) -> Feedback:
-    """Store a report as received."""
-    report = Feedback(
-        id=feedback_id,
-        contributor_id=contributor.id,
-        kind=form.kind,
-        body=form.model_dump(mode="json", exclude_none=True),
-    )
-    session.add(report)
-    session.flush()
-    return report
-
-
 def get_feedback(session: Session, contributor: Contributor, feedback_id: str) -> Feedback:
     """Return one of the contributor's reports.
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Concatenate, ParamSpec, TypeVar
 from urllib.parse import unquote_to_bytes
 
 import anyio
@@ -18,9 +18,11 @@ from fastapi.security.utils import get_authorization_scheme_param
 from sqlalchemy.orm import Session, sessionmaker
 
 from feedback.accounts import (
+    Account,
     InvalidField,
     claim_idempotency_key,
     digest_token,
+    find_account_by_token,
     find_contributor_by_token,
 )
 from feedback.states import AccountRole
@@ -35,6 +37,9 @@ ANONYMOUS_CALLER = ""
 TOKEN_LOOKUP_CALLER = "look up"
 CONNECTION_WAIT_TIMEOUT_S = 20.0  # for a database connection
 ID_PATTERN = "^[0-9a-f]{32}$"
+
+WorkArgs = ParamSpec("WorkArgs")
+WorkResult = TypeVar("WorkResult")
 
 RecordIdPath = Annotated[str, Path(pattern=ID_PATTERN, description="id of the record")]
 RoundIdPath = Annotated[str, Path(pattern="^([0-9a-f]{32}|latest)$", description="id of a round, or latest")]
@@ -112,10 +117,10 @@ class CallerSlots:
 class Transactions:
     """The database transactions of requests: at most one per connection, and at most a quarter of them per account.
 
-    A request runs in several short steps on the server's threads. Without the limit, requests that wait for a
-    connection would hold every thread, and those that have a connection would get no thread to finish on. Without the
-    quarter, one account's slow requests would block all others. All callers without a known token share one quarter;
-    otherwise each invented token would get its own.
+    A request runs on the server's threads. Without the limit, requests that wait for a connection would hold every
+    thread, and those that have a connection would get no thread to finish on. Without the quarter, one account's slow
+    requests would block all others. All callers without a known token share one quarter; otherwise each invented token
+    would get its own.
     """
 
     def __init__(self, sessions: sessionmaker[Session], connections: int) -> None:
@@ -124,6 +129,36 @@ class Transactions:
         self._slots_by_caller: dict[str, CallerSlots] = {}
         self._account_ids_by_digest: dict[str, str] = {}  # account ids by the digests of their tokens
 
+    async def run(
+        self,
+        request: Request,
+        work: Callable[Concatenate[Session, WorkArgs], WorkResult],
+        *args: WorkArgs.args,
+        **kwargs: WorkArgs.kwargs,
+    ) -> WorkResult:
+        """Run `work` in a transaction that is committed at its end and rolled back after an error.
+
+        The whole transaction runs in one step on one worker thread, which `begin` needs several of.
+
+        Raises:
+            PortalBusy: if no connection is free within 20 s.
+        """
+        return await self._run(await self._identify_caller(request), work, *args, **kwargs)
+
+    async def _run(
+        self,
+        caller: str,
+        work: Callable[Concatenate[Session, WorkArgs], WorkResult],
+        *args: WorkArgs.args,
+        **kwargs: WorkArgs.kwargs,
+    ) -> WorkResult:
+        def run_transaction() -> WorkResult:
+            with self._sessions.begin() as session:
+                return work(session, *args, **kwargs)
+
+        async with self._hold_slot(caller):
+            return await run_in_threadpool(run_transaction)
+
     @asynccontextmanager
     async def begin(self, request: Request) -> AsyncIterator[Session]:
         """Open a session, committed at the end and rolled back after an error; use it on a worker thread only.
@@ -131,12 +166,7 @@ class Transactions:
         Raises:
             PortalBusy: if no connection is free within 20 s.
         """
-        async with self._open_session(await self._identify_caller(request)) as session:
-            yield session
-
-    @asynccontextmanager
-    async def _open_session(self, caller: str) -> AsyncIterator[Session]:
-        async with self._hold_slot(caller):
+        async with self._hold_slot(await self._identify_caller(request)):
             session = self._sessions()
             try:
                 yield session
@@ -145,10 +175,15 @@ class Transactions:
                 with anyio.CancelScope(shield=True):  # also after the caller has disconnected
                     await run_in_threadpool(session.close)
 
+    async def is_token_known(self, request: Request) -> bool:
+        """Return True if the request's token belongs to an account, or did when it was first seen."""
+        return await self._identify_caller(request) != ANONYMOUS_CALLER
+
     async def _identify_caller(self, request: Request) -> str:
         """Return the account id of the request's token, looked up at the token's first request and then cached.
 
-        The cached id is used only to share out connections; the route itself checks that the token is still valid.
+        The cached id is used only to share out connections, and to refuse unknown tokens early; the transaction itself
+        checks that the token is still valid.
         """
         scheme, token = get_authorization_scheme_param(request.headers.get("Authorization"))
         if scheme.lower() != "bearer" or not token:
@@ -157,13 +192,12 @@ class Transactions:
         account_id = self._account_ids_by_digest.get(digest)
         if account_id is None:
             # Lookups are short and have their own slots, so that slow requests without a token do not block them.
-            async with self._open_session(TOKEN_LOOKUP_CALLER) as session:
-                account_id = await run_in_threadpool(_find_account_id, session, token)
-            if account_id is None:
+            account = await self._run(TOKEN_LOOKUP_CALLER, find_account_by_token, token)
+            if account is None:
                 return ANONYMOUS_CALLER
             if len(self._account_ids_by_digest) >= MAX_CACHED_TOKENS:
                 self._account_ids_by_digest.clear()
-            self._account_ids_by_digest[digest] = account_id
+            self._account_ids_by_digest[digest] = account_id = account.id
         return account_id
 
     @asynccontextmanager
@@ -187,11 +221,6 @@ class Transactions:
             caller_slots.num_users -= 1
             if not caller_slots.num_users:
                 del self._slots_by_caller[caller]
-
-
-def _find_account_id(session: Session, token: str) -> str | None:
-    contributor = find_contributor_by_token(session, token)
-    return None if contributor is None else contributor.id
 
 
 class UploadLimiter:
@@ -223,9 +252,15 @@ class UploadLimiter:
             self._running[contributor_id] -= 1
 
 
+def get_transactions(request: Request) -> Transactions:
+    """Return the application's transactions."""
+    transactions: Transactions = request.app.state.transactions
+    return transactions
+
+
 async def open_session(request: Request) -> AsyncIterator[Session]:
     """Open the request's session as a FastAPI dependency; see `Transactions.begin`."""
-    async with request.app.state.transactions.begin(request) as session:
+    async with get_transactions(request).begin(request) as session:
         yield session
 
 
@@ -247,26 +282,47 @@ def authenticate_contributor(session: SessionDep, bearer: BearerToken = None) ->
     """
     contributor = find_contributor_by_token(session, bearer.credentials) if bearer is not None else None
     if contributor is None:
-        raise Unauthorized("a valid token is needed; send the header `Authorization: Bearer TOKEN`")
+        raise make_token_error()
     return contributor
 
 
-@dataclass(frozen=True)
-class AuthenticatedAccount:
-    """The caller's account, for use outside of a transaction."""
-
-    id: str
-    role: str
+def make_token_error() -> Unauthorized:
+    """Return the error of a request without a valid token."""
+    return Unauthorized("a valid token is needed; send the header `Authorization: Bearer TOKEN`")
 
 
-async def authenticate_account(request: Request, bearer: BearerToken = None) -> AuthenticatedAccount:
+def authenticate_token(session: Session, token: str) -> Account:
+    """Return the account of a token, without its row as an object of the session.
+
+    Raises:
+        Unauthorized: if the token is not known, or revoked.
+    """
+    account = find_account_by_token(session, token)
+    if account is None:
+        raise make_token_error()
+    return account
+
+
+async def require_known_token(request: Request, bearer: BearerToken = None) -> str:
+    """Return the bearer token, for routes whose own transaction then calls `authenticate_token`.
+
+    Raises:
+        Unauthorized: if there is no token or none that was ever valid, before the body is validated.
+    """
+    if bearer is None or not await get_transactions(request).is_token_known(request):
+        raise make_token_error()
+    return bearer.credentials
+
+
+KnownToken = Annotated[str, Depends(require_known_token)]
+
+
+async def authenticate_account(request: Request, token: KnownToken) -> Account:
     """Return the account of the bearer token, for routes that do slow I/O and must not hold a transaction meanwhile."""
-    async with request.app.state.transactions.begin(request) as session:
-        contributor = await run_in_threadpool(authenticate_contributor, session, bearer)
-        return AuthenticatedAccount(contributor.id, contributor.role)
+    return await get_transactions(request).run(request, authenticate_token, token)
 
 
-CurrentAccount = Annotated[AuthenticatedAccount, Depends(authenticate_account)]
+CurrentAccount = Annotated[Account, Depends(authenticate_account)]
 CurrentContributor = Annotated[Contributor, Depends(authenticate_contributor, scope="function")]
 
 
@@ -275,8 +331,8 @@ def require_known_query(request: Request, contributor: CurrentContributor) -> No
     check_query(request)
 
 
-def require_known_query_without_session(request: Request, account: CurrentAccount) -> None:
-    """Refuse unknown query parameters as `require_known_query` does, for routes that must not hold a transaction."""
+async def require_known_query_without_session(request: Request, token: KnownToken) -> None:
+    """Refuse unknown query parameters as `require_known_query` does, for routes that open their own transactions."""
     check_query(request)
 
 
@@ -286,8 +342,11 @@ def check_query(request: Request) -> None:
     Raises:
         InvalidField: naming the first one, or if the query is not in UTF-8.
     """
+    query = request.scope["query_string"]
+    if not query:
+        return
     try:
-        unquote_to_bytes(request.url.query).decode()
+        unquote_to_bytes(query).decode()
     except UnicodeDecodeError:
         raise InvalidField("must be percent-encoded UTF-8; encode its characters again", "query") from None
     known = {field.alias for field in request.scope["route"].dependant.query_params}
@@ -330,14 +389,14 @@ class IdempotentRequest:
     key: str
     request_digest: str
 
-    def claim(self, session: Session, contributor: Contributor) -> ClaimedRecord:
+    def claim(self, session: Session, account_id: str) -> ClaimedRecord:
         """Bind the key to a new record, or return the record to which an earlier request has bound it.
 
         Raises:
             Conflict: if the key was used for another request.
         """
         record_id = new_id()
-        earlier_id = claim_idempotency_key(session, contributor, self.key, self.request_digest, record_id)
+        earlier_id = claim_idempotency_key(session, account_id, self.key, self.request_digest, record_id)
         return ClaimedRecord(record_id, False) if earlier_id is None else ClaimedRecord(earlier_id, True)
 
 
@@ -364,3 +423,27 @@ def begin_digest(request: Request) -> "hashlib._Hash":
 
 
 IdempotentRequestDep = Annotated[IdempotentRequest, Depends(read_idempotent_request)]
+
+
+@dataclass(frozen=True)
+class SubmissionRequest:
+    """A write whose own transaction checks the token."""
+
+    token: str
+    repeat: IdempotentRequest
+
+
+async def read_submission_request(
+    request: Request, bearer: BearerToken = None, idempotency_key: IdempotencyKeyHeader = None
+) -> SubmissionRequest:
+    """Check token and query, and read the idempotency key, in one step: FastAPI takes as long for each dependency.
+
+    Raises:
+        Unauthorized, InvalidField: as `require_known_token` and `check_query`.
+    """
+    token = await require_known_token(request, bearer)
+    check_query(request)
+    return SubmissionRequest(token, await read_idempotent_request(request, idempotency_key))
+
+
+SubmissionRequestDep = Annotated[SubmissionRequest, Depends(read_submission_request)]

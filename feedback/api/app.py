@@ -49,6 +49,7 @@ def make_app(settings: PortalSettings, engine: Engine, objects: ObjectStore) -> 
     app.state.uploads = UploadLimiter()
     app.state.objects = objects
     app.state.round_ends = {}  # cache of the front page, by round id
+    app.state.registered_versions = set()  # cache of submissions; a version is never unregistered
     app.state.docs_page = None  # rendered at the first request
     app.state.max_account_bytes = settings.max_account_bytes
     app.state.max_daily_reports = settings.max_daily_reports
@@ -62,7 +63,7 @@ def make_app(settings: PortalSettings, engine: Engine, objects: ObjectStore) -> 
         headers={"Authorization": f"Bearer {settings.model_server_token.get_secret_value()}"},
     )
     add_error_handlers(app)
-    for router in (contributors.router, contributors.upload_router, operators.router):
+    for router in (contributors.report_router, contributors.router, contributors.upload_router, operators.router):
         app.include_router(router, responses=document_errors(*COMMON_ERROR_STATUSES))
     app.include_router(openai.router, responses=document_errors(400, *COMMON_ERROR_STATUSES))
     app.include_router(pages.router)

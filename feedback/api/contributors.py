@@ -2,8 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Concatenate, ParamSpec, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -12,21 +12,22 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.orm import Session
 
 from feedback import datasets, paging, provenance, report_records, reports
-from feedback.accounts import audit, compute_quota_wait_s, lock_idempotency_key
+from feedback.accounts import Account, audit, compute_quota_wait_s, find_claimed_record, lock_idempotency_key
 from feedback.api.access import (
     ID_PATTERN,
-    AuthenticatedAccount,
     CurrentAccount,
     CurrentContributor,
     Forbidden,
     IdempotencyKeyHeader,
     IdempotentRequest,
-    IdempotentRequestDep,
     RecordIdPath,
     SessionDep,
     StorageQuotaExceeded,
     StrictRoute,
+    SubmissionRequestDep,
     TooManyRequests,
+    get_transactions,
+    make_token_error,
     require_known_query,
     require_known_query_without_session,
 )
@@ -34,9 +35,9 @@ from feedback.api.arrival import ReceivedBody, open_scratch_file, receive_body
 from feedback.api.errors import document_errors, make_error_response
 from feedback.contracts import DatasetOut, FeedbackIn, FeedbackOut, NoticeOut
 from feedback.paging import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE
-from feedback.rounds import notify_dispatcher
 from feedback.states import AccountRole, DatasetPurpose
-from feedback.tables import Contributor, Dataset, Feedback, new_id
+from feedback.submissions import Submission, store_submission
+from feedback.tables import Contributor, Dataset, new_id
 from feedback.verdicts import parse_verdict
 from yuan.data.rows import Row
 from yuan.data.text import TextRule
@@ -44,6 +45,8 @@ from yuan.data.text import TextRule
 router = APIRouter(
     prefix="/api/v1", tags=["intake"], route_class=StrictRoute, dependencies=[Depends(require_known_query)]
 )
+# Routes that open their own transactions.
+report_router = APIRouter(prefix="/api/v1", tags=["intake"], route_class=StrictRoute)
 upload_router = APIRouter(
     prefix="/api/v1",
     tags=["intake"],
@@ -51,8 +54,6 @@ upload_router = APIRouter(
     dependencies=[Depends(require_known_query_without_session)],
 )
 
-WorkArgs = ParamSpec("WorkArgs")
-WorkResult = TypeVar("WorkResult")
 PageLimit = Annotated[int, Query(ge=1, le=MAX_PAGE_SIZE, description="maximum number of items")]
 AfterId = Annotated[
     str | None,
@@ -86,24 +87,31 @@ def make_rows_schema() -> dict[str, Any]:
     return {"type": "array", "minItems": 1, "items": row, "description": "one JSON object per line"}
 
 
-@router.post("/feedback", status_code=201, responses=document_errors(404, 409, 429))
-def submit(
-    request: Request,
-    form: FeedbackIn,
-    contributor: CurrentContributor,
-    session: SessionDep,
-    repeat: IdempotentRequestDep,
-) -> FeedbackOut:
+@report_router.post("/feedback", status_code=201, responses=document_errors(404, 409, 429))
+async def submit(request: Request, form: FeedbackIn, submission: SubmissionRequestDep) -> FeedbackOut:
     """Report a response. Every accepted report becomes a test for all later versions."""
-    claimed = repeat.claim(session, contributor)
-    if claimed.is_repeat:
-        return report_records.describe_report(session, reports.get_feedback(session, contributor, claimed.id))
-    if contributor.role != AccountRole.OPERATOR:
-        _check_daily_limit(session, Feedback, contributor.id, request.app.state.max_daily_reports, "reports")
-    provenance.check_provenance(session, contributor, form)
-    report = reports.add_feedback(session, contributor, form, claimed.id)
-    notify_dispatcher(session)
-    return report_records.describe_new_report(report)
+    state, repeat = request.app.state, submission.repeat
+    report = Submission(submission.token, repeat.key, repeat.request_digest, new_id(), form)
+    return await get_transactions(request).run(
+        request, _store_report, report, state.max_daily_reports, state.registered_versions
+    )
+
+
+def _store_report(
+    session: Session, submission: Submission, daily_limit: int, registered_versions: set[int]
+) -> FeedbackOut:
+    result = store_submission(session, submission, daily_limit)
+    if result is None:
+        raise make_token_error()
+    if result.report is not None:
+        provenance.check_provenance(session, result.account_id, submission.form, registered_versions)
+        return report_records.describe_new_report(result.report)
+
+    earlier_id = find_claimed_record(session, result.account_id, submission.key, submission.request_digest)
+    if earlier_id is None:
+        raise _make_limit_error(result.wait_s, daily_limit, "reports")
+    contributor = session.get_one(Contributor, result.account_id)
+    return report_records.describe_report(session, reports.get_feedback(session, contributor, earlier_id))
 
 
 @router.get("/feedback", responses=PAGED_RESPONSES)
@@ -176,66 +184,56 @@ async def push_dataset(
         raise Forbidden(f"a dataset for the purpose {purpose} needs an operator's token; leave purpose out")
     if purpose == DatasetPurpose.SUITE:
         datasets.check_suite_name(name)
-    state = request.app.state
+    state, run = request.app.state, get_transactions(request).run
     has_limits = account.role != AccountRole.OPERATOR
     with state.uploads.begin(account.id), open_scratch_file(state.scratch) as file:
         if has_limits:
             daily_limit = state.max_daily_datasets
-            await _run_in_transaction(request, _check_daily_datasets, account, idempotency_key, daily_limit)
+            await run(request, _check_daily_datasets, account, idempotency_key, daily_limit)
 
         body = await receive_body(request, file)
         repeat = IdempotentRequest(idempotency_key or new_id(), body.request_digest)
         # Claim the key before the bytes are stored: without a record they would count in no quota.
-        dataset_id = await _run_in_transaction(request, _claim_dataset_id, account, repeat)
+        dataset_id = await run(request, _claim_dataset_id, account, repeat)
 
         checked = await to_thread.run_sync(datasets.check_file, file, limiter=state.uploads.checks)
         if checked.reason is None:
             if has_limits:
-                await _run_in_transaction(request, _check_storage_quota, account, body, state.max_account_bytes)
+                await run(request, _check_storage_quota, account, body, state.max_account_bytes)
             await run_in_threadpool(state.objects.put_stream, f"{datasets.UPLOADS_FOLDER}/{body.sha256}", file)
         record = functools.partial(_record_dataset, name=name, purpose=purpose, file=checked, sha256=body.sha256)
-        return await _run_in_transaction(request, record, account, repeat.key, dataset_id)
+        return await run(request, record, account, repeat.key, dataset_id)
 
 
-async def _run_in_transaction(
-    request: Request,
-    work: Callable[Concatenate[Session, WorkArgs], WorkResult],
-    *args: WorkArgs.args,
-    **kwargs: WorkArgs.kwargs,
-) -> WorkResult:
-    """Run `work` on a worker thread, in a transaction that is committed at its end."""
-    async with request.app.state.transactions.begin(request) as session:
-        return await run_in_threadpool(work, session, *args, **kwargs)
+def _make_limit_error(wait_s: float, daily_limit: int, noun: str) -> TooManyRequests:
+    return TooManyRequests(
+        f"an account may send {daily_limit:,} {noun} within 24 hours, and you have; "
+        f"send the next in {math.ceil(wait_s / 60):,} min, or ask the operator for a higher limit",
+        math.ceil(wait_s),
+    )
 
 
-def _check_daily_limit(
-    session: Session, table: type[Feedback | Dataset], contributor_id: str, limit: int, noun: str
-) -> None:
-    """Refuse a record beyond the account's limit in 24 hours; a few parallel requests may exceed it together."""
-    wait_s = compute_quota_wait_s(session, table, contributor_id, limit)
+def _check_daily_datasets(session: Session, account: Account, key: str | None, limit: int) -> None:
+    """Refuse a dataset beyond the daily limit before it arrives, unless its key is that of an earlier dataset.
+
+    A few parallel requests may exceed the limit together.
+    """
+    if key is not None and datasets.is_key_of_dataset(session, account.id, key):
+        return
+    wait_s = compute_quota_wait_s(session, Dataset, account.id, limit)
     if wait_s is not None:
-        raise TooManyRequests(
-            f"an account may send {limit:,} {noun} within 24 hours, and you have; "
-            f"send the next in {math.ceil(wait_s / 60):,} min, or ask the operator for a higher limit",
-            math.ceil(wait_s),
-        )
+        raise _make_limit_error(wait_s, limit, "datasets")
 
 
-def _check_daily_datasets(session: Session, account: AuthenticatedAccount, key: str | None, limit: int) -> None:
-    """Refuse a dataset beyond the daily limit before it arrives, unless its key is that of an earlier dataset."""
-    if key is None or not datasets.is_key_of_dataset(session, account.id, key):
-        _check_daily_limit(session, Dataset, account.id, limit, "datasets")
-
-
-def _claim_dataset_id(session: Session, account: AuthenticatedAccount, repeat: IdempotentRequest) -> str:
+def _claim_dataset_id(session: Session, account: Account, repeat: IdempotentRequest) -> str:
     """Bind the request's key to a dataset and return its id; the key of another request is refused.
 
     An earlier request may have claimed the key and ended before it recorded the dataset, or may still do so.
     """
-    return repeat.claim(session, session.get_one(Contributor, account.id)).id
+    return repeat.claim(session, account.id).id
 
 
-def _check_storage_quota(session: Session, account: AuthenticatedAccount, body: ReceivedBody, limit: int) -> None:
+def _check_storage_quota(session: Session, account: Account, body: ReceivedBody, limit: int) -> None:
     """Refuse a file beyond the account's storage limit; other uploads in progress are not counted yet."""
     stored = datasets.count_stored_bytes(session, account.id, besides=body.sha256)
     if stored + body.num_bytes > limit:
@@ -247,7 +245,7 @@ def _check_storage_quota(session: Session, account: AuthenticatedAccount, body: 
 
 def _record_dataset(
     session: Session,
-    account: AuthenticatedAccount,
+    account: Account,
     key: str,
     dataset_id: str,
     *,

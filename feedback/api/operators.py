@@ -62,7 +62,7 @@ def start_round(
     form: RoundParameters, operator: CurrentOperator, session: SessionDep, repeat: IdempotentRequestDep
 ) -> RoundOut:
     """Request a round; the dispatcher starts its flow."""
-    claimed = repeat.claim(session, operator)
+    claimed = repeat.claim(session, operator.id)
     if claimed.is_repeat:
         training_round = rounds.find_round(session, claimed.id)
     else:

@@ -9,6 +9,7 @@ from feedback.cases import choose_case_role
 from feedback.contracts import FeedbackIn, RoundParameters
 from feedback.dataset_acceptance import accept_dataset
 from feedback.tables import Case, new_id
+from tests.records import add_feedback
 from yuan.data.rows import Row, dump_rows
 from yuan.eval.results import EvalResult
 from yuan.model.model_manifest import ModelManifest
@@ -20,7 +21,7 @@ MAX_CASES = 5000
 
 def submit(session, reporter, prompt="Reverse: abc", expected="cba"):
     form = FeedbackIn(kind="correction", prompt=prompt, response="?", model_version=1, expected=expected)
-    return reports.add_feedback(session, reporter, form, new_id())
+    return add_feedback(session, reporter, form)
 
 
 def accept_all(session, later, *, share=0.5, right=False):

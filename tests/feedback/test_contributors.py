@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from sqlalchemy import text
 
 from feedback.api.app import make_app
 from feedback.tables import new_id
@@ -100,6 +101,37 @@ def test_repeated_idempotency_key_returns_the_first_response(portal, account):
     assert len(portal.get("/api/v1/feedback", headers=account.headers).json()) == 1
     other = portal.post("/api/v1/feedback", json={**REPORT, "prompt": "other"}, headers=headers)
     assert other.status_code == 409
+
+
+def test_concurrent_reports_with_one_idempotency_key_store_one_report(stores, engine, objects, first_version, account):
+    headers = {**account.headers, "Idempotency-Key": "at-once"}
+    with serve_app(make_app(stores, engine, objects)) as url, ThreadPoolExecutor(8) as threads:
+        posts = [threads.submit(httpx.post, f"{url}/api/v1/feedback", json=REPORT, headers=headers) for _ in range(16)]
+        responses = [post.result() for post in posts]
+        assert {response.status_code for response in responses} == {201}
+        assert len({response.json()["id"] for response in responses}) == 1
+        assert len(httpx.get(f"{url}/api/v1/feedback", headers=account.headers).json()) == 1
+
+
+def test_revoked_token_stores_no_report_and_no_key(portal, engine, account):
+    """The portal keeps a token's account in memory; whether the token is valid is read at each submission."""
+    assert portal.post("/api/v1/feedback", json=REPORT, headers=account.headers).status_code == 201
+    revoke = text("update api_token set revoked_at = now() where contributor_id = :id")
+    with engine.begin() as connection:
+        connection.execute(revoke, {"id": account.id})
+    refused = portal.post("/api/v1/feedback", json=REPORT, headers={**account.headers, "Idempotency-Key": "late"})
+    assert (refused.status_code, refused.json()["error"]["type"]) == (401, "unauthorized")
+    count = "select count(*) from {} where contributor_id = :id"
+    with engine.connect() as connection:
+        counts = [connection.scalar(text(count.format(t)), {"id": account.id}) for t in ("feedback", "idempotency_key")]
+    assert counts == [1, 1]
+
+
+def test_report_about_an_unknown_version_claims_no_key(portal, account):
+    headers = {**account.headers, "Idempotency-Key": "of-v999"}
+    unknown = portal.post("/api/v1/feedback", json={**REPORT, "model_version": 999}, headers=headers)
+    assert (unknown.status_code, unknown.json()["error"]["param"]) == (404, "model_version")
+    assert portal.post("/api/v1/feedback", json=REPORT, headers=headers).status_code == 201
 
 
 def test_file_with_malformed_rows_is_refused_completely_and_listed(portal, account):

@@ -30,6 +30,7 @@ from tests.feedback.loop import (
     submit,
     upload,
 )
+from tests.records import add_feedback
 from yuan.data.rows import Row, parse_rows
 
 
@@ -79,7 +80,7 @@ def test_a_dispute_is_reviewed_again_once_the_other_answer_is_withdrawn(session,
 
 def test_report_without_a_checkable_answer_waits_for_a_reviewer(session, reporter, later):
     form = FeedbackIn(kind="rating", prompt="p", response="r", model_version=1, rating=2)
-    row = reports.add_feedback(session, reporter, form, new_id())
+    row = add_feedback(session, reporter, form)
     accept_all(session, later)
     assert (row.state, row.screening) == ("in_review", "needs a reviewer")
 

@@ -2,10 +2,11 @@
 
 from datetime import datetime, timedelta, timezone
 
-from feedback import platform_facts, reports
+from feedback import platform_facts
 from feedback.accounts import add_contributor, audit
 from feedback.contracts import FeedbackIn
 from feedback.tables import new_id
+from tests.records import add_feedback
 
 
 def test_facts_without_recorded_events_are_none(session):
@@ -27,7 +28,7 @@ def test_pending_reports_are_counted_with_the_oldest_timestamp(session):
     reporter = add_contributor(session, new_id()).contributor
     form = FeedbackIn(kind="correction", prompt="p", response="?", model_version=1, expected="x")
     for _ in range(2):
-        reports.add_feedback(session, reporter, form, new_id())
+        add_feedback(session, reporter, form)
     session.flush()
     facts = platform_facts.read_platform_facts(session)
     assert facts.num_reports_waiting == 2

@@ -13,13 +13,13 @@ from sqlalchemy.orm import sessionmaker
 from feedback import rounds
 from feedback.accounts import add_contributor
 from feedback.contracts import FeedbackIn, RoundParameters
-from feedback.reports import add_feedback
 from feedback.tables import Feedback, Outbox, new_id, read_transaction_time
 from flows.context import Context, DispatcherContext
 from flows.dispatcher.attempts import make_attempt_key
 from flows.dispatcher.dispatcher import make_duties, request_due_round
 from flows.duties import MAX_DUTY_PAUSE_S, Duties, Duty, DutyStatus, read_duty_statuses
 from infra.database import make_session_factory
+from tests.records import add_feedback
 
 PROMPT = "a prompt"
 NOWHERE = "http://127.0.0.1:9"
@@ -62,7 +62,7 @@ def test_notices_are_delivered_while_registry_and_prefect_are_unreachable(stores
     with sessions.begin() as session:
         reporter = add_contributor(session, new_id()).contributor
         form = FeedbackIn(kind="correction", prompt="p", response="?", model_version=1, expected="x")
-        report = add_feedback(session, reporter, form, new_id())
+        report = add_feedback(session, reporter, form)
         session.flush()
         session.add(
             Outbox(contributor_id=reporter.id, feedback_id=report.id, version=1, verdict="fixed", text="fixed in v1")
