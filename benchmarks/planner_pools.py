@@ -18,7 +18,6 @@ from pairs import load_deepspeed_partitions, make_line, print_lines
 from yuan.config import ModelConfig
 from yuan.plan.layout import compute_step_seconds
 from yuan.plan.memory_costs import DOES_NOT_FIT
-from yuan.plan.planner import simulate_candidate
 from yuan.plan.pool import Pool, parse_pool
 from yuan.plan.search import PlanCandidate, SizeLimits, iter_grids, search
 from yuan.plan.stage_costs import StageCosts, build_stage_costs
@@ -91,7 +90,7 @@ def enumerate_minimum(work: Workload, pool: Pool) -> float:
 def compare_with_simulation(work: Workload, chosen: PlanCandidate) -> float:
     """Return the deviation of the simulated pipeline from the time model."""
     model = chosen.layout.seconds - chosen.predict_finish_seconds(work)
-    return simulate_candidate(work, chosen).seconds / model - 1
+    return chosen.simulate(work).seconds / model - 1
 
 
 @dataclass

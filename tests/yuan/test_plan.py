@@ -1,6 +1,7 @@
 """Test plans, their errors, recipes and model configurations."""
 
 import dataclasses
+import time
 from itertools import product
 
 import pytest
@@ -216,3 +217,10 @@ def test_of_equally_fast_plans_the_one_with_less_memory_is_returned():
     assert (plan.pipeline_size, plan.micro_batch_size) == (1, 1)
     assert plan.step_seconds == pytest.approx(larger.step_seconds, rel=1e-9)
     assert plan.peak_memory_bytes < larger.peak_memory_bytes
+
+
+@pytest.mark.parametrize(("batch", "devices"), [(1, 8), (2**20, 8), (384, 1_000_000)])
+def test_smallest_and_largest_batch_and_pool_are_planned_within_seconds(batch, devices):
+    begun = time.process_time()
+    plan = make_plan(make_workload(yuan_2b(), batch), make_pool(**{"A100-80": devices}), explained=False)
+    assert plan.gap == 0 and time.process_time() - begun < 5

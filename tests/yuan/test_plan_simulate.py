@@ -6,6 +6,7 @@ from deepspeed.runtime.pipe import schedule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from yuan.plan import simulate as simulation
 from yuan.plan.critical_path import compute_waits
 from yuan.plan.simulate import simulate
 
@@ -66,6 +67,20 @@ def test_passes_of_one_stage_do_not_overlap():
         starts = np.concatenate([timeline.forward_start[stage], timeline.backward_start[stage]])
         ends = np.concatenate([timeline.forward_end[stage], timeline.backward_end[stage]])
         assert (np.sort(ends)[:-1] <= np.sort(starts)[1:] + 1e-12).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 9), st.integers(1, 40), st.integers(0, 9))
+def test_seconds_by_matrix_powers_equal_the_simulation(seed, stages, grad_accum_steps, limit):
+    rng = np.random.default_rng(seed)
+    forward, backward, links = rng.uniform(0, 2, stages), rng.uniform(0, 4, stages), rng.uniform(0, 0.5, stages - 1)
+    step = (forward, backward, links, grad_accum_steps)
+    original, simulation.MAX_REPEATED_TICK_PAIRS = simulation.MAX_REPEATED_TICK_PAIRS, limit
+    try:
+        seconds = simulation.simulate_seconds(*step)
+    finally:
+        simulation.MAX_REPEATED_TICK_PAIRS = original
+    assert seconds == pytest.approx(simulate(*step).seconds, rel=1e-12)
 
 
 def compute_closed_form(forward, backward, links, grad_accum_steps):

@@ -95,12 +95,11 @@ def build_memory_costs(work: Workload, grid: Grid, groups: Sequence[DeviceGroup]
     corners = ((0, 0), (1, 0), (1, 1), (2, 1), (2, 2))  # layers, and how many of them are recomputed
     layers, recompute_layers = np.array(corners).T
 
-    # One table for each class, (P, corners); together, one array for each corner, (P, C).
-    tables = [
-        sum(compute_memory_terms(work, grid, group, stages, layers, recompute_layers).values()) for group in groups
-    ]
-    tables_by_corner = np.moveaxis(np.stack(tables, axis=1), -1, 0)
-    sizes = dict(zip(corners, tables_by_corner, strict=True))
+    # Classes differ in their reserve only: one array for each corner, (P, 1), and the reserves, (C,).
+    terms = compute_memory_terms(work, grid, groups[0], stages, layers, recompute_layers)
+    reserves = np.array([int(group.reserve_gib * GIB) for group in groups], np.int64)
+    without_reserve = np.sum([size for name, size in terms.items() if name != "reserve"], axis=0)
+    sizes = {corner: without_reserve[:, n, None] + reserves for n, corner in enumerate(corners)}
 
     saved = sizes[2, 1] - sizes[2, 2]  # by the second recomputed layer, which needs no extra bytes
     capacity = np.array([int(group.memory_gib * GIB) for group in groups], np.int64)

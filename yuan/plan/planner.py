@@ -21,8 +21,7 @@ from yuan.plan.search import (
     check_limits,
     search,
 )
-from yuan.plan.simulate import Timeline, simulate
-from yuan.plan.time_model import predict_compute_seconds, predict_forward_seconds, predict_transfer_seconds
+from yuan.plan.time_model import predict_compute_seconds
 from yuan.plan.workload import Grid, Workload
 
 Objective = Literal["time", "memory"]
@@ -66,7 +65,7 @@ def make_plan(
 
     first = best = result.candidates[0]
     if objective == "time":
-        simulated = [simulate_step_seconds(work, candidate) for candidate in result.candidates]
+        simulated = [candidate.simulate_step_seconds(work) for candidate in result.candidates]
         limit = min(simulated) * (1 + CANDIDATE_TIE_TOLERANCE)
         fastest = [n for n, seconds in enumerate(simulated) if seconds <= limit]
         best = result.candidates[min(fastest, key=lambda n: (result.candidates[n].layout.peak_bytes, n))]
@@ -147,18 +146,6 @@ def build_plan(
     )
 
 
-def simulate_candidate(work: Workload, candidate: PlanCandidate) -> Timeline:
-    """Simulate a step of a candidate, event by event."""
-    grid, stages = candidate.grid, candidate.assignments
-    forward = [float(predict_forward_seconds(work, grid, s.group, s.number, s.layers)) for s in stages]
-    both_passes = [
-        float(predict_compute_seconds(work, grid, s.group, s.number, s.layers, s.recompute_layers)) for s in stages
-    ]
-    backward = [both - first for both, first in zip(both_passes, forward, strict=True)]
-    links = [predict_transfer_seconds(work, grid, a.group, b.group) / 2 for a, b in pairwise(stages)]  # one way
-    return simulate(forward, backward, links, grid.grad_accum_steps)
-
-
 def predict_plan(work: Workload, pool: Pool, plan: PipelinePlan) -> PlanCandidate:
     """Predict times and memory of a plan's layout on a pool, which may have changed since it was planned.
 
@@ -187,12 +174,7 @@ def predict_plan(work: Workload, pool: Pool, plan: PipelinePlan) -> PlanCandidat
 
 def draw_plan(work: Workload, pool: Pool, plan: PipelinePlan) -> str:
     """Draw the memory of each stage and a simulated step, as SVG."""
-    return draw_plan_svg(plan, pool, simulate_candidate(work, predict_plan(work, pool, plan)))
-
-
-def simulate_step_seconds(work: Workload, candidate: PlanCandidate) -> float:
-    """Return the seconds of a step: the pipeline by simulation, the part after it by the time model."""
-    return simulate_candidate(work, candidate).seconds + candidate.predict_finish_seconds(work)
+    return draw_plan_svg(plan, pool, predict_plan(work, pool, plan).simulate(work))
 
 
 def _build_stage(work: Workload, grid: Grid, assignment: StageAssignment, layout: Layout) -> Stage:

@@ -3,22 +3,28 @@
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
-from yuan.plan.critical_path import count_steady_batches
 from yuan.plan.dynamic_program import DynamicProgram
 from yuan.plan.layout import Layout
 from yuan.plan.lower_bounds import bound_peak_bytes, bound_step_seconds, may_fit
 from yuan.plan.pool import DeviceGroup, Pool
+from yuan.plan.simulate import Timeline, simulate, simulate_seconds
 from yuan.plan.solver import is_exact, minimize_peak_memory, solve
 from yuan.plan.stage_costs import StageCosts, build_stage_costs
-from yuan.plan.time_model import predict_compute_seconds, predict_finish_seconds
+from yuan.plan.time_model import (
+    predict_compute_seconds,
+    predict_finish_seconds,
+    predict_forward_seconds,
+    predict_transfer_seconds,
+)
 from yuan.plan.workload import Grid, Workload
 
 MAX_SIMULATED_CANDIDATES = 10  # candidates returned for simulation
-# Time model and simulation agree within this factor, so a candidate slower by more cannot be the fastest in simulation.
+# Candidates slower than the first by more than this factor are not simulated.
 MAX_SIMULATED_SLOWDOWN = 1.03
 CANDIDATE_TIE_TOLERANCE = 1e-9  # relative; of plans that are as good in exact arithmetic, which floats tell apart
-NUM_GRIDS_BOUNDED_FIRST = 32  # grids to bound before the first one is solved
+NUM_GRIDS_QUEUED_FIRST = 4  # grids that may fit, before the first one is solved
 MICRO_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 
 
@@ -53,6 +59,27 @@ class PlanCandidate:
             StageAssignment(number, group, layers, recompute_layers)
             for number, (group, layers, recompute_layers) in stages
         ]
+
+    def simulate(self, work: Workload) -> Timeline:
+        """Simulate a step up to the last backward pass, event by event."""
+        return simulate(*self._predict_passes(work), self.grid.grad_accum_steps)
+
+    def simulate_step_seconds(self, work: Workload) -> float:
+        """Return the seconds of a step: the pipeline by simulation, the part after it by the time model."""
+        seconds = simulate_seconds(*self._predict_passes(work), self.grid.grad_accum_steps)
+        return seconds + self.predict_finish_seconds(work)
+
+    def _predict_passes(self, work: Workload) -> tuple[list[float], list[float], list[float]]:
+        """Return the seconds of the forward and backward passes, and of one way over each link."""
+        stages = self.assignments
+        forward = [float(predict_forward_seconds(work, self.grid, s.group, s.number, s.layers)) for s in stages]
+        both_passes = [
+            float(predict_compute_seconds(work, self.grid, s.group, s.number, s.layers, s.recompute_layers))
+            for s in stages
+        ]
+        backward = [both - first for both, first in zip(both_passes, forward, strict=True)]
+        links = [predict_transfer_seconds(work, self.grid, a.group, b.group) / 2 for a, b in pairwise(stages)]
+        return forward, backward, links
 
     def predict_finish_seconds(self, work: Workload) -> float:
         """Return the seconds after the last backward pass, of the stage where they are most."""
@@ -135,11 +162,10 @@ def search(
     bounded = sorted((grids.bound_grid(grid), n, grid) for n, grid in enumerate(iter_grids(work, pool, limits)))
 
     # Solve one grid early: its value is a cutoff for the many grids that remain to be bounded.
-    for n, (bound, _, grid) in enumerate(bounded):
+    for bound, _, grid in bounded:
         if bound >= grids.cutoff:
             break
-        grids.consider(grid)
-        if n == NUM_GRIDS_BOUNDED_FIRST:
+        if grids.consider(grid) and grids.num_queued == NUM_GRIDS_QUEUED_FIRST:
             grids.solve_next()
 
     while grids.pending:
@@ -187,17 +213,24 @@ class _GridSearch:
         self.pending: list[_QueuedGrid] = []  # a heap; numbers are in the order of arrival
         self.best: list[_RankedCandidate] = []
         self.num_queued = 0
+        self.fastest_simulated = float("inf")
+        self.class_seconds: dict[tuple[int, bool], _ClassSeconds] = {}
         self.floor = float("inf")  # lower bound over the grids that were solved
 
     @property
     def cutoff(self) -> float:
-        """Return the value that a grid has to beat: that of the last kept candidate, or the first with slack."""
+        """Return the value that a grid has to beat: that of the last kept candidate, or the first with slack.
+
+        No step in simulation takes less than by the time model, so no grid has to be considered either that is slower
+        than the fastest candidate in simulation.
+        """
         if not self.best:
             return self.max_value
         first, last = (self._get_objective_value(self.best[n].candidate.layout) for n in (0, -1))
         is_full = len(self.best) == self.num_candidates
         limit = max(last, first * (1 + CANDIDATE_TIE_TOLERANCE)) if is_full else float("inf")
-        return min(self.max_value, first * MAX_SIMULATED_SLOWDOWN, limit)
+        simulated = self.fastest_simulated * (1 + CANDIDATE_TIE_TOLERANCE)
+        return min(self.max_value, first * MAX_SIMULATED_SLOWDOWN, limit, simulated)
 
     @property
     def fastest(self) -> float:
@@ -206,19 +239,26 @@ class _GridSearch:
 
     def bound_grid(self, grid: Grid) -> float:
         """Return a cheap lower bound of a grid's objective, without its stage costs."""
-        return _bound_by_arithmetic(self.work, grid, self.groups) if self.objective == "time" else 0.0
+        if self.objective == "memory":
+            return 0.0
+        key = (grid.micro_batch_size, grid.pipeline_size == 1)  # the only stage has the embedding too
+        if key not in self.class_seconds:
+            self.class_seconds[key] = _predict_class_seconds(self.work, grid, self.groups)
+        return _bound_by_arithmetic(self.work, grid, self.class_seconds[key])
 
-    def consider(self, grid: Grid) -> None:
-        """Queue a grid unless its lower bound is not below the cutoff."""
+    def consider(self, grid: Grid) -> bool:
+        """Queue a grid if its lower bound is below the cutoff; return True if it is."""
         costs = build_stage_costs(self.work, grid, self.groups)
         if self.objective == "time":
             bound = bound_step_seconds(costs, self.cutoff)
         else:
             peak = bound_peak_bytes(costs, self.cutoff)
             bound = float("inf") if peak is None else peak
-        if bound < self.cutoff:
-            self.num_queued += 1
-            heapq.heappush(self.pending, _QueuedGrid(bound, self.num_queued, grid, costs))
+        if bound >= self.cutoff:
+            return False
+        self.num_queued += 1
+        heapq.heappush(self.pending, _QueuedGrid(bound, self.num_queued, grid, costs))
+        return True
 
     def solve_next(self) -> None:
         """Solve the queued grid with the lowest bound; clear the queue if that bound is not below the cutoff."""
@@ -236,6 +276,8 @@ class _GridSearch:
             candidate = PlanCandidate(queued.grid, layout, self.groups)
             self.best.append(_RankedCandidate(self._compute_rank(candidate), candidate, queued.costs))
             self.best = sorted(self.best, key=lambda ranked: ranked.rank)[: self.num_candidates]
+            if self.objective == "time" and self.num_candidates > 1:
+                self.fastest_simulated = min(self.fastest_simulated, candidate.simulate_step_seconds(self.work))
 
     def result(self) -> SearchResult:
         """Return the candidates; of equally fast layouts and grids, the one with the lowest peak memory comes first."""
@@ -264,11 +306,13 @@ class _GridSearch:
 
 def iter_grids(work: Workload, pool: Pool, limits: SizeLimits) -> Iterator[Grid]:
     """Yield all grids for the devices and the batch: A · B · D is the batch, replicas of a stage are of one class."""
-    max_data = max(group.count for group in pool.groups)
+    max_data = min(max(group.count for group in pool.groups), work.global_batch_size)
     data_sizes = [limits.data_size] if limits.data_size else range(1, max_data + 1)
     micro_sizes = [limits.micro_batch_size] if limits.micro_batch_size else MICRO_BATCH_SIZES
 
     for data in data_sizes:
+        if work.global_batch_size % data:
+            continue
         slots = sum(group.count // data for group in pool.groups)
         possible = range(1, min(slots, work.model.num_layers) + 1)  # each stage needs a slot and a layer
         pipeline_sizes = [limits.pipeline_size] if limits.pipeline_size else possible
@@ -286,27 +330,38 @@ def iter_grids(work: Workload, pool: Pool, limits: SizeLimits) -> Iterator[Grid]
                     )
 
 
-def _bound_by_arithmetic(work: Workload, grid: Grid, groups: tuple[DeviceGroup, ...]) -> float:
-    """Return a lower bound on a step of the grid: the fastest devices, fully used, without communication."""
+@dataclass(frozen=True)
+class _ClassSeconds:
+    """Seconds of one layer of a micro-batch on each class, and of the head; classes are sorted by their layer."""
 
-    def seconds(group: DeviceGroup, stage: int, layers: int) -> float:
-        return float(predict_compute_seconds(work, grid, group, stage, layers, 0))
+    groups: tuple[DeviceGroup, ...]
+    layer: tuple[float, ...]
+    head: float
 
-    # Seconds of one layer on each class, and the fastest devices that the grid has stages for.
-    last = grid.pipeline_size - 1
-    layer = {group: seconds(group, last, 1) - seconds(group, last, 0) for group in groups}
+
+def _predict_class_seconds(work: Workload, grid: Grid, groups: tuple[DeviceGroup, ...]) -> _ClassSeconds:
+    def predict(group: DeviceGroup, layers: int) -> float:
+        return float(predict_compute_seconds(work, grid, group, grid.pipeline_size - 1, layers, 0))
+
+    layer = {group: predict(group, 1) - predict(group, 0) for group in groups}
     fastest = sorted(groups, key=layer.__getitem__)
-    devices = [group for group in fastest for _ in range(group.count // grid.data_size)][: grid.pipeline_size]
+    head = min(predict(group, 0) for group in groups)
+    return _ClassSeconds(tuple(fastest), tuple(layer[group] for group in fastest), head)
 
+
+def _bound_by_arithmetic(work: Workload, grid: Grid, seconds: _ClassSeconds) -> float:
+    """Return a lower bound on a step of the grid: the fastest devices, fully used, without communication."""
     # Σ c: all layers on the fastest class, and the head.
-    head = min(seconds(group, last, 0) for group in groups)
-    total = work.model.num_layers * layer[fastest[0]] + head
+    total = work.model.num_layers * seconds.layer[0] + seconds.head
     if grid.grad_accum_steps == 1:
         return total
 
-    # μ: the work of a micro-batch, in layers, over the most layers that fit per second of μ.
-    num_layers = work.model.num_layers + head / layer[fastest[-1]]
-    return total + num_layers / compute_layers_per_wait([1 / layer[group] for group in devices], grid.grad_accum_steps)
+    # μ: the work of a micro-batch, in layers, over the most layers that the fastest devices take per second of μ.
+    num_layers = work.model.num_layers + seconds.head / seconds.layer[-1]
+    rates: list[float] = []
+    for group, layer_s in zip(seconds.groups, seconds.layer, strict=True):
+        rates += [1 / layer_s] * min(group.count // grid.data_size, grid.pipeline_size - len(rates))
+    return total + num_layers / compute_layers_per_wait(rates, grid.grad_accum_steps)
 
 
 def compute_layers_per_wait(rates: list[float], grad_accum_steps: int) -> float:
@@ -317,11 +372,11 @@ def compute_layers_per_wait(rates: list[float], grad_accum_steps: int) -> float:
     neighbors in the other order can be swapped, with their times if the first has less time, else without. A stage
     that is never full has c of at most 2 μ / (A - 1), since the longer of its passes is at least half of its time.
     """
-    steady_counts = [int(f) for f in count_steady_batches(len(rates), grad_accum_steps) if f > 0]
-    num_never_full = len(rates) - len(steady_counts)
+    num_never_full = max(len(rates) - grad_accum_steps + 1, 0)
     never_full = num_never_full * rates[0] * 2 / (grad_accum_steps - 1)
 
+    # The fullest stages come last: stage k is full for f = A - P + k micro-batches.
     best = 0.0
-    for rate, f in zip(rates, steady_counts, strict=False):
+    for f, rate in enumerate(rates[: len(rates) - num_never_full], max(grad_accum_steps - len(rates), 1)):
         best = max(best, best + (rate - best) / f)
     return best + never_full

@@ -222,6 +222,8 @@ class _LayoutSearch:
         """Bracket the minimum wait: no layout has less than the first, and the second, close above, may be feasible."""
         if not self.program.is_feasible(max_wait, max_finish):
             return None
+        if self.costs.grad_accum_steps == 1:
+            return 0.0, 0.0  # a single micro-batch waits for no other
 
         # Double from the wait of equal stages, then bisect.
         equal_stages_wait = self.costs.grad_accum_steps * self.costs.bound_minimum_sum() / self.costs.num_stages
