@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from yuan.plan.layout import compute_added_seconds, compute_busy_seconds, compute_step_seconds
-from yuan.plan.memory_costs import DOES_NOT_FIT
+from yuan.plan.even_split import find_best_even_split, is_even_split
+from yuan.plan.layout import compute_added_seconds, compute_busy_seconds
 from yuan.plan.memory_model import GIB
-from yuan.plan.pool import Pool
+from yuan.plan.pool import MAX_DEVICES, Pool
 from yuan.plan.search import PlanCandidate, SizeLimits, has_feasible_layout, search
 from yuan.plan.solver import solve
 from yuan.plan.stage_costs import StageCosts, build_stage_costs
@@ -23,19 +23,34 @@ MAX_POOL_GROWTH = 16  # largest factor by which a device count is raised in the 
 
 
 def explain(
-    work: Workload, pool: Pool, limits: SizeLimits, candidate: PlanCandidate, *, what_if: bool = True
+    work: Workload,
+    pool: Pool,
+    limits: SizeLimits,
+    candidate: PlanCandidate,
+    objective: str = "time",
+    *,
+    best_seconds: float | None = None,
 ) -> tuple[str, str]:
-    """Return the limiting resource, "compute" or "memory", and the explanation in sentences."""
+    """Return the limiting resource, "compute" or "memory", and the explanation in sentences.
+
+    Args:
+        candidate: the plan, the best on its grid for the objective.
+        best_seconds: the shortest step on the pool by the time model, to which changes of the pool are compared; None
+            leaves these changes out, and so does the objective "memory", for which more memory brings nothing.
+    """
     costs = build_stage_costs(work, candidate.grid, candidate.groups)
     unlimited = solve(_remove_memory_limit(costs), cutoff=candidate.layout.seconds * (1 - MIN_REPORTED_GAIN))
     # With the layout's peak as the limit, the costs recompute the same layers as the layout, for any objective.
     layout_costs = costs.cap_memory(candidate.layout.peak_bytes)
     sentences = [_describe_slowest_stage(candidate, layout_costs)]
-    if unlimited is not None:
+    if objective == "memory":
+        sentences += _describe_fastest_layout(candidate, costs)
+    elif unlimited is not None:
         sentences.append(f"Memory binds: without its limit this grid would take {unlimited.seconds:.4g} s a step.")
-    sentences.append(_describe_even_split(candidate, costs))
-    if what_if:
-        sentences += _describe_gains(work, pool, limits, candidate)
+    if candidate.grid.pipeline_size > 1:
+        sentences.append(_describe_even_split(candidate, costs, objective))
+    if best_seconds is not None and objective == "time":
+        sentences += _describe_gains(work, pool, limits, best_seconds)
     is_measured = [group.measured is not None for group in candidate.stage_groups]
     source = "measured" if all(is_measured) else "measured and book" if any(is_measured) else "book"
     sentences.append(f"Times rest on {source} rates.")
@@ -134,41 +149,70 @@ def _describe_slowest_stage(candidate: PlanCandidate, costs: StageCosts) -> str:
     )
 
 
-def _describe_even_split(candidate: PlanCandidate, costs: StageCosts) -> str:
-    """Describe the step time of an even split, on the same devices, with the recomputation that it needs."""
-    total, stages = costs.num_layers, costs.num_stages
-    even = tuple(total // stages + (s < total % stages) for s in range(stages))
-    classes = candidate.layout.classes
-    if even == candidate.layout.layers:
-        return "It is the even split."
-    too_full = [
-        s
-        for s, (c, n) in enumerate(zip(classes, even, strict=True))
-        if costs.get_fewest_recompute_layers(s, c, n) == DOES_NOT_FIT
-    ]
-    if too_full:
-        s = too_full[0]
-        need = min(costs.memory.compute_stage_bytes(s, classes[s], even[s], r) for r in range(even[s] + 1)) / GIB
-        return f"An even split does not fit: stage {s} would need {need:.1f} GiB even when recomputing."
-    seconds = compute_step_seconds(costs, even, classes)
-    return f"An even split would take {seconds:.4g} s a step, {seconds / candidate.layout.seconds:.3f} times as long."
+def _describe_fastest_layout(candidate: PlanCandidate, costs: StageCosts) -> Iterator[str]:
+    """Describe what the least memory costs in time: the fastest layout of the same grid, if it is faster."""
+    fastest = solve(costs, cutoff=candidate.layout.seconds * (1 - MIN_REPORTED_GAIN))
+    if fastest is not None:
+        yield (
+            f"Planned for time, this grid would take {fastest.seconds:.4g} s a step with "
+            f"{fastest.peak_bytes / GIB:.1f} GiB on the fullest device."
+        )
 
 
-def _describe_gains(work: Workload, pool: Pool, limits: SizeLimits, candidate: PlanCandidate) -> Iterator[str]:
+def _describe_even_split(candidate: PlanCandidate, costs: StageCosts, objective: str) -> str:
+    """Compare the plan with the best even split of its grid for the objective."""
+    layout = candidate.layout
+    if is_even_split(layout.layers):
+        return "The plan is an even split."
+    even = find_best_even_split(costs, layout.classes, objective)
+    if even is None:
+        return _describe_missing_memory(candidate, costs)
+    low, high, recomputed = min(even.layers), max(even.layers), sum(even.recompute_layers)
+    layers = f"{low} or {high} layers" if high > low else f"{high} layer{'s' if high > 1 else ''}"
+    recomputation = f"{recomputed} of all {costs.num_layers} recomputed" if recomputed else "none recomputed"
+    if objective == "memory":
+        figures = (
+            f"need {even.peak_bytes / GIB:.1f} GiB on the fullest device, "
+            f"{even.peak_bytes / layout.peak_bytes:.3f} times as much"
+        )
+    else:
+        figures = f"take {even.seconds:.4g} s a step, {even.seconds / layout.seconds:.3f} times as long"
+    return f"The best even split of this grid, {layers} a stage and {recomputation}, would {figures}."
+
+
+def _describe_missing_memory(candidate: PlanCandidate, costs: StageCosts) -> str:
+    """Describe a stage that does not fit, of the even split with the least memory."""
+    text = "No even split of this grid fits"
+    even = find_best_even_split(_remove_memory_limit(costs), candidate.layout.classes, "memory")
+    if even is None:
+        return f"{text}."
+    needs = zip(even.classes, even.layers, even.recompute_layers, strict=True)
+    for s, (c, layers, recomputed) in enumerate(needs):
+        num_bytes = costs.memory.compute_stage_bytes(s, c, layers, recomputed)
+        if num_bytes > costs.memory.capacity[s, c]:
+            return (
+                f"{text}: with the least memory, stage {s} would need {num_bytes / GIB:.1f} GiB and a device of "
+                f"{candidate.groups[c].device_class} has {candidate.groups[c].memory_gib:.1f}."
+            )
+    return f"{text}."
+
+
+def _describe_gains(work: Workload, pool: Pool, limits: SizeLimits, best_seconds: float) -> Iterator[str]:
     """Describe the gain from one more GiB on every device, and from one more node of each class."""
     changes = {"One more GiB on every device": _grow_pool(pool, gib=1)}
     for group in pool.groups:
         size = min(group.devices_per_node, group.count)
+        if group.count + size > MAX_DEVICES:
+            continue
         name = f"{size} more {group.device_class}" if size > 1 else f"One more {group.device_class}"
         changes[name] = _grow_pool(pool, devices={group.device_class: size})
     for name, grown in changes.items():
         candidates = search(
-            work, grown, limits, cutoff=candidate.layout.seconds * (1 - MIN_REPORTED_GAIN), num_candidates=1
+            work, grown, limits, cutoff=best_seconds * (1 - MIN_REPORTED_GAIN), num_candidates=1
         ).candidates
         if candidates:
             seconds = candidates[0].layout.seconds
-            saved = 1 - seconds / candidate.layout.seconds
-            yield f"{name} would save {saved:.1%} ({seconds:.4g} s a step)."
+            yield f"{name} would save {1 - seconds / best_seconds:.1%} ({seconds:.4g} s a step)."
         else:
             yield f"{name} would bring nothing."
 

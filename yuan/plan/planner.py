@@ -73,7 +73,8 @@ def make_plan(
     # The bound is in seconds, which the objective "memory" does not minimize.
     lower_bound = result.lower_bound if objective == "time" else None
     plan = build_plan(work, pool, best, objective, lower_bound=lower_bound)
-    binding, text = explain(work, pool, limits, best, what_if=explained)
+    best_seconds = first.layout.seconds if explained else None
+    binding, text = explain(work, pool, limits, best, objective, best_seconds=best_seconds)
     if best is not first:
         text += (
             f" The time model's own best has {first.grid.pipeline_size} stages and {first.grid.data_size} replicas: "
