@@ -3,20 +3,25 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from flows.cli.output import EXIT_FAILED, EXIT_USAGE, JsonOption, explain_errors, fail, show
 from yuan.config import MODEL_PRESETS, ModelConfig, Precision
-from yuan.plan.current_plan import read_current_plan
+from yuan.data.text import BadJson, parse_json
+from yuan.plan.current_plan import parse_current_plan
+from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import Objective, draw_plan, make_plan
 from yuan.plan.pool import Pool, load_pool, make_cpu_pool
-from yuan.plan.pool_changes import apply_pool_changes
+from yuan.plan.pool_changes import apply_pool_change
 from yuan.plan.replan import Replan, replan
 from yuan.plan.search import SizeLimits
 from yuan.plan.table import format_plan_table
 from yuan.plan.workload import PUBLISHED_BATCH_SIZES, Workload, compute_default_loss_block
+
+MAX_PLAN_BYTES = 16 * 2**20
+MAX_LOST_STEPS = 10**9
 
 ModelNameOption = Annotated[str, typer.Option(help="tiny, 2b, 51b or 102b")]
 PoolFileOption = Annotated[
@@ -53,7 +58,9 @@ def plan(
     slow: Annotated[
         list[str] | None, typer.Option(help="CLASS:N:SHARE, N devices at SHARE of the speed of the others")
     ] = None,
-    lost_steps: Annotated[int, typer.Option(min=0, help="steps since the last checkpoint, which a move repeats")] = 0,
+    lost_steps: Annotated[
+        int, typer.Option(min=0, max=MAX_LOST_STEPS, help="steps since the last checkpoint, which a move repeats")
+    ] = 0,
     svg: Annotated[
         Path | None, typer.Option(help="also draw memory and the schedule of a step to this SVG file")
     ] = None,
@@ -76,9 +83,8 @@ def plan(
         if current is None:
             new_plan = make_plan(work, changed_pool, limits, objective)
         else:
-            move = replan(
-                work, read_current_plan(current, work), changed_pool, limits, objective, lost_steps=lost_steps
-            )
+            current_plan = read_current_plan_option(current, work)
+            move = replan(work, current_plan, changed_pool, limits, objective, lost_steps=lost_steps)
             new_plan = move.plan
         if svg is not None:
             svg.write_text(draw_plan(work, changed_pool, new_plan))
@@ -100,14 +106,46 @@ def get_model_option(name: str) -> ModelConfig:
     return MODEL_PRESETS[name]()
 
 
+def read_current_plan_option(file: Path, work: Workload) -> PipelinePlan:
+    """Read the plan of an option `--current`.
+
+    Raises:
+        ValueError: if the file cannot be read, or holds no plan of the given training.
+    """
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(MAX_PLAN_BYTES + 1)
+        if len(content) > MAX_PLAN_BYTES:
+            raise ValueError(f"a plan has at most {MAX_PLAN_BYTES:,} bytes, and this file has more")
+        return parse_current_plan(parse_json(content), work)
+    except OSError as error:
+        raise ValueError(
+            f"--current {file} cannot be read: {error.strerror}; write it with `cotrain plan --json`"
+        ) from None
+    except BadJson as error:
+        place = f"{error.place} " if error.place else ""
+        raise ValueError(f"--current {file}: {place}{error}; write it with `cotrain plan --json`") from None
+    except ValueError as error:
+        raise ValueError(f"--current {file}: {error}") from None
+
+
 def change_pool(pool: Pool, *, lost: Sequence[str], added: Sequence[str], slow: Sequence[str]) -> Pool:
     """Apply the options `--lost`, `--added` and `--slow` to a pool; an invalid one gives one line and status 2."""
-    try:
-        return apply_pool_changes(pool, lost=lost, added=added, slow=slow)
-    except ValueError as error:
-        raise fail(str(error), EXIT_USAGE) from None
+    kinds: tuple[tuple[Literal["lost", "added", "slow"], Sequence[str]], ...]
+    kinds = (("lost", lost), ("added", added), ("slow", slow))
+    for kind, changes in kinds:
+        for change in changes:
+            try:
+                pool = apply_pool_change(pool, kind, change)
+            except ValueError as error:
+                raise fail(f"--{kind}: {error}", EXIT_USAGE) from None
+    return pool
 
 
 def load_pool_option(spec: str | None) -> Pool:
     """Load the pool of an option `--pool`; without one, two processes on this machine."""
-    return load_pool(spec) if spec else make_cpu_pool()
+    if spec is None:
+        return make_cpu_pool()
+    if not spec.strip():
+        raise fail("--pool must name a pool file as FILE or FILE:NAME, got an empty text", EXIT_USAGE)
+    return load_pool(spec)

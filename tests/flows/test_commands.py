@@ -108,6 +108,15 @@ def test_replan_reports_the_cost_of_the_move(tmp_path):
     assert (tmp_path / "plan.svg").read_text().startswith("<svg")
 
 
+def test_a_pool_with_slow_devices_alone_is_planned():
+    normal, slow = (
+        json.loads(run_cotrain("plan", "--model", "tiny", *change, "--json").stdout)
+        for change in ([], ["--slow", "cpu-process:2:0.5"])
+    )
+    assert {stage["device_class"] for stage in slow["stages"]} == {"cpu-process (slow)"}
+    assert normal["step_seconds"] < slow["step_seconds"] < 2 * normal["step_seconds"] * (1 + 1e-9)
+
+
 @pytest.mark.slow
 def test_plan_uses_measured_rates_of_the_calibrated_pool(tmp_path):
     file = tmp_path / "pool.toml"
@@ -123,7 +132,18 @@ def test_plan_uses_measured_rates_of_the_calibrated_pool(tmp_path):
     [
         (["plan", "--model", "tiny", "--lost", "cpu-process"], 2, "a change is written CLASS:N"),
         (["plan", "--model", "tiny", "--lost", "gpu:1"], 2, "use one that it has: cpu-process"),
-        (["plan", "--model", "tiny", "--slow", "cpu-process:1:half"], 2, "must be a number between 0 and 1"),
+        (["plan", "--model", "tiny", "--slow", "cpu-process:1:half"], 2, "SHARE must be a number between 0"),
+        (["plan", "--model", "tiny", "--slow", "gpu:1:0.5"], 2, "--slow: pool 'cpu-2' has 2 cpu-process"),
+        (["plan", "--model", "tiny", "--slow", "cpu-process:0:0.5"], 2, "N must be a whole number from 1"),
+        (["plan", "--model", "tiny", "--slow", "cpu-process:1:nan"], 2, "must be above 0 and below 1, got nan"),
+        (["plan", "--model", "tiny", "--slow", "cpu-process:0.5"], 2, "a change is written CLASS:N:SHARE"),
+        (["plan", "--model", "tiny", "--lost", "cpu-process:2"], 2, "remove fewer than 2"),
+        (["plan", "--model", "tiny", "--added", "cpu-process:" + "9" * 5000], 2, "N must be a whole number from 1"),
+        (["plan", "--model", "tiny", "--lost-steps", "9" * 400], 2, "--lost-steps"),
+        (["plan", "--model", "tiny", "--pool", ""], 2, "--pool must name a pool file"),
+        (["plan", "--model", "tiny", "--current", "nowhere.json"], 1, "--current nowhere.json cannot be read"),
+        (["plan", "--model", "tiny", "--current", "docs"], 1, "--current docs cannot be read: Is a directory"),
+        (["plan", "--model", "tiny", "--current", "Makefile"], 1, "--current Makefile: must be JSON"),
         (["plan", "--model", "tiny", "--objective", "speed"], 2, "'speed' is not one of 'time', 'memory'"),
         (["plan", "--model", "tiny", "--pipeline-size", "4"], 1, "use at most 3 stages"),
         (["plan", "--model", "3b"], 2, "choose one of tiny, 2b, 51b, 102b"),

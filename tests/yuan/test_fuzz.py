@@ -12,11 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
+from yuan.config import tiny
 from yuan.data.checkers import Checker
 from yuan.data.file_formats import HEAD_BYTES, describe_foreign_format
 from yuan.data.rows import BadRow, Row, parse_rows
 from yuan.data.text import BadJson, normalize_text, parse_json
-from yuan.plan.pool import dump_pool, load_pool
+from yuan.plan.plan_record import PipelinePlan
+from yuan.plan.planner import make_plan
+from yuan.plan.pool import dump_pool, load_pool, make_cpu_pool
+from yuan.plan.workload import Workload
 
 NUM_QUICK_CASES = 100
 NUM_LONG_CASES = 10_000
@@ -161,3 +165,22 @@ def test_any_pool_file_is_a_pool_or_one_line(num_cases, tmp_path):
             assert tomllib.loads(dump_pool(pool))
 
     fuzz(num_cases, st.one_of(st.binary(max_size=100), POOL_FILES), check)
+
+
+@each_size
+def test_any_plan_is_read_as_it_is_or_refused_in_one_line(num_cases):
+    work = Workload(model=tiny(), seq_len=256, global_batch_size=8, precision="bf16", loss_block=512)
+    plan = make_plan(work, make_cpu_pool(), explained=False).to_json()
+    changes = st.dictionaries(st.sampled_from([*plan, "x"]), JSON_VALUES, max_size=2)
+    stage_changes = st.dictionaries(st.sampled_from([*plan["stages"][0], "x"]), JSON_VALUES, max_size=2)
+
+    def check(values):
+        plan_change, stage_change = values
+        stages = [{**plan["stages"][0], **stage_change}, *plan["stages"][1:]]
+        data = {**plan, "stages": stages, **plan_change}
+        try:
+            assert PipelinePlan.from_json(data).to_json() == data
+        except ValueError as error:
+            check_printable(str(error))
+
+    fuzz(num_cases, st.tuples(changes, stage_changes), check)

@@ -1,28 +1,30 @@
 """Read the plan that a run has now, as `cotrain plan --json` wrote it."""
 
-import json
-from pathlib import Path
-from typing import Any
-
+from yuan.plan.json_fields import show_value
 from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.workload import Workload
 
 
-def read_current_plan(file: Path, work: Workload) -> PipelinePlan:
-    """Read a plan of the given training from a JSON file.
+def parse_current_plan(data: object, work: Workload) -> PipelinePlan:
+    """Parse the plan of a run of the given training from JSON.
 
     Raises:
-        ValueError: if the file is not JSON, or its plan is one of another training.
-        OSError: if it cannot be read.
+        ValueError: if it is no plan, contradicts itself, does not fit its pool, or is one of another training.
     """
-    try:
-        data: dict[str, Any] = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}; write it with `cotrain plan --json`") from None
-    data.pop("move", None)
-    plan: PipelinePlan = PipelinePlan.from_json(data)
+    if not isinstance(data, dict):
+        raise ValueError(f"a plan is a JSON object, got {show_value(data)}; write it with `cotrain plan --json`")
+    if "plan" in data and "recipe" in data:
+        raise ValueError("this is the run.json of a run; pass the object in its field plan, in a file of its own")
+    plan: PipelinePlan = PipelinePlan.from_json({key: value for key, value in data.items() if key != "move"})
     requested = (work.model.name, work.seq_len, work.global_batch_size, work.precision)
     planned = (plan.model, plan.sequence_length, plan.global_batch_size, plan.precision)
     if requested != planned:
-        raise ValueError(f"{file} is a plan for {planned}, got a request for {requested}; request the same training")
+        raise ValueError(f"this is a plan for {planned}, got a request for {requested}; request the same training")
+    if plan.bounds[-1] != work.model.num_layers:
+        raise ValueError(
+            f"layers of all stages must add up to {work.model.num_layers}, those of {plan.model}, got "
+            f"{plan.bounds[-1]}; plan again"
+        )
+    if not plan.feasible:
+        raise ValueError("feasible is false: the plan does not fit its pool, so no run has it; leave --current out")
     return plan

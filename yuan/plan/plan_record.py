@@ -1,8 +1,11 @@
 """The plan record, which the planner writes and the training engine reads."""
 
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from yuan.plan.json_fields import check_fields, show_value
 
 PLAN_SCHEMA = 1
 
@@ -90,13 +93,76 @@ class PipelinePlan:
         """Rebuild a plan from its JSON.
 
         Raises:
-            ValueError: if the schema differs, or a field is missing or unknown; the message names it.
+            ValueError: if the schema differs, a field is missing, unknown or of another type, or two contradict each
+                other; the message names the field, and the stage by its number from 1.
         """
         if data.get("schema") != PLAN_SCHEMA:
             raise ValueError(
-                f"a plan of schema {data.get('schema')!r} cannot be read; plan again for schema {PLAN_SCHEMA}"
+                f"a plan of schema {show_value(data.get('schema'))} cannot be read; plan again for schema {PLAN_SCHEMA}"
             )
         try:
-            return cls(**{**data, "stages": [Stage(**stage) for stage in data["stages"]]})
-        except (TypeError, KeyError) as error:
+            check_fields(cls, data)
+            plan = cls(**{**data, "stages": [_parse_stage(n, stage) for n, stage in enumerate(data["stages"], 1)]})
+            plan._check_consistency()
+        except ValueError as error:
             raise ValueError(f"not a plan of schema {PLAN_SCHEMA}: {error}; plan again") from None
+        return plan
+
+    def _check_consistency(self) -> None:
+        for name in ("sequence_length", "pipeline_size", "data_size", "micro_batch_size", "grad_accum_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.step_seconds <= 0:
+            raise ValueError(f"step_seconds must be positive, got {self.step_seconds}")
+        batch_sizes = (self.data_size, self.micro_batch_size, self.grad_accum_steps)
+        if math.prod(batch_sizes) != self.global_batch_size:
+            raise ValueError(
+                "data_size x micro_batch_size x grad_accum_steps must be global_batch_size, got "
+                f"{' x '.join(map(str, batch_sizes))} and {self.global_batch_size}"
+            )
+
+        if len(self.stages) != self.pipeline_size:
+            raise ValueError(
+                f"pipeline_size must be the number of stages, {len(self.stages)}, got {self.pipeline_size}"
+            )
+        first_layer = 0
+        for number, stage in enumerate(self.stages, 1):
+            may_be_empty = number == self.pipeline_size > 1
+            _check_stage(stage, number, first_layer, may_be_empty=may_be_empty)
+            first_layer += stage.layers
+        peak = max(stage.memory_bytes for stage in self.stages)
+        if self.peak_memory_bytes != peak:
+            raise ValueError(
+                f"peak_memory_bytes must be {peak}, the most memory_bytes of a stage, got {self.peak_memory_bytes}"
+            )
+
+
+def _check_stage(stage: Stage, number: int, first_layer: int, *, may_be_empty: bool) -> None:
+    if stage.first_layer != first_layer:
+        raise ValueError(
+            f"first_layer of stage {number} must be {first_layer}, the layers before it, got {stage.first_layer}"
+        )
+    if not stage.layers and not may_be_empty:
+        raise ValueError(f"layers of stage {number} must be at least 1, got 0; only the last of several may be empty")
+    if stage.recompute_layers > stage.layers:
+        raise ValueError(
+            f"recompute_layers of stage {number} must be at most its {stage.layers} layers, got "
+            f"{stage.recompute_layers}"
+        )
+    if sum(stage.memory_terms.values()) != stage.memory_bytes:
+        raise ValueError(
+            f"memory_bytes of stage {number} must be the sum of its memory_terms, {sum(stage.memory_terms.values())}, "
+            f"got {stage.memory_bytes}"
+        )
+    if stage.compute_seconds < 0:
+        raise ValueError(f"compute_seconds of stage {number} must be zero or more, got {stage.compute_seconds}")
+
+
+def _parse_stage(number: int, data: object) -> Stage:
+    if not isinstance(data, dict):
+        raise ValueError(f"stages must be objects, got {show_value(data)} as stage {number}")
+    try:
+        check_fields(Stage, data)
+    except ValueError as error:
+        raise ValueError(f"in stage {number}, {error}") from None
+    return Stage(**data)

@@ -11,10 +11,10 @@ from typing import Any, Literal, TypeGuard, get_args
 import tomli_w
 
 from yuan.plan.devices import DEVICE_SPECS, DEVICES_WITHOUT_BF16
+from yuan.plan.json_fields import show_value
 
 LauncherName = Literal["local", "slurm", "kubernetes"]
 
-MAX_SHOWN_CHARACTERS = 80
 MAX_SHOWN_NAMES = 12
 CPU_POOL_NAME = "cpu-2"
 DEFAULT_RESERVE_GIB = 2.0
@@ -88,12 +88,12 @@ class DeviceGroup:
     measured: MeasuredRates | None = None
 
     def __post_init__(self) -> None:
-        name = f"of device class {_show(self.device_class)}"
+        name = f"of device class {show_value(self.device_class)}"
         for field in ("count", "devices_per_node"):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_DEVICES:
                 raise ValueError(
-                    f"{field} {name} must be a whole number from 1 to {MAX_DEVICES:,}, got {_show(value)}; "
+                    f"{field} {name} must be a whole number from 1 to {MAX_DEVICES:,}, got {show_value(value)}; "
                     "correct the pool"
                 )
         for field in (
@@ -133,16 +133,16 @@ class Pool:
 
     def __post_init__(self) -> None:
         if not self.groups:
-            raise ValueError(f"pool {_show(self.name)} has no devices; add a [[pool.group]]")
+            raise ValueError(f"pool {show_value(self.name)} has no devices; add a [[pool.group]]")
         classes = [group.device_class for group in self.groups]
         if self.launcher not in get_args(LauncherName):
             raise ValueError(
-                f"launcher of pool {_show(self.name)} must be one of {', '.join(get_args(LauncherName))}, "
-                f"got {_show(self.launcher)}; leave it out for local"
+                f"launcher of pool {show_value(self.name)} must be one of {', '.join(get_args(LauncherName))}, "
+                f"got {show_value(self.launcher)}; leave it out for local"
             )
         if len(set(classes)) < len(classes):
             raise ValueError(
-                f"pool {_show(self.name)} must name each device class once, got {_show_list(classes)}; "
+                f"pool {show_value(self.name)} must name each device class once, got {_show_list(classes)}; "
                 "add up their counts"
             )
 
@@ -186,7 +186,7 @@ def load_pool(spec: str) -> Pool:
         raise ValueError(f"cannot read the pool file {file}: {reason}; pass a TOML file with [[pool]]") from None
     _check_keys(data, {"pool"}, f"{file}")
     entries = _get_tables(data, "pool", file)
-    names = [_show(entry.get("name")) for entry in entries]
+    names = [show_value(entry.get("name")) for entry in entries]
     matches = [entry for entry in entries if not name or entry.get("name") == name]
     if len(matches) != 1:
         texts = [entry["name"] for entry in entries if isinstance(entry.get("name"), str)]
@@ -204,15 +204,16 @@ def parse_pool(entry: Mapping[str, Any]) -> Pool:
     _check_keys(entry, {"name", "group", "launcher", "launch"}, "a [[pool]]")
     name = entry.get("name")
     if not isinstance(name, str) or not name.strip():
-        raise ValueError(f'a [[pool]] needs a name, got {_show(name)}; add name = "..."')
+        raise ValueError(f'a [[pool]] needs a name, got {show_value(name)}; add name = "..."')
     launch = entry.get("launch", {})
     if not isinstance(launch, dict) or not all(isinstance(value, str | int) for value in launch.values()):
         raise ValueError(
-            f"[pool.launch] of {_show(name)} must be a table of texts and integers, got {_show(launch)}; correct it"
+            f"[pool.launch] of {show_value(name)} must be a table of texts and integers, got "
+            f"{show_value(launch)}; correct it"
         )
     return Pool(
         name=name,
-        groups=tuple(_parse_group(group) for group in _get_tables(entry, "group", f"pool {_show(name)}", "pool.")),
+        groups=tuple(_parse_group(group) for group in _get_tables(entry, "group", f"pool {show_value(name)}", "pool.")),
         launcher=entry.get("launcher", "local"),
         launch=tuple(launch.items()),
     )
@@ -228,17 +229,10 @@ def _get_tables(table: Mapping[str, Any], key: str, place: str, prefix: str = ""
     if isinstance(entries, dict):
         raise ValueError(f"{place} has one table [{prefix}{key}]; write [[{prefix}{key}]], since there may be several")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"{prefix}{key} of {place} must be tables [[{prefix}{key}]], got {_show(entries)}; correct it")
+        raise ValueError(
+            f"{prefix}{key} of {place} must be tables [[{prefix}{key}]], got {show_value(entries)}; correct it"
+        )
     return entries
-
-
-def _show(value: object) -> str:
-    """Return a value for a message, of limited length; `repr` escapes what cannot be printed."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes integers of 4,300 digits at most
-        return "a number of thousands of digits"
-    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[: MAX_SHOWN_CHARACTERS - 1]}…"
 
 
 def _show_list(texts: Sequence[str]) -> str:
@@ -272,10 +266,10 @@ def _parse_group(entry: Mapping[str, Any]) -> DeviceGroup:
     _check_keys(entry, {field.name for field in fields(DeviceGroup)}, "a [[pool.group]]")
     name = entry.get("device_class", "")
     if not isinstance(name, str):
-        raise ValueError(f"device_class of a [[pool.group]] must be a text, got {_show(name)}; write it in quotes")
+        raise ValueError(f"device_class of a [[pool.group]] must be a text, got {show_value(name)}; write it in quotes")
     if name in DEVICES_WITHOUT_BF16:
         raise ValueError(
-            f"device class {_show(name)} cannot multiply bf16, in which Yuan is trained; "
+            f"device class {show_value(name)} cannot multiply bf16, in which Yuan is trained; "
             f"use one of {_format_known_classes()}"
         )
     defaults = asdict(DEVICE_SPECS[name]) if name in DEVICE_SPECS else {}
@@ -284,21 +278,21 @@ def _parse_group(entry: Mapping[str, Any]) -> DeviceGroup:
     if missing:
         suggestion = _suggest_nearest(name, list(DEVICE_SPECS))
         raise ValueError(
-            f"a [[pool.group]] of device class {_show(name)} needs {', '.join(sorted(missing))}; "
+            f"a [[pool.group]] of device class {show_value(name)} needs {', '.join(sorted(missing))}; "
             f"known classes need only a count: {_format_known_classes()}{suggestion}"
         )
     if "measured" in values:
         if not isinstance(values["measured"], dict):
             raise ValueError(
-                f"measured of {_show(name)} must be a table [pool.group.measured], got {_show(values['measured'])}; "
-                "calibrate again"
+                f"measured of {show_value(name)} must be a table [pool.group.measured], got "
+                f"{show_value(values['measured'])}; calibrate again"
             )
         _check_keys(values["measured"], {field.name for field in fields(MeasuredRates)}, "[pool.group.measured]")
         try:
             values["measured"] = MeasuredRates(**values["measured"])
         except TypeError as error:
             raise ValueError(
-                f"[pool.group.measured] of {_show(name)} lacks a rate ({error}); calibrate again"
+                f"[pool.group.measured] of {show_value(name)} lacks a rate ({error}); calibrate again"
             ) from None
     return DeviceGroup(**values)
 
@@ -312,7 +306,7 @@ def _check_keys(table: Mapping[str, Any], known_keys: set[str], table_name: str)
         if key not in known_keys:
             suggestion = _suggest_nearest(key, sorted(known_keys))
             raise ValueError(
-                f"{table_name} has the unknown key {_show(key)}{suggestion}; use one of {sorted(known_keys)}"
+                f"{table_name} has the unknown key {show_value(key)}{suggestion}; use one of {sorted(known_keys)}"
             )
 
 
@@ -323,19 +317,19 @@ def _suggest_nearest(word: str, words: list[str]) -> str:
 
 def _check_positive(label: str, value: object) -> None:
     if not is_finite_number(value) or value <= 0:
-        raise ValueError(f"{label} must be positive, got {_show(value)}; write a number above 0")
+        raise ValueError(f"{label} must be positive, got {show_value(value)}; write a number above 0")
     if not MIN_PLAUSIBLE_VALUE <= value < MAX_PLAUSIBLE_VALUE:
         raise ValueError(
-            f"{label} must be from {MIN_PLAUSIBLE_VALUE:g} to below {MAX_PLAUSIBLE_VALUE:,.0f}, got {_show(value)}; "
-            "check its unit"
+            f"{label} must be from {MIN_PLAUSIBLE_VALUE:g} to below {MAX_PLAUSIBLE_VALUE:,.0f}, got "
+            f"{show_value(value)}; check its unit"
         )
 
 
 def _check_not_negative(label: str, value: object) -> None:
     if not is_finite_number(value) or value < 0:
-        raise ValueError(f"{label} must be zero or more, got {_show(value)}; write 0 if there is none")
+        raise ValueError(f"{label} must be zero or more, got {show_value(value)}; write 0 if there is none")
     if value > MAX_LATENCY_US:
-        raise ValueError(f"{label} must be at most {MAX_LATENCY_US:,.0f}, got {_show(value)}; check its unit")
+        raise ValueError(f"{label} must be at most {MAX_LATENCY_US:,.0f}, got {show_value(value)}; check its unit")
 
 
 def find_device_group(pool: Pool, device_class: str | None) -> DeviceGroup:

@@ -1,42 +1,45 @@
-"""Apply changes of a pool that are written as text: devices lost, devices added, and devices that are slow."""
+"""Apply a change of a pool that is written as text: devices lost, devices added, or devices that are slow."""
 
-from collections.abc import Sequence
+import re
+from typing import Literal
 
-from yuan.plan.pool import Pool
+from yuan.plan.json_fields import show_value
+from yuan.plan.pool import MAX_DEVICES, Pool
 from yuan.plan.replan import resize_pool, split_slow_devices
 
+COUNT_PATTERN = re.compile(r"[0-9]{1,7}")
 
-def apply_pool_changes(
-    pool: Pool, *, lost: Sequence[str] = (), added: Sequence[str] = (), slow: Sequence[str] = ()
-) -> Pool:
-    """Return the pool after changes, applied in the order of the parameters.
+
+def apply_pool_change(pool: Pool, kind: Literal["lost", "added", "slow"], change: str) -> Pool:
+    """Return the pool after a change.
 
     Args:
-        lost, added: `CLASS:N`, devices of a class.
-        slow: `CLASS:N:SHARE`, N devices at SHARE of the speed of the others.
+        change: `CLASS:N`, devices of a class; if they are slow `CLASS:N:SHARE`, at SHARE of the speed of the others.
 
     Raises:
-        ValueError: if a change is malformed, or names a class or a number of devices that the pool does not have.
+        ValueError: if the change is malformed, or names a class or a number of devices that the pool does not have.
     """
-    for sign, changes in ((-1, lost), (1, added)):
-        for change in changes:
-            name, count = _split_change(change, 2)
-            pool = resize_pool(pool, {name: sign * int(count)})
-    for change in slow:
-        name, count, share = _split_change(change, 3)
-        try:
-            factor = float(share)
-        except ValueError:
-            raise ValueError(
-                f"the share of {change!r} must be a number between 0 and 1, got {share!r}; 0.5 is half speed"
-            ) from None
-        pool = split_slow_devices(pool, name, int(count), factor)
-    return pool
-
-
-def _split_change(change: str, num_parts: int) -> list[str]:
+    num_parts = 3 if kind == "slow" else 2
     parts = change.rsplit(":", num_parts - 1)
-    if len(parts) != num_parts or not (parts[1].isascii() and parts[1].isdecimal()):
-        form = "CLASS:N" if num_parts == 2 else "CLASS:N:SHARE"
-        raise ValueError(f"a change is written {form}, got {change!r}; write N as digits")
-    return parts
+    if len(parts) != num_parts:
+        form = "CLASS:N:SHARE" if kind == "slow" else "CLASS:N"
+        raise ValueError(f"a change is written {form}, got {show_value(change)}; write N as digits")
+    name, count = parts[0], _parse_count(parts[1])
+    if kind != "slow":
+        return resize_pool(pool, {name: count if kind == "added" else -count})
+    try:
+        share = float(parts[2])
+    except ValueError:
+        raise ValueError(
+            f"SHARE must be a number between 0 and 1, got {show_value(parts[2])}; 0.5 is half the speed"
+        ) from None
+    return split_slow_devices(pool, name, count, share)
+
+
+def _parse_count(text: str) -> int:
+    count = int(text) if COUNT_PATTERN.fullmatch(text) else 0
+    if not 1 <= count <= MAX_DEVICES:
+        raise ValueError(
+            f"N must be a whole number from 1 to {MAX_DEVICES:,}, got {show_value(text)}; write it as digits"
+        )
+    return count

@@ -1,9 +1,10 @@
 """Replan a run after its pool has changed, and estimate the cost of the move."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from yuan.plan.json_fields import show_value
 from yuan.plan.memory_model import GIB
 from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import Objective, make_plan, predict_plan
@@ -89,7 +90,7 @@ def resize_pool(pool: Pool, counts: Mapping[str, int]) -> Pool:
     for name, count in counts.items():
         if name not in current:
             raise ValueError(
-                f"pool {pool.name!r} has no device class {name!r}; use one that it has: {', '.join(current)}"
+                f"pool {pool.name!r} has no device class {show_value(name)}; use one that it has: {', '.join(current)}"
             )
         if current[name] + count < 0:
             raise ValueError(
@@ -97,10 +98,9 @@ def resize_pool(pool: Pool, counts: Mapping[str, int]) -> Pool:
                 f"remove at most {current[name]}"
             )
     new_counts = {name: count + counts.get(name, 0) for name, count in current.items()}
-    groups = (
-        replace(group, count=new_counts[group.device_class]) for group in pool.groups if new_counts[group.device_class]
-    )
-    return replace(pool, groups=tuple(groups))
+    if not any(new_counts.values()):
+        raise ValueError(f"no device of pool {pool.name!r} would remain; remove fewer than {pool.num_devices}")
+    return replace(pool, groups=_set_counts(pool.groups, new_counts))
 
 
 def split_slow_devices(pool: Pool, device_class: str, count: int, factor: float) -> Pool:
@@ -112,10 +112,24 @@ def split_slow_devices(pool: Pool, device_class: str, count: int, factor: float)
         ValueError: if the class is unknown or smaller, or the factor is not between 0 and 1.
     """
     if not 0 < factor < 1:
-        raise ValueError(f"factor of a slow device must be above 0 and below 1, got {factor}; 0.5 is half the speed")
-    remaining = resize_pool(pool, {device_class: -count})
-    group = next(group for group in pool.groups if group.device_class == device_class)
-    return replace(remaining, groups=(*remaining.groups, _make_slow_group(group, count, factor)))
+        raise ValueError(
+            f"the speed of a slow device must be above 0 and below 1, got {factor}; 0.5 is half the speed of the others"
+        )
+    groups = {group.device_class: group for group in pool.groups}
+    if device_class not in groups or groups[device_class].count < count:
+        available = ", ".join(f"{group.count} {group.device_class}" for group in pool.groups)
+        raise ValueError(
+            f"pool {pool.name!r} has {available}, got {count} slow ones of {show_value(device_class)}; "
+            "name devices that it has"
+        )
+    slow = _make_slow_group(groups[device_class], count, factor)
+    return replace(pool, groups=(*_set_counts(pool.groups, {device_class: groups[device_class].count - count}), slow))
+
+
+def _set_counts(groups: Sequence[DeviceGroup], counts: Mapping[str, int]) -> tuple[DeviceGroup, ...]:
+    """Return the groups with other counts; a class without devices is left out."""
+    changed = ((group, counts.get(group.device_class, group.count)) for group in groups)
+    return tuple(replace(group, count=count) for group, count in changed if count)
 
 
 def make_slow_class_name(device_class: str) -> str:
