@@ -1,6 +1,5 @@
 """Model and training configuration: frozen, validated dataclasses, and the published presets."""
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar, get_args
@@ -10,6 +9,7 @@ LocalFilterKind = Literal["two_convs_norm", "two_convs", "conv7", "conv3", "conv
 T = TypeVar("T")
 
 MAX_MODEL_SIZE = 2**24  # of a width, length or number of layers; sums and products of sizes fit 64 bits
+MAX_FORMATTED_CHARS = 200
 MODEL_CONFIG_FILE = "config.json"  # of a model folder
 
 
@@ -45,7 +45,9 @@ class ModelConfig:
         for field in ("num_layers", "hidden_size", "num_heads", "vocab_size", "seq_len"):
             value = getattr(self, field)
             if type(value) is not int or not 1 <= value <= MAX_MODEL_SIZE:
-                raise ValueError(f"{field} must be an integer from 1 to {MAX_MODEL_SIZE:,}, got {value!r}; correct it")
+                raise ValueError(
+                    f"{field} must be an integer from 1 to {MAX_MODEL_SIZE:,}, got {format_value(value)}; correct it"
+                )
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(
                 "hidden_size must be an even multiple of num_heads, so that rotary halves exist, "
@@ -54,14 +56,15 @@ class ModelConfig:
         for field, choice in (("rope_precision", Precision), ("local_filter", LocalFilterKind)):
             if getattr(self, field) not in get_args(choice):
                 raise ValueError(
-                    f"{field} must be one of {', '.join(get_args(choice))}, got {getattr(self, field)!r}; "
-                    f"leave it out for {getattr(ModelConfig, field)}"
+                    f"{field} must be one of {', '.join(get_args(choice))}, got "
+                    f"{format_value(getattr(self, field))}; leave it out for {getattr(ModelConfig, field)}"
                 )
         for field in ("norm_eps", "rope_base"):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(
-                    f"{field} must be a positive number, got {value!r}; leave it out for {getattr(ModelConfig, field)}"
+                    f"{field} must be a positive number, got {format_value(value)}; leave it out for "
+                    f"{getattr(ModelConfig, field)}"
                 )
 
     @property
@@ -192,7 +195,17 @@ def _from_json(cls: type[T], data: dict[str, Any]) -> T:
     try:
         return cls(**data)
     except TypeError as error:
-        raise ValueError(f"{cls.__name__} cannot be read from {json.dumps(data)}: {error}") from None
+        raise ValueError(f"{cls.__name__} cannot be read from {format_value(data)}: {format_value(error)}") from None
+
+
+def format_value(value: object) -> str:
+    """Format a value from a file for a message: one printable line of limited length.
+
+    >>> format_value("a\\n"), len(format_value([1] * 1000))
+    ("'a\\\\n'", 200)
+    """
+    text = repr(value)
+    return text if len(text) <= MAX_FORMATTED_CHARS else f"{text[: MAX_FORMATTED_CHARS - 1]}…"
 
 
 def yuan_2b() -> ModelConfig:

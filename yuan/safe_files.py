@@ -16,6 +16,8 @@ from pathlib import Path
 
 MAX_FILE_NAME_BYTES = 255  # of Linux file systems (NAME_MAX)
 MAX_SMALL_FILE_BYTES = 16 * 2**20  # limit for a status, an exit note or a manifest
+LFS_POINTER_START = b"version https://git-lfs"  # what a clone has for a large file without Git LFS
+LFS_POINTER_REASON = "is only a pointer of Git LFS, not the file; fetch the file with `git lfs pull`"
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -105,6 +107,48 @@ def read_file(root: Path, name: str, limit: int = MAX_SMALL_FILE_BYTES) -> bytes
         data = stream.read(limit + 1)
     if len(data) > limit:
         raise NotRegularFileError(root / name, f"has more than {limit} bytes")
+    return data
+
+
+def has_input_file(path: Path) -> bool:
+    """Return True if a file that a person has put there exists; a download cache is made of links, so these count.
+
+    Raises:
+        ValueError: if something is there that cannot be a file to read: a folder, a FIFO, a link without a target.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link to a file that does not exist; fetch the model again") from None
+        return False
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); correct it") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError(
+            f"{path} must be a file, got a {'folder' if stat.S_ISDIR(mode) else 'special file'}; remove it"
+        )
+    return True
+
+
+def read_input_file(path: Path, limit: int = MAX_SMALL_FILE_BYTES) -> bytes:
+    """Read a small file that a person has put there; links are followed.
+
+    Raises:
+        FileNotFoundError: if it does not exist.
+        ValueError: if it is not a file, cannot be read, is larger than the limit, or is only a pointer of Git LFS.
+    """
+    if not has_input_file(path):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(limit + 1)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); correct its permissions") from None
+    if len(data) > limit:
+        raise ValueError(f"{path} must have at most {limit} bytes; fetch the model again")
+    if data.startswith(LFS_POINTER_START):
+        raise ValueError(f"{path} {LFS_POINTER_REASON}")
     return data
 
 

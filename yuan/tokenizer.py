@@ -7,6 +7,8 @@ from typing import Literal
 
 import sentencepiece
 
+from yuan.safe_files import read_input_file
+
 EOD, SEP, PAD = "<eod>", "<sep>", "<pad>"
 FIM_SUFFIX, FIM_PREFIX, FIM_MIDDLE = "<FIM_SUFFIX>", "<FIM_PREFIX>", "<FIM_MIDDLE>"
 
@@ -19,6 +21,7 @@ SPECIAL_TOKENS = (
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space within a piece
 UNKNOWN_TEXT = " \u2047 "  # what SentencePiece decodes its unknown token to
 TOKENIZER_MODEL_FILE = "tokenizer.model"
+MAX_TOKENIZER_BYTES = 64 * 2**20  # the published one has 2 MB
 EMBEDDING_ROWS_MULTIPLE = 128  # the published vocabulary is padded to a multiple of this
 PieceKind = Literal["char", "bpe"]
 
@@ -136,10 +139,10 @@ def load(folder: Path) -> Tokenizer:
     """Load `tokenizer.model` from a model folder.
 
     Raises:
-        ValueError: if the file is missing, or lacks a special token.
+        ValueError: if the file is missing or no SentencePiece model, or lacks a special token.
     """
     try:
-        model = (folder / TOKENIZER_MODEL_FILE).read_bytes()
+        model = read_input_file(folder / TOKENIZER_MODEL_FILE, MAX_TOKENIZER_BYTES)
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {TOKENIZER_MODEL_FILE}; put the model's tokenizer there") from None
     try:

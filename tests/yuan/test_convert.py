@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -189,6 +190,116 @@ def test_a_corrupt_shard_is_named(published_folder, tmp_path):
         import_hf(tmp_path, tmp_path / "ours")
 
 
+NEUTRAL_FIELDS = {
+    "_name_or_path": "./ckpt",
+    "architectures": ["YuanForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_yuan.YuanConfig",
+        "AutoModelForCausalLM": "yuan_hf_model.YuanForCausalLM",
+    },
+    "transformers_version": "4.30.0.dev0",
+    "torch_dtype": "bfloat16",
+    "dtype": "bfloat16",
+    "use_cache": True,
+    "dropout": 0.1,
+    "attention_dropout": 0.0,
+    "causal_mask": True,
+    "use_flash_attention": True,
+    "reset_attention_mask": True,
+    "reset_position_ids": True,
+    "use_loss_mask": False,
+    "eod_token": 77185,
+    "sep_token": 77187,
+    "eod_token_id": 77185,
+    "mask_token_id": 77185,
+    "pad_token_id": 77185,
+    "bos_token_id": 77185,
+    "eos_token_id": 77185,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.02,
+    "pretraining_tp": 1,
+    "rope_scaling": None,
+    "num_key_value_heads": None,
+}
+
+
+def write_published_config(path, preset, fields):
+    """Write config.json with the field names of the official code."""
+    config = preset()
+    shape = {
+        "model_type": "yuan",
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_hidden_size,
+        "num_attention_heads": config.num_heads,
+        "vocab_size": 135_040,
+        "max_position_embeddings": config.seq_len,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+    }
+    path.write_text(json.dumps(shape | fields))
+
+
+@pytest.mark.parametrize("preset", [yuan_2b, yuan_51b, yuan_102b])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        NEUTRAL_FIELDS,
+        {"max_position_embeddings": None, "model_max_length": 8192},
+        {"num_key_value_heads": 64, "num_attention_heads": 64},
+        {"rope_theta": 10_000.0, "rope_scaling": {"type": "default"}},
+        {"rope_parameters": {"rope_theta": 10_000.0, "rope_type": "default"}},
+        {"model_type": None, "rms_norm_eps": None, "hidden_act": "swish", "name": {"a": 1}},
+        {"sliding_window": 4096, "max_position_embeddings": 4096},
+    ],
+)
+def test_published_config_is_accepted_with_every_neutral_field(tmp_path, preset, fields):
+    write_published_config(tmp_path / "config.json", preset, fields)
+    config = read_hf_config(tmp_path)
+    assert (config.num_layers, config.hidden_size) == (preset().num_layers, preset().hidden_size)
+    assert config.vocab_size == 135_040 and config.norm_eps == 1e-6 and config.rope_base == 10_000
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_act", "gelu"),
+        ("hidden_act", ["silu"]),
+        ("intermediate_size", 8192.0),
+        ("intermediate_size", "8192"),
+        ("num_key_value_heads", 4),
+        ("num_key_value_heads", True),
+        ("head_dim", 128),
+        ("attention_bias", True),
+        ("mlp_bias", "yes"),
+        ("norm_type", "layernorm"),
+        ("causal_mask", False),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_scaling", "yarn"),
+        ("rope_parameters", {"rope_type": "llama3", "factor": 8.0}),
+        ("rope_parameters", {"rope_theta": 500_000.0, "rope_theta_2": 5}),
+        ("partial_rotary_factor", 0.5),
+        ("sliding_window", 100),
+        ("use_moe", True),
+        ("quantization_config", {"bits": 4}),
+        ("local_filter", "none"),
+        ("model_type", "llama"),
+        ("model_type", 5),
+        ("num_hidden_layers", 24.0),
+        ("rms_norm_eps", "1e-6"),
+        ("rope_theta", [1]),
+        ("vocab_size", 10**4000),
+    ],
+)
+def test_field_that_changes_the_computation_is_refused_by_name(tmp_path, field, value):
+    write_published_config(tmp_path / "config.json", yuan_2b, {"rope_theta": 10_000.0} | {field: value})
+    named = {"num_hidden_layers": "num_layers", "rms_norm_eps": "norm_eps", "rope_theta": "rope_base"}.get(field, field)
+    with pytest.raises(ValueError, match=named) as raised:
+        read_hf_config(tmp_path)
+    assert "config.json" in str(raised.value) and str(raised.value).isprintable() and len(str(raised.value)) < 1000
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [({"intermediate_size": 100}, "intermediate_size must be 128"), ({"hidden_act": "gelu"}, "hidden_act must be silu"),
@@ -335,6 +446,85 @@ def test_export_without_a_tokenizer_has_token_ids_within_its_vocabulary(write_pu
     data = json.loads((tmp_path / "again" / "config.json").read_text())
     ids = [value for name, value in data.items() if name.endswith(("_token_id", "_token"))]
     assert len(ids) == 6 and all(0 <= token_id < data["vocab_size"] for token_id in ids)
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.model", "config.json"])
+@pytest.mark.parametrize("kind", ["pointer", "folder", "fifo", "link"])
+def test_entry_that_is_no_file_or_only_a_pointer_is_named(write_published, tmp_path, name, kind):
+    folder = write_published()
+    file = folder / name
+    file.unlink(missing_ok=True)
+    if kind == "pointer":
+        file.write_bytes(LFS_POINTER)
+    elif kind == "folder":
+        file.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("gone")
+    with pytest.raises(ValueError, match=f"{file} .*(Git LFS|folder|special file|does not exist)"):
+        import_hf(folder, tmp_path / "ours")
+
+
+def test_links_of_a_download_cache_are_followed(write_published, tmp_path):
+    folder, cache = write_published(), tmp_path / "cache"
+    cache.mkdir()
+    for file in list(folder.glob("*.*")):
+        (cache / file.name).symlink_to(file)
+    import_hf(cache, tmp_path / "ours")
+
+
+def test_failed_import_leaves_nothing_so_that_a_retry_is_possible(write_published, tmp_path):
+    with pytest.raises(ValueError, match="not finite"):
+        import_hf(write_published(**{hf_layout.HF_NORM: torch.full((32,), torch.nan)}), tmp_path / "ours")
+    assert not any((tmp_path / "ours").iterdir())
+    import_hf(write_published(), tmp_path / "ours")
+
+
+def test_tied_tensors_of_different_dtypes_are_compared_by_value_and_nan_is_named(
+    write_published, published_folder, tmp_path
+):
+    embedding = load_hf_tensors(published_folder)[hf_layout.HF_EMBEDDING].bfloat16()
+    tied = {hf_layout.HF_EMBEDDING: embedding, hf_layout.HF_HEAD: embedding.float()}
+    import_hf(write_published(**tied), tmp_path / "ours")
+    embedding[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"embedding\.weight has values that are not finite"):
+        import_hf(write_published(**tied | {hf_layout.HF_HEAD: embedding.float()}), tmp_path / "other")
+
+
+def test_number_of_layers_far_above_the_tensors_is_refused_at_once(write_published, tmp_path):
+    folder = write_published()
+    data = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 2**24}
+    (folder / "config.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="16777216 layers"):
+        import_hf(folder, tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "stored"),
+    [(torch.ones(32).to(torch.float8_e4m3fn), "F8_E4M3"), (torch.ones(32, dtype=torch.complex64), "C64")],
+)
+def test_weights_of_8_bits_or_complex_numbers_are_refused_by_name(write_published, tmp_path, tensor, stored):
+    with pytest.raises(ValueError, match=rf"model\.norm\.weight must have floating-point numbers .* {stored}"):
+        import_hf(write_published(**{hf_layout.HF_NORM: tensor}), tmp_path / "ours")
+
+
+def test_pickled_tensor_that_is_sparse_is_refused_by_name(published_folder, tmp_path):
+    tensors = load_hf_tensors(published_folder) | {hf_layout.HF_NORM: torch.ones(32).to_sparse()}
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_bytes((published_folder / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=r"model\.norm\.weight must have floating-point numbers"):
+        import_hf(tmp_path, tmp_path / "ours")
+
+
+def test_model_of_other_names_is_refused_with_the_first_of_them(write_published, tmp_path):
+    others = {f"transformer.h.{n}.weight": torch.zeros(1) for n in range(300)}
+    with pytest.raises(ValueError, match="and 292 more") as raised:
+        import_hf(write_published(**others), tmp_path / "ours")
+    assert len(str(raised.value)) < 1000
 
 
 def test_empty_tokenizer_is_named(write_published, tmp_path):

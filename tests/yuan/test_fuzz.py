@@ -4,19 +4,26 @@
 """
 
 import json
+import os
+import shutil
 import tomllib
 
 import pytest
 import tomli_w
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from yuan.config import tiny
+from yuan import tokenizer as tokenizers
+from yuan.config import ModelConfig, tiny
 from yuan.data.checkers import Checker
 from yuan.data.file_formats import HEAD_BYTES, describe_foreign_format
 from yuan.data.rows import BadRow, Row, parse_rows
 from yuan.data.text import BadJson, normalize_text, parse_json
+from yuan.model import weights
+from yuan.model.convert import export_hf, import_hf
+from yuan.model.transformer import Yuan
 from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import make_plan
 from yuan.plan.pool import dump_pool, load_pool, make_cpu_pool
@@ -64,6 +71,44 @@ POOLS = st.dictionaries(
 )
 POOL_FILES = st.dictionaries(
     st.sampled_from(["pool", "pools"]), st.one_of(TOML_SCALARS, POOLS, st.lists(POOLS, max_size=2)), max_size=1
+)
+
+HOSTILE_INTEGERS = st.sampled_from([-1, 0, 1, 2, 3, 2**24, 2**31, 2**63, 2**64, 10**4000])
+HOSTILE_NAMES = st.sampled_from(["../x", "/etc/passwd", "a\0b", "x" * 2500, "", "model.norm.weight", "lm_head.weight"])
+HOSTILE_VALUES = st.one_of(JSON_VALUES, HOSTILE_INTEGERS, HOSTILE_NAMES, st.just(2.0), st.just(float("nan")))
+CONFIG_FIELDS = (
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings", "model_type"),
+    *("rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "rope_precision", "local_filter", "name"),
+    *("intermediate_size", "hidden_act", "use_shareqk", "torch_dtype", "architectures", "x"),
+)
+IMPORTED_FILES = (
+    *("config.json", "model.safetensors.index.json", "manifest.json", "tokenizer.model", "generation_config.json"),
+    *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors", "pytorch_model.bin"),
+)
+STORED_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F4", "C64", "x")
+FOLDER_CHANGES = st.one_of(
+    st.tuples(st.just("config"), st.sampled_from(CONFIG_FIELDS), HOSTILE_VALUES),
+    st.tuples(st.just("header"), st.sampled_from(["dtype", "shape", "data_offsets", "name", "extra"]), HOSTILE_VALUES),
+    st.tuples(st.just("header"), st.just("dtype"), st.sampled_from(STORED_DTYPES)),
+    st.tuples(st.just("header"), st.sampled_from(["shape", "data_offsets"]), st.lists(HOSTILE_INTEGERS, max_size=3)),
+    st.tuples(st.just("header_length"), st.none(), st.integers(0, 2**64 - 1) | st.integers(0, 5000)),
+    st.tuples(st.just("index"), HOSTILE_NAMES, HOSTILE_VALUES | st.sampled_from(IMPORTED_FILES)),
+    st.tuples(st.just("byte"), st.sampled_from(IMPORTED_FILES), st.tuples(st.integers(0, 4000), st.integers(0, 255))),
+    st.tuples(st.just("cut"), st.sampled_from(IMPORTED_FILES), st.integers(0, 4000)),
+    st.tuples(
+        st.just("content"),
+        st.sampled_from(IMPORTED_FILES),
+        st.one_of(
+            st.binary(max_size=60),
+            st.sampled_from([b"[" * 3000, b'{"a": 1, "a": 2}', b"version https://git-lfs.github.com/spec/v1\n"]),
+        ),
+    ),
+    st.tuples(
+        st.just("entry"),
+        st.sampled_from(IMPORTED_FILES),
+        st.sampled_from(["missing", "folder", "fifo", "link", "loop"]),
+    ),
+    st.tuples(st.just("values"), st.just(""), st.sampled_from([float("nan"), float("inf"), 0.0])),
 )
 
 each_size = pytest.mark.parametrize(
@@ -184,3 +229,102 @@ def test_any_plan_is_read_as_it_is_or_refused_in_one_line(num_cases):
             check_printable(str(error))
 
     fuzz(num_cases, st.tuples(changes, stage_changes), check)
+
+
+@pytest.fixture(scope="module")
+def published_files(tmp_path_factory):
+    """Return the files of a small published folder of two shards, by name."""
+    folder, out = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("published")
+    tokenizer = tokenizers.train(["abc"], vocab_size=300)
+    config = ModelConfig(name="t", num_layers=1, hidden_size=8, num_heads=2, vocab_size=len(tokenizer), seq_len=16)
+    weights.save(folder, config, Yuan(config).state_dict(), tokenizer, {})
+    export_hf(folder, out, max_shard_bytes=20_000)
+    return {file.name: file.read_bytes() for file in out.iterdir()}
+
+
+def change_file(file, change, data):
+    """Write a file with one change; `data` is its content, `change` a kind, a place and a value."""
+    kind, place, value = change
+    if kind == "config":
+        data = json.dumps({**json.loads(data), place: value}).encode()
+    elif kind == "index":
+        content = json.loads(data)
+        content["weight_map"][place or next(iter(content["weight_map"]))] = value
+        data = json.dumps(content).encode()
+    elif kind == "header":
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        name = max(set(header) - {"__metadata__"})
+        entry = header.pop(name) if place == "name" else header[name]
+        if place in ("name", "extra"):
+            header[str(value)] = entry
+        else:
+            entry[place] = value
+        text = json.dumps(header).encode()
+        data = len(text).to_bytes(8, "little") + text + data[8 + length :]
+    elif kind == "header_length":
+        data = value.to_bytes(8, "little") + data[8:]
+    elif kind == "values":
+        data = data[:-8] + torch.full((2,), value).numpy().tobytes()
+    elif kind == "byte":
+        position = value[0] % max(1, len(data))
+        data = data[:position] + bytes([value[1]]) + data[position + 1 :]
+    elif kind == "cut":
+        data = data[: -value or None]
+    elif kind == "content":
+        data = value
+    file.unlink(missing_ok=True)
+    file.write_bytes(data)
+
+
+def place_entry(file, kind):
+    """Put something else in the place of a file."""
+    file.unlink(missing_ok=True)
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(file)
+    elif kind in ("link", "loop"):
+        file.symlink_to(file.name if kind == "loop" else "gone")
+
+
+@each_size
+def test_any_published_folder_is_imported_or_refused_in_one_line(num_cases, published_files, tmp_path):
+    targets = {
+        "config": "config.json",
+        "index": "model.safetensors.index.json",
+        **dict.fromkeys(("header", "header_length", "values"), "model-00001-of-00002.safetensors"),
+    }
+
+    def check(case):
+        with_manifest, changes = case
+        folder, out = tmp_path / "published", tmp_path / "ours"
+        for path in (folder, out):
+            shutil.rmtree(path, ignore_errors=True)
+        folder.mkdir()
+        for name, data in published_files.items():
+            (folder / name).write_bytes(data)
+        if not with_manifest:
+            (folder / "manifest.json").unlink()
+        for change in changes:
+            name = targets.get(change[0], change[1])
+            if change[0] == "entry":
+                place_entry(folder / name, change[2])
+            else:
+                change_file(folder / name, change, published_files.get(name, b""))
+        reason = None
+        try:
+            import_hf(folder, out)
+        except ValueError as error:
+            reason = str(error)
+        if reason is None:
+            assert weights.load(out).config.num_layers == 1
+        else:
+            check_printable(reason)
+            assert str(folder) in reason and not (out.exists() and any(out.iterdir()))
+
+    # Changes of the same file replace each other; an entry that is no file comes last.
+    changes = st.lists(
+        FOLDER_CHANGES, min_size=1, max_size=2, unique_by=lambda change: targets.get(change[0], change[1])
+    )
+    fuzz(num_cases, st.tuples(st.sampled_from([False, False, True]), changes), check)

@@ -1,27 +1,49 @@
 """Tensor files: read tensors one at a time from safetensors or pickles, and write shards of bounded size."""
 
 import json
-import pickle
 import zipfile
 from collections.abc import Container, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from yuan.data.text import make_printable
-from yuan.safe_files import is_plain_file_name
+from yuan.config import format_value
+from yuan.data.text import BadJson, make_printable, parse_json
+from yuan.safe_files import (
+    LFS_POINTER_REASON,
+    LFS_POINTER_START,
+    has_input_file,
+    is_plain_file_name,
+    read_input_file,
+)
 
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
 PICKLED_WEIGHTS_FILE = "pytorch_model.bin"
 PICKLED_WEIGHTS_INDEX_FILE = "pytorch_model.bin.index.json"
 MAX_SHARD_BYTES = 4 * 10**9
-DAMAGE_ERRORS = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, OSError, ValueError)
+MAX_LISTED_PROBLEMS = 8
+MAX_TENSOR_NAME_CHARS = 100  # in a message
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 IGNORED_TENSOR_SUFFIX = "rotary_emb.inv_freq"  # a buffer that some published files contain
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """The shape and dtype of a stored tensor.
+
+    Attributes:
+        dtype: None for integers, and for numbers that no computation here uses, such as those with 8 bits.
+        stored_dtype: the dtype as the file names it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    stored_dtype: str
 
 
 class TensorReader:
@@ -34,117 +56,194 @@ class TensorReader:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files = self._find_files()
-        missing = sorted({file for file in self._files.values() if not (folder / file).is_file()})
-        if missing:
-            raise ValueError(f"{folder} lacks {', '.join(missing)}, which its index names; fetch the model again")
+        self.folder = folder
+        self._headers: dict[str, dict[str, TensorHeader]] = {}  # by file
         self._pickles: dict[str, dict[str, Tensor]] = {}
+        self._files = self._find_files()
+        missing = sorted({file for file in self._files.values() if not has_input_file(folder / file)})
+        if missing:
+            raise ValueError(f"{folder} lacks {_list_some(missing)}, which its index names; fetch the model again")
 
-    def check_shapes(self, expected: dict[str, tuple[int, ...]], *, optional: Container[str] = ()) -> None:
-        """Check that the folder has exactly the expected tensors, with the expected shapes.
+    def check_num_layers(self, num_layers: int) -> None:
+        """Check that the folder may have so many layers, before a list of their tensors is made.
 
         Raises:
-            ValueError: if a tensor is missing, unknown or has another shape; the message names every one.
+            ValueError: if it has fewer tensors than layers.
+        """
+        if num_layers > len(self._files):
+            raise ValueError(
+                f"the weights in {self.folder} do not fit its config.json: a model of {num_layers} layers, and "
+                f"{len(self._files)} tensors; fetch the model again"
+            )
+
+    def check_shapes(self, expected: dict[str, tuple[int, ...]], *, optional: Container[str] = ()) -> None:
+        """Check that the folder has exactly the expected tensors, with the expected shapes, of floating-point numbers.
+
+        Raises:
+            ValueError: if a tensor is missing, unknown, or has another shape or integers; the message names the first.
         """
         names = {name for name in self._files if not name.endswith(IGNORED_TENSOR_SUFFIX)}
         problems = [f"{name} is missing" for name in expected if name not in names and name not in optional]
-        problems += [f"{name} is unknown" for name in sorted(names - set(expected))]
+        problems += [f"{_format_name(name)} is unknown" for name in sorted(names - set(expected))]
         for name in expected:
-            if name in names and self.shape(name) != expected[name]:
-                problems.append(f"{name} has shape {self.shape(name)} and should have {expected[name]}")
+            if name not in names:
+                continue
+            header = self._get_header(name)
+            if header.shape != expected[name]:
+                problems.append(f"{name} has shape {format_value(header.shape)} and should have {expected[name]}")
+            if header.dtype is None:
+                problems.append(
+                    f"{name} must have floating-point numbers of 16, 32 or 64 bits, got {header.stored_dtype}"
+                )
         if problems:
             raise ValueError(
-                f"the weights in {self._folder} do not fit its config.json: {', '.join(problems)}; "
+                f"the weights in {self.folder} do not fit its config.json: {_list_some(problems)}; "
                 "fetch the model again"
             )
 
     def _find_files(self) -> dict[str, str]:
         """Return the file of each tensor; safetensors come before pickles, which may be left from another download."""
-        if (self._folder / WEIGHTS_INDEX_FILE).is_file():
+        if has_input_file(self.folder / WEIGHTS_FILE):
+            return dict.fromkeys(self._read_headers(WEIGHTS_FILE), WEIGHTS_FILE)
+        if has_input_file(self.folder / WEIGHTS_INDEX_FILE):
             return self._read_index(WEIGHTS_INDEX_FILE)
-        if (self._folder / WEIGHTS_FILE).is_file():
-            return dict.fromkeys(self._list_names(WEIGHTS_FILE), WEIGHTS_FILE)
-        if (self._folder / PICKLED_WEIGHTS_INDEX_FILE).is_file():
+        if has_input_file(self.folder / PICKLED_WEIGHTS_FILE):
+            return dict.fromkeys(self._read_headers(PICKLED_WEIGHTS_FILE), PICKLED_WEIGHTS_FILE)
+        if has_input_file(self.folder / PICKLED_WEIGHTS_INDEX_FILE):
             return self._read_index(PICKLED_WEIGHTS_INDEX_FILE)
-        if (self._folder / PICKLED_WEIGHTS_FILE).is_file():
-            return dict.fromkeys(self._load_pickle(PICKLED_WEIGHTS_FILE), PICKLED_WEIGHTS_FILE)
         raise ValueError(
-            f"{self._folder} has no weights; put {WEIGHTS_FILE}, {WEIGHTS_INDEX_FILE}, {PICKLED_WEIGHTS_FILE} or "
+            f"{self.folder} has no weights; put {WEIGHTS_FILE}, {WEIGHTS_INDEX_FILE}, {PICKLED_WEIGHTS_FILE} or "
             f"{PICKLED_WEIGHTS_INDEX_FILE} there"
         )
 
     def _read_index(self, index: str) -> dict[str, str]:
-        path = self._folder / index
+        path = self.folder / index
         try:
-            files = dict(json.loads(path.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path} is damaged; fetch the model again") from None
+            content = parse_json(read_input_file(path))
+        except BadJson as error:
+            raise ValueError(f"{path} is damaged: {error.place} {error}; fetch the model again") from None
+        files = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(files, dict) or not files:
+            raise ValueError(f"{path} is damaged: it has no weight_map of names to files; fetch the model again")
         for file in files.values():
             if not is_plain_file_name(file):
                 raise ValueError(
-                    f"{path} names a file outside of its folder, {make_printable(repr(file))}; fetch the model again"
+                    f"{path} names a file outside of its folder, {format_value(file)}; fetch the model again"
                 )
         return files
 
-    def _list_names(self, file: str) -> list[str]:
-        with self._report_damage(file), safe_open(self._folder / file, "pt") as tensors:
-            return list(tensors.keys())
-
     def _load_pickle(self, file: str) -> dict[str, Tensor]:
         """Load a pickle; one in the format of torch before 1.6 cannot be mapped, so it is held in memory."""
-        path = self._folder / file
-        with self._report_damage(file):
+        if file in self._pickles:
+            return self._pickles[file]
+        path = self.folder / file
+        with DamageReporter(path):
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         for key in ("state_dict", "model", "module"):  # as training scripts save them
             if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
                 loaded = loaded[key]
-        if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        if not isinstance(loaded, dict) or not all(map(_is_named_tensor, loaded.items())):
             content = f"the keys {', '.join(map(str, list(loaded)[:5]))}" if isinstance(loaded, dict) else type(loaded)
             raise ValueError(
                 f"{path} must hold a dictionary of tensors, or one under the key state_dict, got "
                 f"{make_printable(str(content))}; save the model's state_dict alone"
             )
+        self._pickles = {file: loaded}  # one mapped file at a time
         return loaded
 
-    def _report_damage(self, file: str) -> "DamageReporter":
-        return DamageReporter(self._folder / file)
+    def _read_headers(self, file: str) -> dict[str, TensorHeader]:
+        """Read the shapes and dtypes of a file once; of a safetensors file, the header only."""
+        if file not in self._headers:
+            read = self._read_safetensors_headers if _is_safetensors(file) else self._read_pickled_headers
+            self._headers[file] = read(file)
+        return self._headers[file]
+
+    def _read_safetensors_headers(self, file: str) -> dict[str, TensorHeader]:
+        headers: dict[str, TensorHeader] = {}
+        with DamageReporter(self.folder / file), safe_open(self.folder / file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                header = tensors.get_slice(name)
+                stored = str(header.get_dtype())
+                headers[name] = TensorHeader(tuple(header.get_shape()), SAFETENSORS_DTYPES.get(stored), stored)
+        return headers
+
+    def _read_pickled_headers(self, file: str) -> dict[str, TensorHeader]:
+        return {
+            name: TensorHeader(tuple(tensor.shape), _get_dtype(tensor), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in self._load_pickle(file).items()
+        }
+
+    def _get_header(self, name: str) -> TensorHeader:
+        headers = self._read_headers(self._files[name])
+        if name not in headers:
+            raise ValueError(
+                f"{self.folder / self._files[name]} lacks the tensor {_format_name(name)}, which the index names; "
+                "fetch the model again"
+            )
+        return headers[name]
 
     @property
     def names(self) -> set[str]:
         return set(self._files)
 
+    @property
+    def max_itemsize(self) -> int:
+        """Return the largest number of bytes of a number of any tensor; 8 if there are other dtypes than expected."""
+        headers = [self._get_header(name) for name in self._files]
+        return max(header.dtype.itemsize if header.dtype else 8 for header in headers)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape; reads only the header of a safetensors file."""
-        file = self._files[name]
-        if file.endswith(".safetensors"):
-            with self._report_damage(file), safe_open(self._folder / file, "pt") as tensors:
-                return tuple(tensors.get_slice(name).get_shape())
-        return tuple(self.read_tensor(name).shape)
+        return self._get_header(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return a tensor's dtype; reads only the header of a safetensors file."""
-        file = self._files[name]
-        if not file.endswith(".safetensors"):
-            return self.read_tensor(name).dtype
-        with self._report_damage(file), safe_open(self._folder / file, "pt") as tensors:
-            stored = str(tensors.get_slice(name).get_dtype())
-        return SAFETENSORS_DTYPES.get(stored) or self.read_tensor(name).dtype
+        """Return a tensor's dtype; reads only the header of a safetensors file.
+
+        Raises:
+            ValueError: if it has no floating-point numbers, which `check_shapes` refuses.
+        """
+        header = self._get_header(name)
+        if header.dtype is None:
+            raise ValueError(f"{_format_name(name)} must have floating-point numbers, got {header.stored_dtype}")
+        return header.dtype
 
     def read_tensor(self, name: str) -> Tensor:
         """Read one tensor."""
+        self._get_header(name)
         file = self._files[name]
-        with self._report_damage(file):
-            if file.endswith(".safetensors"):
-                with safe_open(self._folder / file, "pt") as tensors:
-                    return tensors.get_tensor(name)
-            if file not in self._pickles:
-                self._pickles = {file: self._load_pickle(file)}  # one mapped file at a time
-            return self._pickles[file][name]
+        if not _is_safetensors(file):
+            return self._load_pickle(file)[name]
+        with DamageReporter(self.folder / file), safe_open(self.folder / file, "pt") as tensors:
+            return tensors.get_tensor(name)
+
+
+def _is_safetensors(file: str) -> bool:
+    return file.endswith(".safetensors")
+
+
+def _is_named_tensor(item: tuple[object, object]) -> bool:
+    name, value = item
+    return isinstance(name, str) and isinstance(value, Tensor)
+
+
+def _get_dtype(tensor: Tensor) -> torch.dtype | None:
+    """Return the dtype of a tensor from a pickle; None if it is no ordinary one of floating-point numbers."""
+    is_ordinary = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return tensor.dtype if is_ordinary and tensor.dtype in SAFETENSORS_DTYPES.values() else None
+
+
+def _format_name(name: str) -> str:
+    return make_printable(name, MAX_TENSOR_NAME_CHARS)
+
+
+def _list_some(items: list[str]) -> str:
+    """Join the first items, and count the others."""
+    others = len(items) - MAX_LISTED_PROBLEMS
+    return ", ".join(items[:MAX_LISTED_PROBLEMS]) + (f", and {others} more" if others > 0 else "")
 
 
 class DamageReporter:
-    """Convert the errors that a damaged file raises into one ValueError that names the file."""
+    """Convert the errors that a damaged file raises, which are of every type, into one ValueError that names it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -153,9 +252,19 @@ class DamageReporter:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, DAMAGE_ERRORS):
-            reason = str(error).splitlines()[0][:200]
-            raise ValueError(f"{self._path} is damaged ({reason}); fetch the model again") from None
+        if not isinstance(error, Exception):
+            return
+        if isinstance(error, OSError):
+            raise ValueError(f"{self._path} cannot be read ({error.strerror or error}); correct it") from None
+        if _is_lfs_pointer(self._path):
+            raise ValueError(f"{self._path} {LFS_POINTER_REASON}") from None
+        reason = make_printable(str(error).partition("\n")[0] or type(error).__name__)
+        raise ValueError(f"{self._path} is damaged ({reason}); fetch the model again") from None
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(len(LFS_POINTER_START)) == LFS_POINTER_START
 
 
 def write_shards(

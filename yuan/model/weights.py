@@ -10,10 +10,11 @@ from torch import Tensor
 
 from yuan import tokenizer as tokenizers
 from yuan.config import MODEL_CONFIG_FILE, ModelConfig
+from yuan.data.text import BadJson, parse_json
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
 from yuan.model.shards import TensorReader, write_shards
 from yuan.model.transformer import Yuan
-from yuan.safe_files import hash_stream
+from yuan.safe_files import hash_stream, read_input_file
 from yuan.tokenizer import Tokenizer
 
 
@@ -53,6 +54,7 @@ def load(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None =
     folder = Path(folder)
     verify_folder(folder)
     config, source = read_config(folder), TensorReader(folder)
+    source.check_num_layers(config.num_layers)
     with torch.device("meta"):
         model = Yuan(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -63,8 +65,19 @@ def load(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None =
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Return a model folder's configuration."""
-    return ModelConfig.from_json(json.loads((folder / MODEL_CONFIG_FILE).read_text()))
+    """Return a model folder's configuration.
+
+    Raises:
+        ValueError: if the file is missing, or not of this platform.
+    """
+    path = folder / MODEL_CONFIG_FILE
+    try:
+        return ModelConfig.from_json(parse_json(read_input_file(path)))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no {MODEL_CONFIG_FILE}; name a model folder") from None
+    except ValueError as error:
+        place = f"{error.place} " if isinstance(error, BadJson) and error.place else ""
+        raise ValueError(f"{path} is not the configuration of a model of this platform: {place}{error}") from None
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
