@@ -196,6 +196,22 @@ def test_head_of_any_file_has_a_known_format_or_none(num_cases):
 
 
 @each_size
+def test_no_jsonl_in_utf_8_is_taken_for_another_format(num_cases):
+    fields = st.dictionaries(ROW_KEYS, st.one_of(JSON_VALUES, st.text(min_size=1)), min_size=1)
+    files = st.tuples(
+        st.lists(fields, min_size=1, max_size=3), st.booleans(), st.sampled_from(["\n", "\r\n"]), st.integers(0, 90)
+    )
+
+    def check(case):
+        rows, ascii_only, line_end, num_cut = case
+        text = line_end.join(json.dumps(row, ensure_ascii=ascii_only) for row in rows)
+        data = text.encode("utf-8", "replace")
+        assert describe_foreign_format(data[: len(data) - num_cut if num_cut < len(data) - 3 else None]) is None
+
+    fuzz(num_cases, files, check)
+
+
+@each_size
 def test_any_pool_file_is_a_pool_or_one_line(num_cases, tmp_path):
     file = tmp_path / "pool.toml"
 
