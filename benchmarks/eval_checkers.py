@@ -7,10 +7,13 @@ compares answers of 20,000 and 2,000 characters of patterns on which regular exp
 
 import json
 import statistics
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from pairs import line, show
+from pairs import make_line, print_lines
 from pydantic import TypeAdapter
 
 from yuan.data.checkers import Checker
@@ -73,15 +76,25 @@ def measure_growth(kind: str) -> float:
     return max(measure_s((part * 20_000)[:20_000]) / measure_s((part * 2_000)[:2_000]) for part in PATTERNS)
 
 
-def main() -> None:
+def measure() -> Iterator[dict[str, Any]]:
     for kind in ("exact", "numeric", "choice"):
         microseconds = statistics.median(measure_answers(kind))
-        goal, is_fast = f"at most {MAX_MICROSECONDS:g}", microseconds <= MAX_MICROSECONDS
-        show(line(f"{kind}: time of a check", microseconds, "us", goal=goal, ok=is_fast))
+        yield make_line(
+            f"{kind}: time of a check",
+            microseconds,
+            "us",
+            goal=f"at most {MAX_MICROSECONDS:g}",
+            ok=microseconds <= MAX_MICROSECONDS,
+        )
         growth = measure_growth(kind)
-        goal, is_linear = f"at most {MAX_GROWTH:g}", growth <= MAX_GROWTH
-        show(line(f"{kind}: growth of the time for ten times the text", growth, "x", goal=goal, ok=is_linear))
+        yield make_line(
+            f"{kind}: growth of the time for ten times the text",
+            growth,
+            "x",
+            goal=f"at most {MAX_GROWTH:g}",
+            ok=growth <= MAX_GROWTH,
+        )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(not print_lines(*measure()))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 import unicodedata
 from decimal import Decimal
 from typing import Annotated
@@ -13,7 +14,17 @@ from pydantic import TypeAdapter, ValidationError
 
 from yuan.data.checkers import Checker
 from yuan.data.rows import BadRow, Row, parse_rows
-from yuan.data.text import BadJson, TextRule, fold_coarsely, make_printable, make_storable, normalize_text, parse_json
+from yuan.data.text import (
+    DOUBLE_MARKS,
+    MAX_COMPOSED_MARKS,
+    BadJson,
+    TextRule,
+    fold_coarsely,
+    make_printable,
+    make_storable,
+    normalize_text,
+    parse_json,
+)
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()))  # lone surrogates and U+0000 too
 CHECKERS = TypeAdapter(Checker)
@@ -145,9 +156,52 @@ def test_unbounded_or_non_finite_checker_value_is_refused(value):
         CHECKERS.validate_python({"type": "numeric", "value": value})
 
 
-@given(st.text(max_size=50))
+# Marks of different classes, marks that are two by themselves, half-width ones; letters that compose or end a run.
+MARKED_TEXT = st.text(
+    "\u0301\u0315\u0323\u0344\u0345\u05b0\u0f71\u0f73\uff9e\uff9fe\u1ebf\u1f82가\u1100\u1161\u200b ", max_size=90
+)
+UNORDERED_MARKS = ["\u0f73", "\u0344\u0323", "\u0345\uff9e", "\u0315\u0300", "\u1f82\u0315\u0300", "\u05b0\u0301"]
+
+
+@given(st.text(max_size=50) | MARKED_TEXT)
+@example("e" + "\u0344" * 30)
+@example("\u0f73" * 31)
 def test_normalizing_twice_equals_normalizing_once(text):
     assert normalize_text(normalize_text(text)) == normalize_text(text)
+
+
+@given(MARKED_TEXT)
+@example("\u1ebf" + "\u0301" * 29)
+def test_canonically_equivalent_texts_are_normalized_alike(text):
+    decomposed, composed = (unicodedata.normalize(form, text) for form in ("NFD", "NFC"))
+    assert normalize_text(decomposed) == normalize_text(composed) == normalize_text(text)
+
+
+def test_marks_that_are_two_by_themselves_are_those_of_unicode():
+    """The length of a run of marks is known without decomposing the text only if these four are replaced before."""
+    marks = [map(unicodedata.combining, unicodedata.normalize("NFD", chr(code))) for code in range(0x110000)]
+    counts = [[bool(mark) for mark in char] for char in marks]
+    assert [code for code, char in enumerate(counts) if char[0] and len(char) > 1] == list(DOUBLE_MARKS)
+    assert max(map(sum, counts)) == MAX_COMPOSED_MARKS
+
+
+@pytest.mark.parametrize("fold", [normalize_text, fold_coarsely])
+@pytest.mark.parametrize("marks", UNORDERED_MARKS)
+def test_marks_in_any_order_are_folded_in_linear_time(fold, marks):
+    began = time.process_time()
+    fold("e" + marks * (20_000 // len(marks)))
+    assert time.process_time() - began < 1  # sorted by insertion, they take more than 3 s
+
+
+@pytest.mark.parametrize("text", ["ﾡￂ", "￣", "1￣2"])
+def test_width_form_becomes_the_one_character_that_unicode_names(text):
+    expected = "".join(chr(int(unicodedata.decomposition(c).split()[1], 16)) if c > "\uff00" else c for c in text)
+    assert normalize_text(text) == expected
+
+
+@pytest.mark.parametrize("char", "\u061c\u200b\u202a\u202e\u2060\u2066\u2069\ufeff")
+def test_outer_characters_without_width_never_matter(char):
+    assert normalize_text(f"{char} 5{char}\n") == "5" and normalize_text(f"5{char}5") == f"5{char}5"
 
 
 @given(st.text(st.characters(categories=("Lu", "Ll", "Nd", "Lo"), exclude_characters="\u3000"), max_size=50))

@@ -26,7 +26,7 @@ MAX_LINE_BYTES = 2**20
 
 
 # The version of the rule by which `Row.key` and `Row.prompt_key` are computed; records store the version of their keys.
-KEY_RULE = 2
+KEY_RULE = 3
 
 
 class Row(BaseModel):

@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
@@ -188,13 +189,21 @@ def _extend_path(place: str, key: str) -> str:
     return f"{place}.{key}"[-2 * MAX_PRINTED_CHARS :] if place else key[: 2 * MAX_PRINTED_CHARS]
 
 
+# Full-width and half-width forms, and the four characters that are themselves two combining marks (Unicode's
+# composition exclusions keep them so): the length of a run of marks is then known without decomposing a text.
 _WIDTH_FORMS = {
-    code: unicodedata.normalize("NFKC", chr(code))
+    code: chr(int(unicodedata.decomposition(chr(code)).split()[1], 16))
     for code in (0x3000, *range(0xFF01, 0xFFEF))
     if unicodedata.decomposition(chr(code)).startswith(("<wide>", "<narrow>"))
 }
+DOUBLE_MARKS = {code: unicodedata.normalize("NFD", chr(code)) for code in (0x0344, 0x0F73, 0x0F75, 0x0F81)}
+_FOLDED_CHARS = _WIDTH_FORMS | DOUBLE_MARKS
+MAX_COMPOSED_MARKS = 3  # combining marks into which one letter is decomposed
 # Characters without width: soft hyphen, zero-width spaces and joiners, marks of direction, word joiner, BOM.
-INVISIBLE_CHARS = "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff"
+INVISIBLE_CHARS = (
+    "\u00ad\u061c\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e"
+    "\u2060\u2061\u2062\u2063\u2064\u2066\u2067\u2068\u2069\ufeff"
+)
 _OUTER_CHARS = INVISIBLE_CHARS + "".join(chr(code) for code in range(0x3001) if chr(code).isspace())
 
 
@@ -204,8 +213,9 @@ def fold_coarsely(text: str) -> str:
     >>> fold_coarsely("  What is\\tＡ + 1? ")
     'what is a + 1?'
     """
-    folded = text if text.isascii() else unicodedata.normalize("NFKC", _limit_combining_marks(text))
-    return " ".join(folded.casefold().split())
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", _limit_combining_marks(text.translate(_FOLDED_CHARS)))
+    return " ".join(text.casefold().split())
 
 
 def normalize_text(text: str) -> str:
@@ -214,24 +224,31 @@ def normalize_text(text: str) -> str:
     Full-width and half-width forms become ordinary characters, accents are composed (NFC), line ends become `\\n`, and
     white space and invisible characters at both ends are removed. Case, indentation, superscripts and all else stay.
     The time is linear: Python sorts a letter's combining marks by insertion, which takes seconds for 20,000 marks, so
-    marks beyond 30, which no script uses, are dropped.
+    marks beyond 30, which no script uses, are dropped, in the order of the decomposed form. The result stays the same
+    if it is normalized again, and is the same for every canonically equivalent text.
 
     >>> normalize_text(" Ａ１\\r\\n x² "), normalize_text("\\ufeffReverse: aB")
     ('A1\\n x²', 'Reverse: aB')
     """
     if not text.isascii():
-        text = unicodedata.normalize("NFC", _limit_combining_marks(text.translate(_WIDTH_FORMS)))
+        text = unicodedata.normalize("NFC", _limit_combining_marks(text.translate(_FOLDED_CHARS)))
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     return text.strip(_OUTER_CHARS)
 
 
 def _limit_combining_marks(text: str) -> str:
-    if len(text) <= MAX_COMBINING_MARKS or sum(map(bool, map(unicodedata.combining, text))) <= MAX_COMBINING_MARKS:
+    """Keep the first 30 combining marks of each letter of the decomposed text; text with fewer stays as it is."""
+    limit = MAX_COMBINING_MARKS - MAX_COMPOSED_MARKS
+    if len(text) <= limit:
         return text
-    kept, marks = [], 0
-    for char in text:
-        marks = marks + 1 if unicodedata.combining(char) else 0
-        if marks <= MAX_COMBINING_MARKS:
-            kept.append(char)
+    runs = groupby(map(bool, map(unicodedata.combining, text)))
+    if all(not is_mark or sum(1 for _ in run) <= limit for is_mark, run in runs):
+        return text
+
+    decomposed = "".join(unicodedata.normalize("NFD", char) for char in text)  # each by itself: nothing is sorted
+    kept = []
+    for is_mark, run in groupby(decomposed, key=lambda char: unicodedata.combining(char) > 0):
+        chars = sorted(run, key=unicodedata.combining)
+        kept += chars[:MAX_COMBINING_MARKS] if is_mark else chars
     return "".join(kept)
