@@ -30,6 +30,7 @@ Parsed = TypeVar("Parsed")
 MAX_SHOWN_RESPONSE_CHARACTERS = 300
 RETRIED_STATUSES = (502, 503, 504)
 MAX_REQUEST_ATTEMPTS = 6
+CONNECT_TIMEOUT_S = 10.0
 CLIENT_PAGE_SIZE = 200  # the portal's largest page
 
 
@@ -45,8 +46,8 @@ class Client:
     """One contributor's connection to the portal.
 
     Every write has an idempotency key, so a retry after a lost response has no second effect. Connection errors and the
-    statuses 502 to 504 are retried with exponential backoff, about 12 s in total; a server that the client has not
-    reached before is not waited for.
+    statuses 502 to 504 are retried with exponential backoff, about 12 s in total; a server that has not answered this
+    client before is not waited for.
 
     Raises:
         PortalError: from every method, when the portal refuses.
@@ -61,7 +62,8 @@ class Client:
             raise ValueError(
                 "a token has visible ASCII characters only; remove the others from COTRAIN_TOKEN or --token"
             )
-        self._http = httpx.Client(base_url=url, timeout=timeout_s, headers={"Authorization": f"Bearer {token}"})
+        timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
+        self._http = httpx.Client(base_url=url, timeout=timeout, headers={"Authorization": f"Bearer {token}"})
         self._has_connected = False
 
     def __enter__(self) -> "Client":
@@ -183,12 +185,8 @@ class Client:
                 response = self._http.request(method, path, **request)
             except (httpx.UnsupportedProtocol, httpx.LocalProtocolError):
                 raise  # a wrong URL or header: no retry would change it
-            except httpx.ConnectError:
-                # A server that has never answered has probably another address; one that has is being restarted.
-                if is_last or not self._has_connected:
-                    raise
-            except httpx.TransportError:
-                if is_last:
+            except httpx.TransportError as error:
+                if attempt + 1 >= self._get_max_attempts(error):
                     raise
             else:
                 self._has_connected = True
@@ -198,6 +196,16 @@ class Client:
                     raise PortalError(response.status_code, _parse_error_body(response))
             time.sleep(0.4 * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
+
+    def _get_max_attempts(self, error: httpx.TransportError) -> int:
+        """Return how often a request is sent at most that failed with an error.
+
+        A server that has answered before is being restarted. One that has not has probably another address; one that
+        closes the connection may expect TLS, or its answer was lost.
+        """
+        if self._has_connected or isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout):
+            return MAX_REQUEST_ATTEMPTS
+        return 1 if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) else 2
 
 
 def _parse(response: httpx.Response, adapter: TypeAdapter[Parsed]) -> Parsed:

@@ -4,12 +4,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import httpx
 from sqlalchemy.orm import Session, sessionmaker
 
 from infra.database import make_session_factory, open_engine
 from infra.object_store import ObjectStore, open_object_store
-from infra.settings import DispatcherSettings, FlowSettings, RecordsAccess, load_settings
+from infra.settings import DispatcherSettings, FlowSettings, RecordsAccess, Settings, load_settings
 from infra.tracker import Tracker
+from yuan.data.text import make_printable
+
+SERVER_CHECK_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,39 @@ class Context(RecordsContext):
 
 
 def open_context(kind: type[FlowSettings] = FlowSettings) -> Context:
-    """Read the settings and connect; for process entries. Operators' commands pass `Settings`."""
+    """Read the settings and connect; for process entries."""
     settings = load_settings(kind)
     return Context(settings, make_session_factory(open_engine(settings)), open_object_store(settings))
+
+
+def open_operator_context() -> Context:
+    """Read all settings and connect, for an operator's command, which fails at once if a server does not answer.
+
+    The client libraries of MLflow and S3 retry for seconds, which suits a flow and not a person.
+
+    Raises:
+        ValueError: if a setting is wrong, or MLflow or the object store does not answer.
+        sqlalchemy.exc.OperationalError: if PostgreSQL does not.
+    """
+    context = open_context(Settings)
+    with context.sessions() as session:
+        session.connection()
+    _require_server("MLflow", f"{context.settings.mlflow_url}/health", "COTRAIN_MLFLOW_URL")
+    _require_server("the object store", context.settings.s3_endpoint, "COTRAIN_S3_ENDPOINT")
+    return context
+
+
+def _require_server(name: str, url: str, variable: str) -> None:
+    """Check that a server answers, with whatever status.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    try:
+        httpx.get(url, timeout=SERVER_CHECK_TIMEOUT_S)
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+        fix = f"see `cotrain status` and {variable}"
+        raise ValueError(f"{name} does not answer at {make_printable(url)} ({error}); {fix}") from None
 
 
 def open_dispatcher_context() -> DispatcherContext:

@@ -4,9 +4,8 @@ import json
 import re
 from pathlib import Path
 
-from flows.context import Context, open_context
+from flows.context import Context, open_operator_context
 from flows.round.versions import require_registered
-from infra.settings import Settings
 from infra.tracker import Tracker
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE
 from yuan.version_names import parse_version_number
@@ -38,7 +37,7 @@ def fetch_model_folder(version: str) -> Path:
     Raises:
         ValueError: if there is no such alias, there never was such a version, or it was deleted from the registry.
     """
-    context: Context = open_context(Settings)
+    context: Context = open_operator_context()
     number = resolve_version(context.tracker, version)
     require_registered(context, number)
     return context.tracker.download(number, context.settings.home / "generate" / f"v{number}", (MODEL_MANIFEST_FILE,))

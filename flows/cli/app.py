@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from flows.cli.lazy_command import LazyCommand
-from flows.cli.output import EXIT_USAGE, fail
+from flows.cli.output import EXIT_USAGE, explain_errors, fail
 from infra.telemetry import NO_TELEMETRY_VARIABLES
 from yuan.data.text import find_unstorable, make_printable
 
@@ -98,6 +98,11 @@ class CommandGroup(TyperGroup):
         super().__init__(**attributes)
         for name, place, help in COMMANDS:
             self.add_command(LazyCommand(name, place, help))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Parse and run a command; an error that the user can fix becomes one line, wherever it is raised."""
+        with explain_errors():
+            return super().invoke(ctx)
 
 
 app = typer.Typer(cls=CommandGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)

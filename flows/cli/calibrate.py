@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from flows.calibrate_pool import measure_rates
-from flows.cli.output import JsonOption, explain_errors, show, stderr_console
+from flows.cli.output import JsonOption, show, stderr_console
 from flows.cli.plan import (
     ModelNameOption,
     PoolFileOption,
@@ -31,23 +31,22 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a layer, the head, links and complete steps on this machine, and write a pool file with these rates."""
-    with explain_errors():
-        loaded_pool = load_pool_option(pool)
-        group = find_device_group(loaded_pool, device_class)
-        config = get_model_option(model)
-        if out.exists():
-            raise ValueError(f"{out} exists already; choose another file")
-        measured_group = measure_rates(
-            config,
-            group,
-            processes,
-            seq_len=seq_len or config.seq_len,
-            micro_batch_size=micro_batch_size,
-            precision=precision,
-            report=lambda activity: stderr_console.print(f"{activity} ..."),
-        )
-        groups = tuple(measured_group if other is group else other for other in loaded_pool.groups)
-        out.write_text(dump_pool(replace(loaded_pool, groups=groups)))
+    loaded_pool = load_pool_option(pool)
+    group = find_device_group(loaded_pool, device_class)
+    config = get_model_option(model)
+    if out.exists():
+        raise ValueError(f"{out} exists already; choose another file")
+    measured_group = measure_rates(
+        config,
+        group,
+        processes,
+        seq_len=seq_len or config.seq_len,
+        micro_batch_size=micro_batch_size,
+        precision=precision,
+        report=lambda activity: stderr_console.print(f"{activity} ..."),
+    )
+    groups = tuple(measured_group if other is group else other for other in loaded_pool.groups)
+    out.write_text(dump_pool(replace(loaded_pool, groups=groups)))
     rates = asdict(measured_group)["measured"]
     lines = [f"{name:>15}  {value if isinstance(value, str) else f'{value:.4g}'}" for name, value in rates.items()]
     text = "\n".join([*lines, f"written: {out}; next: cotrain plan --model {model} --pool {out}"])

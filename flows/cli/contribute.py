@@ -14,7 +14,6 @@ from flows.cli.output import (
     JsonOption,
     build_form,
     check_text_option,
-    explain_errors,
     fail,
     parse_json_option,
     read_version_option,
@@ -70,7 +69,7 @@ def submit(
     if checker is not None:
         fields["checker"] = parse_json_option("--checker", checker)
     report = build_form(FeedbackIn, fields)
-    with explain_errors(), Client(url := url or find_portal_url(), token) as client:
+    with Client(url := url or find_portal_url(), token) as client:
         feedback = client.submit(report, idempotency_key=idempotency_key)
         text = f"report {feedback.id} is {feedback.state}; follow it at {url}/api/v1/feedback/{feedback.id}"
         show(feedback.model_dump(mode="json"), text, as_json)
@@ -95,7 +94,7 @@ def push(
     """Upload a dataset. A malformed row makes the portal reject the file and list each such row with its reason."""
     if not file.is_file():
         raise fail(f"a dataset must be a regular file, got {file}; write it to a regular file first", EXIT_USAGE)
-    with explain_errors(), Client(url := url or find_portal_url(), token) as client:
+    with Client(url := url or find_portal_url(), token) as client:
         pushed = client.push_dataset(file, name=name, purpose=purpose, idempotency_key=idempotency_key)
         text = f"dataset {pushed.id} is {pushed.state} with {pushed.num_rows} rows; the next round processes it"
         show(pushed.model_dump(mode="json"), text, as_json)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from feedback.promotion_decision import PassRate
-from flows.cli.output import JsonOption, explain_errors, stderr_console
+from flows.cli.output import JsonOption, stderr_console
 from flows.cli.rounds import follow_round, open_operator_client
 from flows.cli.stack import show_services
 from flows.demo.scenario import DemoAccess, DemoFigures, run_demo
@@ -34,19 +34,18 @@ def demo(
 ) -> None:
     """Train a base model, report its wrong answers, train a better model, notify the reporter."""
     started_at = time.monotonic()
-    with explain_errors():
-        home = reset_demo_home()
-        with show_services() as show_states:
-            up_seconds = bring_up(home, show_states=show_states)
-        stderr_console.print(f"the stack is up after {up_seconds:.1f} s")
-        try:
-            figures = _run_demo(skills, seed)
-        finally:
-            if down:
-                take_down(home)
-        figures = replace(figures, parts={"stack up": up_seconds, **figures.parts})
-        seconds = round(time.monotonic() - started_at, 1)
-        urls = get_public_urls(home)
+    home = reset_demo_home()
+    with show_services() as show_states:
+        up_seconds = bring_up(home, show_states=show_states)
+    stderr_console.print(f"the stack is up after {up_seconds:.1f} s")
+    try:
+        figures = _run_demo(skills, seed)
+    finally:
+        if down:
+            take_down(home)
+    figures = replace(figures, parts={"stack up": up_seconds, **figures.parts})
+    seconds = round(time.monotonic() - started_at, 1)
+    urls = get_public_urls(home)
     if as_json:
         Console(soft_wrap=True).print_json(data={**figures.to_json(), "seconds": seconds, "urls": urls})
         return

@@ -5,21 +5,19 @@ from typing import Annotated
 import typer
 
 from feedback.gate import compute_pass_rates
-from flows.cli.output import JsonOption, explain_errors, show
-from flows.context import open_context
+from flows.cli.output import JsonOption, show
+from flows.context import open_operator_context
 from flows.model_folders import resolve_version
 from flows.round.evaluate import evaluate_version
-from infra.settings import Settings
 
 
 def evaluate(version: Annotated[str, typer.Argument(help="7, v7 or an alias")], as_json: JsonOption = False) -> None:
     """Evaluate a version on every case that it has no result for, and show its pass rates."""
-    with explain_errors():
-        context = open_context(Settings)
-        number = resolve_version(context.tracker, version)
-        evaluate_version(context, number)
-        with context.sessions() as session:
-            pass_rates = compute_pass_rates(session, number)
+    context = open_operator_context()
+    number = resolve_version(context.tracker, version)
+    evaluate_version(context, number)
+    with context.sessions() as session:
+        pass_rates = compute_pass_rates(session, number)
 
     lines = [f"v{number}"]
     for suite, pass_rate in pass_rates.items():

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from flows.cli.output import JsonOption, explain_errors, show
+from flows.cli.output import JsonOption, show
 from yuan.config import Precision
 from yuan.generate.answers import generate as generate_answers
 from yuan.generate.sampling import Sampling
@@ -30,20 +30,19 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Generate a completion of one prompt. A model folder needs no running stack."""
-    with explain_errors():
-        folder = _find_model_folder(version)
-        text = prompt or sys.stdin.read().strip()
-        sampling = Sampling(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            stop=tuple(stop or ()),
-            seed=seed,
-        )
-        completion = generate_answers(load(folder), load_tokenizer(folder), [text], sampling)[0]
-        show({"text": completion.text, "finish_reason": completion.finish_reason}, completion.text, as_json)
+    folder = _find_model_folder(version)
+    text = prompt or sys.stdin.read().strip()
+    sampling = Sampling(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
+        seed=seed,
+    )
+    completion = generate_answers(load(folder), load_tokenizer(folder), [text], sampling)[0]
+    show({"text": completion.text, "finish_reason": completion.finish_reason}, completion.text, as_json)
 
 
 def export(
@@ -54,13 +53,12 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write a model in a format that other tools read. A model folder needs no running stack."""
-    with explain_errors():
-        manifest = export_hf(_find_model_folder(version), out, dtype=dtype)
-        show(
-            {"out": str(out), **manifest.to_json()},
-            f"wrote {len(manifest.files)} files and their manifest to {out}",
-            as_json,
-        )
+    manifest = export_hf(_find_model_folder(version), out, dtype=dtype)
+    show(
+        {"out": str(out), **manifest.to_json()},
+        f"wrote {len(manifest.files)} files and their manifest to {out}",
+        as_json,
+    )
 
 
 def import_(
@@ -75,10 +73,9 @@ def import_(
     as_json: JsonOption = False,
 ) -> None:
     """Convert published weights, safetensors or pickles, to a model folder; no code in them is executed."""
-    with explain_errors():
-        manifest = import_hf(folder, out, dtype=dtype, rope_precision=rope_precision)
-        text = f"wrote {out}; next: cotrain generate {out} --prompt ..."
-        show({"out": str(out), **manifest.to_json()}, text, as_json)
+    manifest = import_hf(folder, out, dtype=dtype, rope_precision=rope_precision)
+    text = f"wrote {out}; next: cotrain generate {out} --prompt ..."
+    show({"out": str(out), **manifest.to_json()}, text, as_json)
 
 
 def _find_model_folder(version: str) -> Path:

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar
 
-import httpx
 import typer
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from feedback.client import PortalError
+from flows.cli.error_lines import describe_failure
 from yuan.data.text import BadJson, describe_errors, find_unstorable, make_printable, parse_json
 from yuan.version_names import parse_version_number
 
@@ -71,40 +71,20 @@ def check_text_option(value: str | None) -> str | None:
 
 @contextmanager
 def explain_errors() -> Iterator[None]:
-    """Turn an error that the user can fix into one line and status 1; other errors keep their traceback."""
+    """Turn an error that the user can fix into one line and status 1; `flows.cli.app` wraps every command in it.
+
+    Other errors are faults of the program and keep their traceback.
+    """
     try:
         yield
-    except typer.Exit:  # a subclass of RuntimeError, which is caught below
+    except (typer.Exit, typer.Abort, BrokenPipeError):  # the first two are subclasses of RuntimeError
         raise
-    except PortalError as error:
-        for row in error.body.rows or []:
-            print(f"  row {row.row}: {make_printable(row.reason, MAX_LINE_CHARACTERS)}", file=sys.stderr)
-        field = f" ({error.body.param})" if error.body.param else ""
-        raise fail(f"refused with {error.status}: {error.body.message}{field}") from None
-    except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-        raise fail(f"the portal's URL must begin with http:// or https:// ({error}); see --url") from None
-    except httpx.LocalProtocolError as error:
-        raise fail(f"the request cannot be sent ({error}); remove line breaks from token and URL") from None
-    except httpx.TransportError as error:
-        raise fail(f"{_name_server(error)} does not answer ({error}); check --url, or see `cotrain status`") from None
-    except ValidationError as error:
-        raise fail(describe_errors(error)) from None
-    except (ValueError, OSError, RuntimeError) as error:
-        raise fail(str(error)) from None
     except Exception as error:
-        # Compared by the module's name, since importing MLflow takes seconds.
-        if not type(error).__module__.startswith("mlflow."):
+        if (message := describe_failure(error)) is None:
             raise
-        raise fail(f"MLflow refused the request: {str(error).splitlines()[0]}; see `cotrain doctor`") from None
-
-
-def _name_server(error: httpx.TransportError) -> str:
-    """Return the server of a failed request; the portal if no request was made."""
-    try:
-        url = error.request.url
-    except RuntimeError:
-        return "the portal"
-    return f"the server at {url.scheme}://{url.netloc.decode()}"
+        for row in (error.body.rows or []) if isinstance(error, PortalError) else []:
+            print(f"  row {row.row}: {make_printable(row.reason, MAX_LINE_CHARACTERS)}", file=sys.stderr)
+        raise fail(message) from None
 
 
 def read_version_option(text: str) -> int:

@@ -1,18 +1,14 @@
 """`cotrain pool show | lose | return`: the devices that runs are scheduled on, their leases and the queue."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
 from feedback import leases
-from feedback.accounts import NotFound
 from feedback.tables import Lease
-from flows.cli.output import JsonOption, explain_errors, show
+from flows.cli.output import JsonOption, show
 from flows.stack.pool_records import open_pool_records
-from infra.faults import DATABASE_ERRORS
 
 pool = typer.Typer(no_args_is_help=True, help="Show and change the devices that runs are scheduled on.")
 
@@ -22,16 +18,15 @@ PoolNameOption = Annotated[str, typer.Option("--pool", help="name of the pool; d
 @pool.command(name="show")
 def show_(name: PoolNameOption = "", as_json: JsonOption = False) -> None:
     """Show devices, leases, the queue in order, and device-hours by run and team."""
-    with explain_errors(), _explain_pool_errors():
-        records = open_pool_records(name)
-        with records.sessions() as session:
-            waiting_leases = session.scalars(leases.select_waiting_leases(records.pool)).all()
-            contents: dict[str, Any] = {
-                "pool": records.pool,
-                "devices": [asdict(device) for device in leases.list_devices(session, records.pool)],
-                "waiting": [_build_lease_row(lease) for lease in waiting_leases],
-                "hours": {by: leases.compute_device_hours(session, by) for by in ("run_id", "team")},
-            }
+    records = open_pool_records(name)
+    with records.sessions() as session:
+        waiting_leases = session.scalars(leases.select_waiting_leases(records.pool)).all()
+        contents: dict[str, Any] = {
+            "pool": records.pool,
+            "devices": [asdict(device) for device in leases.list_devices(session, records.pool)],
+            "waiting": [_build_lease_row(lease) for lease in waiting_leases],
+            "hours": {by: leases.compute_device_hours(session, by) for by in ("run_id", "team")},
+        }
     lines = [f"pool {records.pool}"]
     for device in contents["devices"]:
         host = f" on {device['lost_host']}" if device["lost_host"] else ""
@@ -69,25 +64,13 @@ def return_(
 
 
 def _change_device(device: str, *, lost_reason: str | None, host: str, name: str, as_json: bool) -> None:
-    with explain_errors(), _explain_pool_errors():
-        records = open_pool_records(name)
-        with records.sessions.begin() as session:
-            changed = leases.set_device_lost(session, records.pool, device, lost_reason, host or None)
+    records = open_pool_records(name)
+    with records.sessions.begin() as session:
+        changed = leases.set_device_lost(session, records.pool, device, lost_reason, host or None)
     state = f"out of use: {lost_reason}" if lost_reason else "in use again"
     change = {"pool": records.pool, "device": device, "devices": changed, "lost_reason": lost_reason}
     text = "\n".join(f"{records.pool}/{changed_device} is {state}" for changed_device in changed)
     show(change, text or f"{host} is known to be lost; see cotrain pool show", as_json)
-
-
-@contextmanager
-def _explain_pool_errors() -> Iterator[None]:
-    """Turn an unknown pool or device, or a database that is down, into an error that the user can fix."""
-    try:
-        yield
-    except NotFound as error:
-        raise ValueError(str(error)) from None
-    except DATABASE_ERRORS:
-        raise ValueError("PostgreSQL does not answer; is the stack up? see `cotrain status`") from None
 
 
 def _build_lease_row(lease: Lease) -> dict[str, Any]:

@@ -5,10 +5,9 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.output import JsonOption, explain_errors, read_version_option, show
-from flows.context import open_context
+from flows.cli.output import JsonOption, read_version_option, show
+from flows.context import open_operator_context
 from flows.round.versions import restore_version
-from infra.settings import Settings
 
 
 def register(
@@ -25,8 +24,7 @@ def register(
     MLflow assigns its own new number, with the tag `cotrain.version`; the aliases are updated within seconds.
     """
     number = read_version_option(version) if version else None
-    with explain_errors():
-        restored = restore_version(open_context(Settings), folder, number)
-        outcome = " again" if restored.was_missing else "; nothing changed"
-        text = f"v{restored.version} is in the registry{outcome}"
-        show({"version": restored.version, "registered": restored.was_missing}, text, as_json)
+    restored = restore_version(open_operator_context(), folder, number)
+    outcome = " again" if restored.was_missing else "; nothing changed"
+    text = f"v{restored.version} is in the registry{outcome}"
+    show({"version": restored.version, "registered": restored.was_missing}, text, as_json)

@@ -13,7 +13,7 @@ from feedback.promotion_decision import PromotionDecision
 from feedback.round_steps import RoundStep
 from feedback.states import RoundState
 from flows.cli.field_options import add_field_options, parse_fields
-from flows.cli.output import EXIT_FAILED, JsonOption, build_form, explain_errors, show, stderr_console
+from flows.cli.output import EXIT_FAILED, JsonOption, build_form, show, stderr_console
 from flows.supervisor.status_line import describe_status
 from yuan.data.text import make_printable
 
@@ -43,7 +43,7 @@ def start(
 ) -> None:
     """Start a round and follow it. Ctrl-C stops following, not the round."""
     parameters = build_form(RoundParameters, parse_fields(RoundParameters, fields))
-    with explain_errors(), open_operator_client() as client:
+    with open_operator_client() as client:
         training_round = client.start_round(parameters)
         if wait:
             training_round = follow_round(client, training_round.id)
@@ -56,7 +56,7 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Show a round."""
-    with explain_errors(), open_operator_client() as client:
+    with open_operator_client() as client:
         _show_round(client.round(round_id), as_json)
 
 
@@ -66,7 +66,7 @@ def cancel(
     as_json: JsonOption = False,
 ) -> None:
     """Cancel a running round and its training."""
-    with explain_errors(), open_operator_client() as client:
+    with open_operator_client() as client:
         _show_round(client.cancel_round(client.round(round_id).id), as_json, expected_state=RoundState.CANCELLED)
 
 

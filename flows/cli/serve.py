@@ -4,13 +4,11 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.output import explain_errors
 from infra.settings import ModelServerSettings, load_settings
 from yuan.serve.run import DEFAULT_ALIAS, run_model_server
 
 
 def serve(alias: Annotated[str, typer.Option(help="registry alias whose version is served")] = DEFAULT_ALIAS) -> None:
     """Run the internal model server in the foreground, at the URL from the settings."""
-    with explain_errors():
-        settings = load_settings(ModelServerSettings)
+    settings = load_settings(ModelServerSettings)
     run_model_server(settings, alias)

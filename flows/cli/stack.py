@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from flows.cli.output import MAX_LINE_CHARACTERS, JsonOption, explain_errors, fail, show, show_table, stderr_console
+from flows.cli.output import MAX_LINE_CHARACTERS, JsonOption, fail, show, show_table, stderr_console
 from flows.stack.findings import Finding
 from flows.stack.stack_control import ServiceStates, ShowStates, are_all_ready, bring_up, rotate_secrets, take_down
 from flows.stack.stack_status import diagnose, get_public_urls, read_stack_status
@@ -22,41 +22,38 @@ from yuan.data.text import make_printable
 
 def up(as_json: JsonOption = False) -> None:
     """Start the embedded stack and wait until every service is ready. Idempotent."""
-    with explain_errors():
-        home = _get_home()
-        with show_services() as show_states:
-            seconds = bring_up(home, show_states=show_states)
-        urls = get_public_urls(home)
-        lines = [f"{name:13} {url}" for name, url in urls.items()]
-        text = "\n".join([f"the stack in {home} is up ({seconds:.1f} s)", *lines, "next: cotrain status, cotrain down"])
-        show({"home": str(home), "seconds": seconds, "urls": urls}, text, as_json)
+    home = _get_home()
+    with show_services() as show_states:
+        seconds = bring_up(home, show_states=show_states)
+    urls = get_public_urls(home)
+    lines = [f"{name:13} {url}" for name, url in urls.items()]
+    text = "\n".join([f"the stack in {home} is up ({seconds:.1f} s)", *lines, "next: cotrain status, cotrain down"])
+    show({"home": str(home), "seconds": seconds, "urls": urls}, text, as_json)
 
 
 def down(as_json: JsonOption = False) -> None:
     """Stop the embedded stack; its data is kept."""
-    with explain_errors():
-        home = _get_home()
-        was_up = take_down(home)
-        text = f"the stack in {home} is {'stopped' if was_up else 'not up'}"
-        show({"home": str(home), "stopped": was_up}, text, as_json)
+    home = _get_home()
+    was_up = take_down(home)
+    text = f"the stack in {home} is {'stopped' if was_up else 'not up'}"
+    show({"home": str(home), "stopped": was_up}, text, as_json)
 
 
 def status(as_json: JsonOption = False) -> None:
     """Show the state of every service, and the faults found."""
-    with explain_errors():
-        home = _get_home()
-        stack = read_stack_status(home)
-        fault_lines = [_describe_finding(finding) for finding in stack.faults]
-        if as_json:
-            faults = [finding.to_json() for finding in stack.faults]
-            services = {name: asdict(state) for name, state in stack.services.items()}
-            content = {"home": str(home), "up": stack.is_up, "services": services}
-            show({**content, "urls": stack.urls, "faults": faults}, "", True)
-        elif stack.is_up:
-            show_table(_build_service_table(stack.services))
-            print("\n".join([*(f"{name:13} {url}" for name, url in stack.urls.items()), *fault_lines]))
-        else:
-            print("\n".join([f"the stack in {home} is not up; start it with `cotrain up`", *fault_lines]))
+    home = _get_home()
+    stack = read_stack_status(home)
+    fault_lines = [_describe_finding(finding) for finding in stack.faults]
+    if as_json:
+        faults = [finding.to_json() for finding in stack.faults]
+        services = {name: asdict(state) for name, state in stack.services.items()}
+        content = {"home": str(home), "up": stack.is_up, "services": services}
+        show({**content, "urls": stack.urls, "faults": faults}, "", True)
+    elif stack.is_up:
+        show_table(_build_service_table(stack.services))
+        print("\n".join([*(f"{name:13} {url}" for name, url in stack.urls.items()), *fault_lines]))
+    else:
+        print("\n".join([f"the stack in {home} is not up; start it with `cotrain up`", *fault_lines]))
     if stack.faults or not are_all_ready(stack.services):
         raise typer.Exit(1)
 
@@ -78,8 +75,7 @@ def logs(
 
 def doctor(as_json: JsonOption = False) -> None:
     """Check this machine and the stack, as users experience it, and print each fault with its fix."""
-    with explain_errors():
-        findings = diagnose(_get_home())
+    findings = diagnose(_get_home())
     faults = [finding for finding in findings if finding.fault]
     text = "\n".join([*map(_describe_finding, findings), *([] if faults else ["no faults found"])])
     # `mend` is a deprecated copy of `fix`.
@@ -94,14 +90,13 @@ def rotate(
     as_json: JsonOption = False,
 ) -> None:
     """Replace the stack's secrets by new ones; a running stack is restarted, and a running round resumes."""
-    with explain_errors():
-        home = _get_home()
-        with show_services() as show_states:
-            names, seconds = rotate_secrets(home, secret or (), show_states=show_states)
-        is_up = seconds is not None
-        effect = f"the stack is up again ({seconds:.1f} s)" if is_up else "they take effect at the next `cotrain up`"
-        text = f"rotated {', '.join(names)}; {effect}; accounts and tokens are in {home / 'env'}"
-        show({"rotated": names, "seconds": seconds}, text, as_json)
+    home = _get_home()
+    with show_services() as show_states:
+        names, seconds = rotate_secrets(home, secret or (), show_states=show_states)
+    is_up = seconds is not None
+    effect = f"the stack is up again ({seconds:.1f} s)" if is_up else "they take effect at the next `cotrain up`"
+    text = f"rotated {', '.join(names)}; {effect}; accounts and tokens are in {home / 'env'}"
+    show({"rotated": names, "seconds": seconds}, text, as_json)
 
 
 @contextmanager

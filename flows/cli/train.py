@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
-from flows.cli.output import JsonOption, explain_errors, fail, show, stderr_console
+from flows.cli.output import JsonOption, fail, show, stderr_console
 from flows.supervisor.exit_reason import ExitReason, classify_exit
 from flows.supervisor.status_line import describe_status
 from infra.confinement import build_confined_environment
@@ -24,27 +24,26 @@ def train(
     run: Annotated[Path, typer.Argument(help="run.json of a run folder", exists=True)], as_json: JsonOption = False
 ) -> None:
     """Train a run to completion, from its last checkpoint if there is one. Ctrl-C stops it; rerun to resume."""
-    with explain_errors():
-        folder = RunFolder((run if run.is_dir() else run.parent).resolve())
-        plan, since = folder.check_inputs().plan, time.time()
-        job = Job(
-            name=f"train-{os.getpid()}",
-            module="yuan.train.run",
-            folder=folder.path,
-            num_processes=plan.num_ranks,
-            processes_per_node=plan.num_ranks,
-            environment=build_confined_environment(folder.path, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1")),
-            log_name=TRAIN_LOG_FILE,
-        )
-        with LocalLauncher().run(job) as running, show_progress() as advance:
-            while (job_exit := running.wait(0.5)) is None:
-                advance(folder.read_status(), since)
-        run_exit = classify_exit(folder, job_exit, since)
-        if run_exit.reason != ExitReason.FINISHED:
-            log_file = folder.path / TRAIN_LOG_FILE
-            raise fail(f"training ended, {run_exit.reason}: {run_exit.message}; the log is {log_file}")
-        status = folder.read_status()
-        show(status.to_json() if status else {}, f"trained: {folder.export}", as_json)
+    folder = RunFolder((run if run.is_dir() else run.parent).resolve())
+    plan, since = folder.check_inputs().plan, time.time()
+    job = Job(
+        name=f"train-{os.getpid()}",
+        module="yuan.train.run",
+        folder=folder.path,
+        num_processes=plan.num_ranks,
+        processes_per_node=plan.num_ranks,
+        environment=build_confined_environment(folder.path, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1")),
+        log_name=TRAIN_LOG_FILE,
+    )
+    with LocalLauncher().run(job) as running, show_progress() as advance:
+        while (job_exit := running.wait(0.5)) is None:
+            advance(folder.read_status(), since)
+    run_exit = classify_exit(folder, job_exit, since)
+    if run_exit.reason != ExitReason.FINISHED:
+        log_file = folder.path / TRAIN_LOG_FILE
+        raise fail(f"training ended, {run_exit.reason}: {run_exit.message}; the log is {log_file}")
+    status = folder.read_status()
+    show(status.to_json() if status else {}, f"trained: {folder.export}", as_json)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import typer
 
 from feedback.client import Client
 from flows.cli.contribute import PortalUrlOption, find_portal_url
-from flows.cli.output import JsonOption, check_text_option, explain_errors, show
+from flows.cli.output import JsonOption, check_text_option, show
 from flows.cli.rounds import open_operator_client
 from yuan.data.text import make_printable
 
@@ -57,7 +57,7 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Withdraw a report, also from a running round. Idempotent."""
-    with explain_errors(), _open_client(url, token) as client:
+    with _open_client(url, token) as client:
         feedback = client.withdraw_feedback(report_id, reason)
         show(feedback.model_dump(mode="json"), f"report {feedback.id} is {feedback.state}: {feedback.reason}", as_json)
 
@@ -71,7 +71,7 @@ def dataset(
     as_json: JsonOption = False,
 ) -> None:
     """Withdraw a dataset, also from a running round. Idempotent."""
-    with explain_errors(), _open_client(url, token) as client:
+    with _open_client(url, token) as client:
         withdrawn = client.withdraw_dataset(dataset_id, reason)
         text = f"dataset {withdrawn.id} is {withdrawn.state}: {withdrawn.reason}"
         show(withdrawn.model_dump(mode="json"), text, as_json)
@@ -87,7 +87,7 @@ def account(
     as_json: JsonOption = False,
 ) -> None:
     """Withdraw all records of an account, also from a running round; operators only. Idempotent."""
-    with explain_errors(), _open_client(url, token) as client:
+    with _open_client(url, token) as client:
         counts = client.withdraw_account(name_or_id, reason, kind.value if kind else None)
         records = f"{counts.reports:,} reports, {counts.datasets:,} datasets"
         text = f"withdrawn of {counts.name} ({counts.account}): {records}"

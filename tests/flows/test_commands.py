@@ -220,13 +220,12 @@ def test_home_that_is_a_file_is_reported_without_traceback(tmp_path, command):
     assert "got the file" in result.stdout + result.stderr
 
 
-@pytest.mark.slow
 def test_unreachable_portal_is_reported(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "a", "answer": "b"}\n')
     result = run_cotrain("dataset", "push", str(file), "--url", "http://127.0.0.1:9", "--token", "t")
     assert result.returncode == 1
-    assert "the portal does not answer" in result.stderr
+    assert "the server at http://127.0.0.1:9 does not answer" in result.stderr
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

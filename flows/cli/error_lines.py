@@ -1,0 +1,59 @@
+"""Describe an error that the user of a command can fix in one line with the way out; all commands use this table."""
+
+import httpx
+from pydantic import ValidationError
+
+from feedback.client import PortalError
+from yuan.data.text import describe_errors
+
+# Errors of servers and records, compared by the names of their classes, since importing their modules takes seconds.
+DATABASE_ERROR_NAMES = {"sqlalchemy.exc.SQLAlchemyError", "psycopg.Error"}
+STORE_ERROR_NAMES = {
+    "botocore.exceptions.BotoCoreError",
+    "botocore.exceptions.ClientError",
+    "boto3.exceptions.Boto3Error",
+}
+MLFLOW_ERROR_NAMES = {"mlflow.exceptions.MlflowException"}
+RECORD_ERROR_NAMES = {"feedback.accounts.NotFound", "feedback.leases.NoCapacity"}
+
+
+def describe_failure(error: Exception) -> str | None:
+    """Return the line, with further lines where the error's own message has them; None for a fault of the program."""
+    if isinstance(error, PortalError):
+        field = f" ({error.body.param})" if error.body.param else ""
+        return f"refused with {error.status}: {error.body.message}{field}"
+    if isinstance(error, httpx.UnsupportedProtocol | httpx.InvalidURL):
+        return f"the portal's URL must begin with http:// or https:// ({error}); see --url"
+    if isinstance(error, httpx.LocalProtocolError):
+        return f"the request cannot be sent ({error}); remove line breaks from token and URL"
+    if isinstance(error, httpx.TransportError):
+        return f"{_name_server(error)} does not answer ({_get_first_line(error)}); check --url, or see `cotrain status`"
+    if isinstance(error, ValidationError):
+        return describe_errors(error)
+
+    names = {f"{ancestor.__module__}.{ancestor.__qualname__}" for ancestor in type(error).__mro__}
+    if names & DATABASE_ERROR_NAMES:
+        cause = getattr(error, "orig", None) or error  # the driver's, without SQLAlchemy's statement and link
+        return f"PostgreSQL cannot be used ({_get_first_line(cause)}); see `cotrain status` and COTRAIN_DATABASE_URL"
+    if names & STORE_ERROR_NAMES:
+        return f"the object store cannot be used ({_get_first_line(error)}); see `cotrain status`"
+    if names & MLFLOW_ERROR_NAMES:
+        return f"MLflow refused the request: {_get_first_line(error)}; see `cotrain doctor`"
+    if names & RECORD_ERROR_NAMES or isinstance(error, ValueError | OSError | RuntimeError):
+        return str(error).strip() or type(error).__name__
+    return None
+
+
+def _name_server(error: httpx.TransportError) -> str:
+    """Return the server of a failed request; the portal if no request was made."""
+    try:
+        url = error.request.url
+    except RuntimeError:
+        return "the portal"
+    return f"the server at {url.scheme}://{url.netloc.decode()}"
+
+
+def _get_first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, of which some drivers write many; its class if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,96 @@
+"""Test the line that a command prints for a server that is wrong, broken or down, and how soon it does."""
+
+import ssl
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from typer.testing import CliRunner
+
+from flows.cli.app import app
+from infra.certificates import ensure_certificate
+
+WITHDRAW = ["withdraw", "report", "0" * 32, "--reason", "r", "--token", "t", "--url"]
+MAX_ANSWER_S = 3.0
+
+
+def make_handler(status, content_type, body):
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(status)
+            self.send_header("Content-Type", content_type)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    return Handler
+
+
+@contextmanager
+def serve(handler, tls_context=None):
+    """Serve with a handler in a thread; yield the port."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.handle_error = lambda *_: None  # a client that speaks another protocol
+    if tls_context is not None:
+        server.socket = tls_context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def run_at_once(arguments, **options):
+    """Run a command in this process; it must end within seconds. Return its exit status and its line of error."""
+    started_at = time.monotonic()
+    result = CliRunner().invoke(app, arguments, **options)
+    assert time.monotonic() - started_at < MAX_ANSWER_S
+    assert result.stderr.count("\n") == 1 and result.stdout == "", result.output
+    return result.exit_code, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("status", "content_type", "body", "line"),
+    [
+        (200, "text/html", b"<html>\x1b[2J", "the response is not that of a portal"),
+        (200, "application/json", b"[1", "the response is not that of a portal"),
+        (200, "application/json", b"[" * 5000, "the response is not that of a portal"),
+        (200, "application/json", b'{"id": 5}', "the response is not that of a portal"),
+        (404, "text/html", b"<html>no such page</html>", "refused with 404: <html>no such page"),
+        (401, "application/json", b'{"error": {"message": "no such token", "type": "x"}}', "refused with 401: no such"),
+        (307, "text/plain", b"", "refused with 307"),
+        (500, "application/json", b'{"error": null}', "refused with 500"),
+    ],
+)
+def test_answer_that_is_not_the_portals_is_one_line(status, content_type, body, line):
+    with serve(make_handler(status, content_type, body)) as port:
+        exit_code, error = run_at_once([*WITHDRAW, f"http://127.0.0.1:{port}"])
+    assert exit_code == 1 and line in error and error.strip().isprintable()
+
+
+@pytest.fixture(scope="module")
+def tls_context(tmp_path_factory):
+    file = tmp_path_factory.mktemp("tls") / "certificate.pem"
+    ensure_certificate(file, "test")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(file)
+    return context
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_port_of_another_protocol_or_unknown_certificate_is_one_line_at_once(scheme, tls_context):
+    with serve(make_handler(200, "text/html", b""), tls_context) as port:
+        exit_code, error = run_at_once([*WITHDRAW, f"{scheme}://127.0.0.1:{port}"])
+    assert exit_code == 1 and f"the server at {scheme}://127.0.0.1:{port} does not answer" in error
+
+
+def test_https_at_a_port_without_tls_is_one_line_at_once():
+    with serve(make_handler(200, "text/html", b"")) as port:
+        exit_code, error = run_at_once([*WITHDRAW, f"https://127.0.0.1:{port}"])
+    assert exit_code == 1 and f"the server at https://127.0.0.1:{port} does not answer" in error
