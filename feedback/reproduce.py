@@ -23,7 +23,10 @@ from yuan.version_names import format_model_name
 
 REPRODUCTION_BATCH_PROMPTS = 64
 MIN_REPRODUCTION_TOKENS = 64
-MAX_REPRODUCTION_TOKENS = 1024  # of an answer whose length the expected one does not bound
+# Of an answer whose length the expected one does not bound: room for an explanation before the result, and the limit
+# for a report whose recorded response shows that the model writes more.
+EXPLANATION_TOKENS = 256
+MAX_RECORDED_RESPONSE_TOKENS = 1024
 SERVER_FAILURE_STATUS = 500  # the server's status when it fails on a request that it accepted
 MAX_PROMPT_ATTEMPTS, PROMPT_RETRY_PAUSE_S = 3, 0.5  # for a single prompt on which the server fails
 
@@ -54,17 +57,22 @@ class ReproductionPrompt:
 def make_reproduction_prompt(report: Feedback) -> ReproductionPrompt:
     """Return the prompt of a report with a limit that leaves room for the expected answer.
 
-    An answer that must equal a text is wrong once it is longer, and each token stands for at least one byte. Any other
-    answer may give its result at its end, so it is not judged if it is cut.
+    Each token stands for at least one byte. An answer that must equal a text is wrong once it is longer. Any other
+    answer may give its result at its end, after an explanation, so it is not judged if it is cut. The length of a
+    response bounds it only if the portal recorded that response: an account can write any text as a response.
     """
     limits = (MIN_REPRODUCTION_TOKENS, True)
     with contextlib.suppress(ValidationError):  # `record_reproductions` records why such a report fails
         form = FeedbackIn.model_validate(report.body)
-        num_bytes = len((form.expected or "").encode())
-        if not isinstance(form.rule, Exact):
-            limits = (MAX_REPRODUCTION_TOKENS, False)
-        elif num_bytes > MIN_REPRODUCTION_TOKENS // 2:
-            limits = (min(2 * num_bytes, MAX_COMPLETION_TOKENS), 2 * num_bytes <= MAX_COMPLETION_TOKENS)
+        needed_tokens = 2 * len((form.expected or "").encode())
+        if isinstance(form.rule, Exact):
+            needed_tokens = max(needed_tokens, MIN_REPRODUCTION_TOKENS)
+            limits = (min(needed_tokens, MAX_COMPLETION_TOKENS), needed_tokens <= MAX_COMPLETION_TOKENS)
+        else:
+            recorded_tokens = 2 * len(form.response.encode()) if form.response_id else 0
+            recorded_tokens = min(recorded_tokens, MAX_RECORDED_RESPONSE_TOKENS)
+            needed_tokens = max(needed_tokens + EXPLANATION_TOKENS, recorded_tokens)
+            limits = (min(needed_tokens, MAX_COMPLETION_TOKENS), False)
     return ReproductionPrompt(report.id, str(report.body.get("prompt", "")), *limits)
 
 

@@ -115,7 +115,9 @@ def test_answer_that_the_limit_cuts_is_judged_only_if_more_text_cannot_make_it_r
         ("cba", None, 64, True),
         ("加" * 100, None, 600, True),
         ("加" * 5000, None, 4096, False),
-        ("42", {"type": "numeric", "value": 42}, 1024, False),
+        ("42", {"type": "numeric", "value": 42}, 256 + 4, False),
+        ("the answer is B" * 10, {"type": "choice", "value": "B"}, 256 + 300, False),
+        ("加" * 5000, {"type": "contains", "values": ["加"]}, 4096, False),
     ],
 )
 def test_limit_of_a_reproduced_answer_leaves_room_for_the_expected_one(expected, checker, max_tokens, is_cut_wrong):
@@ -124,6 +126,16 @@ def test_limit_of_a_reproduced_answer_leaves_room_for_the_expected_one(expected,
     prompt = make_reproduction_prompt(report)
     assert (prompt.prompt, prompt.max_tokens, prompt.is_cut_wrong) == ("p", max_tokens, is_cut_wrong)
     assert make_reproduction_prompt(Feedback(id="0", body={"prompt": 1})).prompt == "1"
+
+
+@pytest.mark.parametrize(
+    ("response_id", "response_bytes", "max_tokens"),
+    [(None, 20_000, 260), ("0" * 32, 100, 260), ("0" * 32, 300, 600), ("0" * 32, 20_000, 1024)],
+)
+def test_only_a_recorded_response_raises_the_limit_of_an_explained_answer(response_id, response_bytes, max_tokens):
+    body = {"kind": "correction", "prompt": "p", "response": "r" * response_bytes, "model_version": 1, "expected": "42"}
+    body = {**body, "checker": {"type": "numeric", "value": 42}, "response_id": response_id}
+    assert make_reproduction_prompt(Feedback(id="0", body=body)).max_tokens == max_tokens
 
 
 @pytest.mark.parametrize(
