@@ -49,8 +49,11 @@ class Client:
     statuses 502 to 504 are retried with exponential backoff, about 12 s in total; a server that has not answered this
     client before is not waited for.
 
+    The portal may be newer: fields that this release does not know are ignored, states and roles are the portal's own
+    words, and a verdict, decision or status that cannot be read is None.
+
     Raises:
-        PortalError: from every method, when the portal refuses.
+        PortalError: from every method, when the portal refuses, or the answer is not a portal's.
         httpx.TransportError: when it cannot be reached.
         ValueError: from the constructor, when the token is empty or cannot be sent in a header.
     """

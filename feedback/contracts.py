@@ -5,14 +5,25 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from feedback.promotion_decision import PromotionDecision
 from feedback.states import DatasetState, ReportState, RoundState, list_values
 from feedback.verdicts import Verdict
 from yuan.data.checkers import Checker, Exact
 from yuan.data.rows import BadRow
-from yuan.data.text import MAX_TEXT_CHARS, TextRule, make_rule_error, normalize_text
+from yuan.data.text import MAX_TEXT_CHARS, TextRule, describe_errors, make_rule_error, normalize_text
 from yuan.serve.response_schemas import TextChoice, TextCompletion
 from yuan.train.run_status import RunStatus
 
@@ -108,6 +119,15 @@ def _is_same_text(first: str, second: str) -> bool:
     return normalize_text(first) == normalize_text(second)
 
 
+def _drop_unknown_verdict(verdict: object) -> object:
+    """Return None for a verdict that this release does not know, since the rest of the record counts too."""
+    return None if isinstance(verdict, str) and verdict not in frozenset(Verdict) else verdict
+
+
+# The verdict of a record, whose portal may be newer than the client.
+VerdictField = Annotated[Verdict | None, BeforeValidator(_drop_unknown_verdict)]
+
+
 class Event(BaseModel):
     """One line of a record's timeline."""
 
@@ -123,7 +143,7 @@ class FeedbackOut(BaseModel):
     state: str = Field(description=list_values(ReportState))
     reason: str | None
     role: str | None = Field(description="train or held_out, once accepted")
-    verdict: Verdict | None = Field(description="newest verdict, of version `verdict_version`")
+    verdict: VerdictField = Field(description="newest verdict, of version `verdict_version`; null: none, or unknown")
     verdict_version: int | None
     summary: str
     timeline: list[Event]
@@ -135,7 +155,7 @@ class NoticeOut(BaseModel):
     number: int = Field(description="number of the notice, increasing with time; use it as `after`")
     feedback_id: str
     version: int
-    verdict: Verdict | None = Field(description="null: a verdict that this release does not know")
+    verdict: VerdictField = Field(description="null: a verdict that this release does not know")
     text: str
     delivered_at: datetime | None
 
@@ -265,8 +285,20 @@ RunStatusField = Annotated[
 ]
 
 
+def _parse_decision(decision: object, parse: ValidatorFunctionWrapHandler) -> PromotionDecision | None:
+    """Return the decision; None if this release cannot read it, since the rest of the record counts too."""
+    try:
+        return parse(decision)  # type: ignore[no-any-return]
+    except ValidationError as error:
+        log.warning("the decision of a round cannot be read: %s", describe_errors(error))
+        return None
+
+
+DecisionField = Annotated[PromotionDecision | None, WrapValidator(_parse_decision)]
+
+
 class RoundOut(BaseModel):
-    """A training round with its progress."""
+    """A training round with its progress; a newer portal's `state` and `step` are kept as they are."""
 
     id: str
     number: int
@@ -276,7 +308,7 @@ class RoundOut(BaseModel):
     parent_version: int | None
     candidate_version: int | None
     snapshot_id: str | None
-    decision: PromotionDecision | None
+    decision: DecisionField
     failed_items: dict[str, int] = Field(
         description="number of items that could not be processed, by step; the other items were processed"
     )

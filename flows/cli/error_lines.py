@@ -21,7 +21,8 @@ def describe_failure(error: Exception) -> str | None:
     """Return the line, with further lines where the error's own message has them; None for a fault of the program."""
     if isinstance(error, PortalError):
         field = f" ({error.body.param})" if error.body.param else ""
-        return f"refused with {error.status}: {error.body.message}{field}"
+        fix = "; check --token, COTRAIN_TOKEN or the operator's COTRAIN_OPERATOR_TOKEN" if error.status == 401 else ""
+        return f"refused with {error.status}: {error.body.message}{field}{fix}"
     if isinstance(error, httpx.UnsupportedProtocol | httpx.InvalidURL):
         return f"the portal's URL must begin with http:// or https:// ({error}); see --url"
     if isinstance(error, httpx.LocalProtocolError):

@@ -63,7 +63,12 @@ def run_at_once(arguments, **options):
         (200, "application/json", b"[" * 5000, "the response is not that of a portal"),
         (200, "application/json", b'{"id": 5}', "the response is not that of a portal"),
         (404, "text/html", b"<html>no such page</html>", "refused with 404: <html>no such page"),
-        (401, "application/json", b'{"error": {"message": "no such token", "type": "x"}}', "refused with 401: no such"),
+        (
+            401,
+            "application/json",
+            b'{"error": {"message": "no such token", "type": "x"}}',
+            "no such token; check --token, COTRAIN_TOKEN",
+        ),
         (307, "text/plain", b"", "refused with 307"),
         (500, "application/json", b'{"error": null}', "refused with 500"),
     ],
