@@ -30,7 +30,7 @@ FRENCH_LINE = json.dumps({"prompt": "café à la crème", "answer": "été"}, en
         (json.dumps({"answer": "a" * HEAD_BYTES}, indent=2).encode()[:HEAD_BYTES], "jq -c ."),
         (b"prompt,answer\n1 + 1,2\n", "commas"),
         (b'\xef\xbb\xbf"Prompt"\t"Answer"\n1\t2\n', "tabs"),
-        (gzip.compress(LINE.encode()), "gunzip"),
+        (gzip.compress(LINE.encode(), mtime=0), "gunzip"),
         (LINE.replace("\n", "\r").encode() * 2, "\\r"),
         (b"prompt,answer\r1 + 1,2\r", "\\r"),
         (LINE.encode("utf-32-le"), "UTF-32"),
