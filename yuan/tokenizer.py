@@ -1,5 +1,6 @@
 """SentencePiece with Yuan's special tokens: train, load, encode, decode."""
 
+import codecs
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ SPECIAL_TOKENS = (
     *("<jupyter_start>", "<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<empty_output>"),
 )
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space within a piece
+REPLACEMENT_CHARACTER = "\ufffd"  # an incomplete UTF-8 character decodes to one for each of its bytes
 UNKNOWN_TEXT = " \u2047 "  # what SentencePiece decodes its unknown token to
 TOKENIZER_MODEL_FILE = "tokenizer.model"
 MAX_TOKENIZER_BYTES = 64 * 2**20  # the published one has 2 MB
@@ -60,6 +62,7 @@ class Tokenizer:
             self.special[token] = piece_id if is_piece else self.num_pieces + num_appended
         self.eod, self.sep, self.pad = (self.special[token] for token in (EOD, SEP, PAD))
         self._special_ids = set(self.special.values())
+        self._token_bytes: dict[int, bytes] = {}  # those looked up so far: SentencePiece takes microseconds for each
         self._appended_names = {
             token_id: name for name, token_id in self.special.items() if token_id >= self.num_pieces
         }
@@ -101,11 +104,16 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, without special tokens and unused embedding rows."""
-        text = self._pieces.decode([n for n in ids if n < self.num_pieces and n not in self._special_ids])
+        text = self._pieces.decode([token_id for token_id in ids if self.get_token_bytes(token_id)])
         return str(text).replace(SPACE_MARK, " ")  # a model without a piece for the space spells its mark in bytes
 
     def get_token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of a token alone: one for a byte piece, a leading space too; none for a special token."""
+        if token_id not in self._token_bytes:
+            self._token_bytes[token_id] = self._look_up_bytes(token_id)
+        return self._token_bytes[token_id]
+
+    def _look_up_bytes(self, token_id: int) -> bytes:
         if token_id == self._pieces.unk_id():
             return UNKNOWN_TEXT.encode()
         if token_id >= self.num_pieces or token_id in self._special_ids or self._pieces.is_control(token_id):
@@ -133,6 +141,69 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         (folder / TOKENIZER_MODEL_FILE).write_bytes(self.model)
+
+
+class TextDecoder:
+    """Decode the tokens of a text as they arrive, in time linear in their number.
+
+    The texts of all tokens and of `finish`, joined, are what `Tokenizer.decode` returns for all tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._first_ids: list[int] | None = []  # before any text; SentencePiece may drop spaces there
+        self._pending = b""  # the beginning of a character whose other bytes have not arrived
+
+    def add(self, token_id: int) -> str:
+        """Return the text that the next token completes; an incomplete character is held back."""
+        token_bytes = self._tokenizer.get_token_bytes(token_id)
+        if not token_bytes:
+            return ""
+        if len(token_bytes) == 1 and token_bytes > b"\x7f":  # a part of a character
+            self._first_ids = None
+            return self._complete(token_bytes)
+        if self._first_ids is None:
+            return self.finish() + token_bytes.decode()
+        self._first_ids.append(token_id)
+        text = self._tokenizer.decode(self._first_ids)
+        if text:
+            self._first_ids = None
+        return text
+
+    def _complete(self, byte: bytes) -> str:
+        """Return the characters that end with a byte; one that can be part of no character is replaced."""
+        parts: list[str] = []
+        self._pending += byte
+        while self._pending and not is_prefix_of_character(self._pending):
+            length = next((n for n in range(1, 5) if _is_character(self._pending[:n])), None)
+            parts.append(self._pending[:length].decode() if length else REPLACEMENT_CHARACTER)
+            self._pending = self._pending[length or 1 :]
+        return "".join(parts).replace(SPACE_MARK, " ")
+
+    def finish(self) -> str:
+        """Return the text of the bytes that are held back, of which each is replaced: their character is incomplete."""
+        text = REPLACEMENT_CHARACTER * len(self._pending)
+        self._pending = b""
+        return text
+
+
+def is_prefix_of_character(data: bytes) -> bool:
+    """Return True if bytes are the beginning of one UTF-8 character, and not all of it.
+
+    >>> is_prefix_of_character("加".encode()[:2]), is_prefix_of_character("加".encode()), is_prefix_of_character(b"a")
+    (True, False, False)
+    """
+    try:
+        return not codecs.getincrementaldecoder("utf-8")().decode(data)
+    except UnicodeDecodeError:
+        return False
+
+
+def _is_character(data: bytes) -> bool:
+    try:
+        return len(data.decode()) == 1
+    except UnicodeDecodeError:
+        return False
 
 
 def load(folder: Path) -> Tokenizer:

@@ -3,12 +3,14 @@
 `make test` runs 100 cases of each, `make test-long` 10,000.
 """
 
+import io
 import json
 import os
 import shutil
 import tomllib
 
 import pytest
+import sentencepiece
 import tomli_w
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -245,6 +247,70 @@ def test_any_plan_is_read_as_it_is_or_refused_in_one_line(num_cases):
             check_printable(str(error))
 
     fuzz(num_cases, st.tuples(changes, stage_changes), check)
+
+
+def train_with_dummy_prefix(**options):
+    """Train a tokenizer with SentencePiece's own rules of spaces, which the published one has in part."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a  b aa  ba", "加 减 a"]),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=300,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        control_symbols=list(tokenizers.SPECIAL_TOKENS),
+        minloglevel=2,
+        **options,
+    )
+    return tokenizers.Tokenizer(model.getvalue())
+
+
+TOKENIZERS = {
+    "own": lambda: tokenizers.train(["a  b aa  ba 加减"], vocab_size=300),
+    "as published": lambda: train_with_dummy_prefix(
+        normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True
+    ),
+    "SentencePiece's defaults": train_with_dummy_prefix,
+}
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS.values(), ids=TOKENIZERS)
+def any_tokenizer(request):
+    return request.param()
+
+
+@each_size
+def test_tokens_that_arrive_one_by_one_have_the_text_of_all_together(num_cases, any_tokenizer):
+    pieces = any_tokenizer.num_pieces
+    ids = st.integers(0, pieces + 200)
+    byte_ids = st.sampled_from([n for n in range(pieces) if any_tokenizer.get_token_bytes(n)[:1] > b"\x7f"])
+    spaces = st.sampled_from([n for n in range(pieces) if any_tokenizer.get_token_bytes(n).startswith(b" ")])
+    characters = st.characters(exclude_categories=("Cs",)).map(lambda char: list(char.encode()))
+    byte_offset = next(n for n in range(pieces) if any_tokenizer.get_token_name(n) == "<0x00>")
+    whole = characters.map(lambda data: [byte_offset + byte for byte in data])
+    parts = st.one_of(st.lists(st.one_of(ids, byte_ids, spaces), max_size=8), whole, whole.map(lambda ids: ids[:-1]))
+
+    def check(lists):
+        tokens = [token for part in lists for token in part]
+        decoder = tokenizers.TextDecoder(any_tokenizer)
+        assert "".join([*map(decoder.add, tokens), decoder.finish()]) == any_tokenizer.decode(tokens)
+
+    fuzz(num_cases, st.lists(parts, max_size=6), check)
+
+
+@each_size
+def test_any_text_round_trips_without_special_tokens(num_cases):
+    tokenizer = TOKENIZERS["own"]()
+    names = st.sampled_from([*tokenizers.SPECIAL_TOKENS, "<unk>", "<s>", "</s>", "<0x41>", "\u2581", " ", "  ", "\r\n"])
+    texts = st.lists(names | st.text(st.characters(exclude_categories=("Cs",)), max_size=10), max_size=6).map("".join)
+
+    def check(text):
+        ids = tokenizer.encode(text)
+        assert {*tokenizer.special.values(), 0, 1, 2}.isdisjoint(ids)
+        assert tokenizer.decode(ids) == text.replace(tokenizers.SPACE_MARK, " ")
+
+    fuzz(num_cases, texts, check)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """Decoding: token choice, and independence of batch, cache and order."""
 
 import dataclasses
+import itertools
+import time
 
 import pytest
 import torch
@@ -129,12 +131,12 @@ def test_error_for_an_invalid_sampling_parameter_names_it(field, value):
 def add_tokens(tokenizer, text, **wishes):
     """Return a sequence to which the text's tokens were added one by one, and its stable text after each."""
     sequence = DecodingSequence([tokenizer.sep], Sampling(max_tokens=50, **wishes), tokenizer, 100)
-    shown = []
+    shown = [""]
     for token in tokenizer.encode(text):
         if sequence.finish_reason is None:
             sequence.add_token(ChosenToken(token))
-            shown.append(sequence.get_stable_text())
-    return sequence, shown
+            shown.append(shown[-1] + sequence.take_new_text())
+    return sequence, shown[1:]
 
 
 def test_text_ends_before_a_stop_string_that_is_never_shown(tokenizer):
@@ -155,8 +157,29 @@ def test_incomplete_utf8_character_is_not_shown(tokenizer):
 
 
 def test_a_zero_byte_is_shown_as_the_replacement_character(tokenizer):
-    sequence, shown = add_tokens(tokenizer, "a\0b")
-    assert shown[-1] == sequence.get_stable_text() == "a\ufffdb"
+    _, shown = add_tokens(tokenizer, "a\0b")
+    assert shown == ["a", "a\ufffd", "a\ufffdb"]
+
+
+@pytest.mark.parametrize("stop", [("ab", "b"), ("aab",), ("aaaa", "ab")])
+def test_earliest_stop_string_ends_the_text_and_no_more_is_held_back_than_may_become_one(tokenizer, stop):
+    text = "aaab"
+    sequence, shown = add_tokens(tokenizer, text, stop=stop)
+    assert sequence.text == text[: min(start for word in stop if (start := text.find(word)) >= 0)]
+    assert all(sequence.text.startswith(part) for part in shown) and shown[-1] == sequence.text
+
+
+def test_time_of_decoding_is_linear_in_the_number_of_tokens(tokenizer):
+    def measure(num_tokens):
+        sequence = DecodingSequence([tokenizer.sep], Sampling(max_tokens=num_tokens, stop=("zz",)), tokenizer, 10**6)
+        start = time.process_time()
+        for token in itertools.islice(itertools.cycle(tokenizer.encode("abc龘def")), num_tokens):
+            sequence.add_token(ChosenToken(token))
+            sequence.take_new_text()
+        return time.process_time() - start
+
+    short, long = (min(measure(num_tokens) for _ in range(3)) for num_tokens in (500, 8000))
+    assert long < 16 * 4 * short  # 256 times if it is quadratic
 
 
 def test_stop_ids_end_generation_like_eod(tokenizer):

@@ -4,20 +4,20 @@ import random
 from collections.abc import Sequence as Tokens
 
 from yuan.generate.sampling import ChosenToken, Sampling
-from yuan.tokenizer import Tokenizer
-
-REPLACEMENT_CHARACTER = "\ufffd"  # an incomplete UTF-8 character decodes to it
+from yuan.tokenizer import REPLACEMENT_CHARACTER, TextDecoder, Tokenizer
 
 
 class DecodingSequence:
     """Prompt tokens, generated tokens, and the text that can be streamed.
 
-    `get_stable_text` holds back incomplete characters and text that may become a stop string, so text is only ever
-    appended. A U+0000 that the model generates, which databases do not accept as text, is replaced by U+FFFD.
+    `take_new_text` holds back incomplete characters and text that may become a stop string, so text is only ever
+    appended. A U+0000 that the model generates, which databases do not accept as text, is replaced by U+FFFD. The time
+    is linear in the number of tokens.
 
     Attributes:
         max_new_tokens: number of tokens that may be generated.
         chosen: the generated tokens with their log-probabilities; `tokens` are their ids.
+        text: all text, once the sequence has finished.
         finish_reason: None while the sequence runs, then "stop" or "length".
     """
 
@@ -26,7 +26,7 @@ class DecodingSequence:
             raise ValueError("a prompt needs at least one token; send some text")
         if len(prompt) >= window:
             raise ValueError(f"the prompt has {len(prompt)} tokens and the window {window}; shorten the prompt")
-        self.prompt, self.sampling, self._tokenizer = list(prompt), sampling, tokenizer
+        self.prompt, self.sampling = list(prompt), sampling
         self.max_new_tokens = min(sampling.max_tokens, window - len(prompt))
         self.chosen: list[ChosenToken] = []
         self.tokens: list[int] = []
@@ -35,6 +35,10 @@ class DecodingSequence:
         self._random = random.Random(sampling.seed)
         self._pending_draw: float | None = None
         self._ended_by_token = False
+        self._decoder = TextDecoder(tokenizer)
+        self._stable_parts: list[str] = []
+        self._held_text = ""  # may be the beginning of a stop string
+        self._num_taken_parts = 0
         self._end_ids = {tokenizer.eod, *sampling.stop_ids}
 
     def draw(self) -> float:
@@ -61,31 +65,43 @@ class DecodingSequence:
             return self._finish("stop")
         self.tokens.append(chosen.token)
         self.chosen.append(chosen)
-        if self.sampling.stop and self._stop_at_stop_string(self._decode()):
-            return
+        self._held_text += self._decoder.add(chosen.token).replace("\0", REPLACEMENT_CHARACTER)
+        starts = [start for word in self.sampling.stop if (start := self._held_text.find(word)) >= 0]
+        if starts:
+            self._held_text = self._held_text[: min(starts)]
+            return self._finish("stop", is_cut=True)
+        self._release(len(self._held_text) - self._count_held_characters())
         if len(self.tokens) == self.max_new_tokens:
             self._finish("length")
 
-    def _stop_at_stop_string(self, text: str) -> bool:
-        starts = [start for word in self.sampling.stop if (start := text.find(word)) >= 0]
-        if starts:
-            self.text, self.finish_reason = text[: min(starts)], "stop"
-        return bool(starts)
+    def _count_held_characters(self) -> int:
+        """Return the length of the longest end of the held text with which a stop string begins."""
+        lengths = (
+            next(
+                (
+                    n
+                    for n in range(min(len(word) - 1, len(self._held_text)), 0, -1)
+                    if self._held_text.endswith(word[:n])
+                ),
+                0,
+            )
+            for word in self.sampling.stop
+        )
+        return max(lengths, default=0)
 
-    def _finish(self, reason: str) -> None:
-        self.text, self.finish_reason = self._decode(), reason
+    def _release(self, num_characters: int) -> None:
+        if num_characters:
+            self._stable_parts.append(self._held_text[:num_characters])
+            self._held_text = self._held_text[num_characters:]
 
-    def _decode(self) -> str:
-        return self._tokenizer.decode(self.tokens).replace("\0", REPLACEMENT_CHARACTER)
+    def _finish(self, reason: str, *, is_cut: bool = False) -> None:
+        if not is_cut:
+            self._held_text += self._decoder.finish()
+        self._release(len(self._held_text))
+        self.text, self.finish_reason = "".join(self._stable_parts), reason
 
-    def get_stable_text(self) -> str:
-        """Return the text that will not change any more; all of it once the sequence has finished."""
-        if self.finish_reason is not None:
-            return self.text
-        text = self._decode().rstrip(REPLACEMENT_CHARACTER)
-        for word in self.sampling.stop:
-            for length in range(min(len(word) - 1, len(text)), 0, -1):
-                if text.endswith(word[:length]):
-                    text = text[:-length]
-                    break
-        return text
+    def take_new_text(self) -> str:
+        """Return the text that has become stable since the last call; all the rest once the sequence has finished."""
+        new_text = "".join(self._stable_parts[self._num_taken_parts :])
+        self._num_taken_parts = len(self._stable_parts)
+        return new_text

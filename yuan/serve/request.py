@@ -144,7 +144,6 @@ class GenerationRequest:
         self.start_s = time.monotonic()
         self.deadline_s = self.start_s + limit_s
         self.is_over = False
-        self._num_shown = [0] * len(self.sequences)
         self._num_delivered = [0] * len(self.sequences)
         self._ended = [False] * len(self.sequences)
 
@@ -163,12 +162,10 @@ class GenerationRequest:
         for index, sequence in enumerate(self.sequences):
             if self._ended[index]:
                 continue
-            text, has_ended = sequence.get_stable_text(), sequence.finish_reason is not None
+            new_text, has_ended = sequence.take_new_text(), sequence.finish_reason is not None
             new_tokens = sequence.chosen[self._num_delivered[index] :]
-            if has_ended or len(text) > self._num_shown[index] or new_tokens:
-                new_text = text[self._num_shown[index] :]
+            if has_ended or new_text or new_tokens:
                 self.deliver(AnswerPiece(index, new_text, new_tokens, sequence.finish_reason))
-            self._num_shown[index] = len(text)
             self._num_delivered[index] = len(sequence.chosen)
             self._ended[index] = has_ended
         self.is_over = self.is_over or all(self._ended)
