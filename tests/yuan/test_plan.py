@@ -13,7 +13,8 @@ from yuan.plan.planner import draw_plan, make_plan
 from yuan.plan.pool import DeviceGroup, Pool, make_cpu_pool, parse_pool
 from yuan.plan.search import SizeLimits
 from yuan.plan.table import format_plan_table
-from yuan.plan.workload import Workload, compute_default_loss_block
+from yuan.plan.time_model import predict_tied_reduction_seconds
+from yuan.plan.workload import Grid, Workload, compute_default_loss_block
 from yuan.train.run_folder import RunSpec
 
 RECIPE = Recipe(max_steps=10, learning_rate=1e-3, seq_len=128, micro_batch_size=2, global_batch_size=8, warmup_steps=2)
@@ -219,3 +220,31 @@ def test_smallest_and_largest_batch_and_pool_are_planned_within_seconds(batch, d
     begun = time.process_time()
     plan = make_plan(make_workload(yuan_2b(), batch), make_pool(**{"A100-80": devices}), explained=False)
     assert plan.gap == 0 and time.process_time() - begun < 5
+
+
+def test_tied_embedding_is_reduced_over_the_link_between_its_two_stages():
+    """The gradient has 4 · 32,000 · 1,024 bytes: 131.072 MB."""
+    work = make_workload(SMALL)
+    near = DeviceGroup(
+        device_class="near",
+        count=64,
+        memory_gib=80,
+        sustained_tflops=100,
+        devices_per_node=8,
+        intra_node_gb_s=100,
+        inter_node_gb_s=10,
+        intra_node_latency_us=0,
+        inter_node_latency_us=1000,
+    )
+    far = dataclasses.replace(near, device_class="far", inter_node_gb_s=2, devices_per_node=2)
+
+    def predict(pipeline, data, first, last):
+        grid = Grid(pipeline_size=pipeline, data_size=data, micro_batch_size=1, grad_accum_steps=4)
+        return predict_tied_reduction_seconds(work, grid, first, last)
+
+    assert predict(1, 4, near, near) == 0
+    assert predict(4, 2, near, near) == pytest.approx(0.131072 / 100)  # eight devices, one node
+    assert predict(8, 2, near, near) == pytest.approx(0.001 + 2 * 0.131072 / 10)  # two replicas share a node's link
+    assert predict(2, 16, near, near) == pytest.approx(0.001 + 8 * 0.131072 / 10)
+    assert predict(2, 1, near, far) == predict(2, 1, far, near) == pytest.approx(0.001 + 0.131072 / 2)
+    assert predict(2, 4, near, far) == pytest.approx(0.001 + 2 * 0.131072 / 2)

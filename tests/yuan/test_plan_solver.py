@@ -62,6 +62,7 @@ def draw_problems(draw, max_classes=3):
             finish_layer_s=draw_integers(0, 9) / 2,
             link_s=link,
             return_s=bound_return_seconds(link),
+            tied_s=(rng.integers(0, 9, (classes, classes)) if draw(st.booleans()) else np.ones((classes, classes))) / 2,
         ),
     )
 
@@ -111,7 +112,13 @@ def list_layouts(costs):
             )
             for s, n, c in places
         )
-        finish = max(costs.time.finish_fixed_s[s, c] + n * costs.time.finish_layer_s[s, c] for s, n, c in places)
+        tied = costs.time.tied_s[classes[0], classes[-1]] if costs.num_stages > 1 else 0.0
+        finish = max(
+            costs.time.finish_fixed_s[s, c]
+            + n * costs.time.finish_layer_s[s, c]
+            + tied * (s in (0, costs.num_stages - 1))
+            for s, n, c in places
+        )
         total = sum(compute) + sum(links)
         peak = max(
             costs.memory.compute_stage_bytes(s, c, n, r) for (s, n, c), r in zip(places, recompute_layers, strict=True)
@@ -246,7 +253,12 @@ def test_medium_problems_equal_an_integer_program(seed):
     )
     grid = Grid(pipeline_size=stages, data_size=1, micro_batch_size=1, grad_accum_steps=16)
     costs = build_stage_costs(work, grid, groups)
-    free_links = dataclasses.replace(costs.time, link_s=np.zeros_like(costs.time.link_s), return_s=np.zeros(stages))
+    free_links = dataclasses.replace(
+        costs.time,
+        link_s=np.zeros_like(costs.time.link_s),
+        return_s=np.zeros(stages),
+        tied_s=np.zeros_like(costs.time.tied_s),
+    )
     costs = dataclasses.replace(costs, time=free_links)
     layout = solve(costs)
     best = solve_integer_program(costs)

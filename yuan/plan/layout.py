@@ -100,4 +100,9 @@ def _get_link_seconds(costs: StageCosts, classes: tuple[int, ...]) -> list[float
 
 def compute_finish_seconds(costs: StageCosts, layers: tuple[int, ...], classes: tuple[int, ...]) -> float:
     """Return the longest time of a stage after the last micro-batch, max g."""
-    return max(_look_up_stages(costs, costs.finish, layers, classes))
+    finish = _look_up_stages(costs, costs.own_finish, layers, classes)
+    if costs.num_stages > 1:
+        tied_s = float(costs.time.tied_s[classes[0], classes[-1]])
+        finish[0] += tied_s
+        finish[-1] += tied_s
+    return max(finish)

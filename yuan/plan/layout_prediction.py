@@ -10,8 +10,8 @@ from yuan.plan.pool import DeviceGroup
 from yuan.plan.search import PlanCandidate, StageAssignment
 from yuan.plan.time_model import (
     predict_compute_seconds,
-    predict_finish_seconds,
     predict_forward_seconds,
+    predict_longest_finish_seconds,
     predict_transfer_seconds,
 )
 from yuan.plan.workload import Grid, Workload
@@ -59,7 +59,7 @@ def predict_layout(
     cheapest = min(predict_transfer_seconds(work, grid, a, b) for a, b in product(groups, repeat=2))
     returns = [cheapest * max(grid.pipeline_size - 2 - s.number, 0) for s in stages]
     wait = max(compute_waits(compute, longer, links, returns, grid.grad_accum_steps))
-    finish = max(float(predict_finish_seconds(work, grid, s.group, s.number, s.layers)) for s in stages)
+    finish = predict_longest_finish_seconds(work, grid, [s.group for s in stages], layers)
     seconds = sum(compute) + sum(links) + wait + finish
 
     peak = max(_compute_peak_bytes(work, grid, stage) for stage in stages)

@@ -209,6 +209,7 @@ def build_fig_3_costs(*, blockwise: bool = False, recompute: bool = False) -> St
             finish_layer_s=no_time,
             link_s=np.zeros((p, 1, 1)),
             return_s=np.zeros(p),
+            tied_s=np.zeros((1, 1)),
         ),
     )
 

@@ -14,8 +14,8 @@ from yuan.plan.solver import is_exact, minimize_peak_memory, solve
 from yuan.plan.stage_costs import StageCosts, build_stage_costs
 from yuan.plan.time_model import (
     predict_compute_seconds,
-    predict_finish_seconds,
     predict_forward_seconds,
+    predict_longest_finish_seconds,
     predict_transfer_seconds,
 )
 from yuan.plan.workload import Grid, Workload
@@ -83,10 +83,7 @@ class PlanCandidate:
 
     def predict_finish_seconds(self, work: Workload) -> float:
         """Return the seconds after the last backward pass, of the stage where they are most."""
-        return max(
-            float(predict_finish_seconds(work, self.grid, stage.group, stage.number, stage.layers))
-            for stage in self.assignments
-        )
+        return predict_longest_finish_seconds(work, self.grid, self.stage_groups, self.layout.layers)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ Letters: P stages, C device classes, L layers.
 """
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from yuan.plan.layout import (
     Layout,
     compute_added_seconds,
     compute_finish_seconds,
+    compute_step_seconds,
     compute_total_seconds,
     make_layout,
 )
@@ -74,8 +76,8 @@ def solve(
         return None
     if objective == "memory":
         peak = _find_minimum_peak(costs if cutoff == float("inf") else costs.cap_memory(int(cutoff)))
-        return None if peak is None else _LayoutSearch(costs.cap_memory(peak)).find_best()
-    return _LayoutSearch(costs, cutoff, other_seconds).find_best()
+        return None if peak is None else _find_fastest(costs.cap_memory(peak))
+    return _find_fastest(costs, cutoff, other_seconds)
 
 
 def is_exact(costs: StageCosts) -> bool:
@@ -88,7 +90,45 @@ def minimize_peak_memory(costs: StageCosts, best: Layout) -> Layout:
 
     As fast means: the same Σ, with max h and max g not larger.
     """
-    return _LayoutSearch(costs).minimize_peak_memory(best)
+    wait = max(compute_added_seconds(costs, best.layers, best.classes)) * (1 + TIE_TOLERANCE)
+    finish = compute_finish_seconds(costs, best.layers, best.classes) * (1 + TIE_TOLERANCE)
+    problems = [costs] if costs.has_equal_ends else _fix_all_ends(costs)
+    layouts = [_LayoutSearch(problem).minimize_peak_memory(best, wait, finish) for problem in problems]
+    return min(layouts, key=lambda layout: (layout.peak_bytes, layout.layers, layout.classes))
+
+
+def _find_fastest(
+    costs: StageCosts, cutoff: float = float("inf"), other_seconds: float = float("inf")
+) -> Layout | None:
+    """Return the fastest layout, also if the reduction of the tied embedding depends on the classes at both ends.
+
+    Then each end first counts with the best class at the other one. Only if the layout found takes longer than that,
+    each pair of classes is a problem of its own.
+    """
+    if costs.has_equal_ends:
+        return _LayoutSearch(costs, cutoff, other_seconds).find_best()
+    relaxed = _LayoutSearch(costs.relax_ends(), cutoff, other_seconds).find_best()
+    if relaxed is None:
+        return None
+    exact_seconds = compute_step_seconds(costs, relaxed.layers, relaxed.classes)
+    if exact_seconds <= relaxed.seconds * (1 + TIE_TOLERANCE):
+        return replace(relaxed, seconds=exact_seconds)
+
+    best: Layout | None = None
+    for problem in _fix_all_ends(costs):
+        max_seconds = cutoff if best is None else best.seconds
+        layout = _LayoutSearch(problem, max_seconds, other_seconds).find_best()
+        best = best if layout is None else layout
+    if best is None:
+        return None
+    return replace(best, lower_bound=min(best.seconds, other_seconds) if is_exact(costs) else relaxed.lower_bound)
+
+
+def _fix_all_ends(costs: StageCosts) -> list[StageCosts]:
+    """Return the problem of each pair of classes at both ends, the fastest reduction first."""
+    classes = [c for c, slots in enumerate(costs.slots) if slots]
+    pairs = sorted(product(classes, repeat=2), key=lambda pair: float(costs.time.tied_s[pair]))
+    return [costs.fix_ends(*pair) for pair in pairs]
 
 
 def _find_minimum_peak(costs: StageCosts) -> int | None:
@@ -156,7 +196,7 @@ class _LayoutSearch:
             max_finish = np.nextafter(finish, 0)
         if best is None or best.seconds >= self.cutoff:
             return None
-        return _replace_lower_bound(best, min(best.seconds, self.other_seconds if self.is_exact else bound))
+        return replace(best, lower_bound=min(best.seconds, self.other_seconds if self.is_exact else bound))
 
     def _compute_target(self, best_seconds: float, bound: float) -> float:
         """Return the seconds that a better layout has to beat, given the best ones and a lower bound on its own."""
@@ -281,13 +321,10 @@ class _LayoutSearch:
             wait=max(compute_added_seconds(self.costs, layers, classes)),
         )
 
-    def minimize_peak_memory(self, best: Layout) -> Layout:
+    def minimize_peak_memory(self, best: Layout, wait: float, finish: float) -> Layout:
         """Lower the memory limit as far as the best time allows, by bisection over the possible peaks of a stage."""
         if not self.is_exact:
             return best
-        wait = max(compute_added_seconds(self.costs, best.layers, best.classes)) * (1 + TIE_TOLERANCE)
-        finish = compute_finish_seconds(self.costs, best.layers, best.classes) * (1 + TIE_TOLERANCE)
-
         peaks = [peak for peak in self._list_peak_bytes() if peak < best.peak_bytes]
         low, high = 0, len(peaks)
         while low < high:
@@ -301,7 +338,9 @@ class _LayoutSearch:
 
         # Once more under the lowest limit, for the lexicographically first layout.
         first = self._solve_under_memory(best.peak_bytes, wait, finish)
-        return best if first is None else _replace_lower_bound(first.layout, best.lower_bound)
+        if first is None or first.layout.seconds > best.seconds * (1 + TIE_TOLERANCE):
+            return best
+        return replace(first.layout, lower_bound=best.lower_bound)
 
     def _solve_under_memory(self, max_bytes: int, wait: float, finish: float) -> _SearchPoint | None:
         return _LayoutSearch(self.costs.cap_memory(max_bytes))._solve_under_limits(wait, finish)
@@ -315,7 +354,3 @@ class _LayoutSearch:
 
 def _is_better(layout: Layout, other: Layout) -> bool:
     return layout.seconds < other.seconds * (1 - TIE_TOLERANCE)
-
-
-def _replace_lower_bound(layout: Layout, bound: float) -> Layout:
-    return Layout(**{**vars(layout), "lower_bound": bound})

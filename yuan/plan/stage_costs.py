@@ -19,6 +19,8 @@ from yuan.plan.time_costs import TimeCosts, build_time_costs
 from yuan.plan.time_model import FloatArray
 from yuan.plan.workload import Grid, Workload
 
+NO_CAPACITY = -1  # bytes of a class on which a stage must not be
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StageCosts:
@@ -85,9 +87,27 @@ class StageCosts:
         return passes
 
     @cached_property
-    def finish(self) -> FloatArray:
-        """Return the seconds of a stage after the last micro-batch, (P, C, places)."""
+    def own_finish(self) -> FloatArray:
+        """Return the seconds of a stage after the last micro-batch, without the tied embedding, (P, C, places)."""
         return self.time.tabulate_finish_seconds(self.layers)
+
+    @cached_property
+    def finish(self) -> FloatArray:
+        """Return a lower bound on the seconds of a stage after the last micro-batch, (P, C, places).
+
+        The reduction of the tied embedding counts as with the best class at the other end; exact if `has_equal_ends`.
+        """
+        finish, has_slots = self.own_finish.copy(), np.array(self.slots) > 0
+        if self.num_stages > 1:
+            finish[0] += self.time.tied_s[:, has_slots].min(axis=1)[:, None]
+            finish[-1] += self.time.tied_s[has_slots].min(axis=0)[:, None]
+        return finish
+
+    @property
+    def has_equal_ends(self) -> bool:
+        """Return True if the reduction of the tied embedding takes the same time for any first and last class."""
+        has_slots = np.array(self.slots) > 0
+        return self.num_stages == 1 or bool(np.ptp(self.time.tied_s[np.ix_(has_slots, has_slots)]) == 0)
 
     def bound_minimum_sum(self) -> float:
         """Return a lower bound on Σ (c + x) of all stages: everything on its cheapest class, over the cheapest links.
@@ -134,6 +154,22 @@ class StageCosts:
     def cap_memory(self, max_bytes: int) -> "StageCosts":
         """Return the costs with at most `max_bytes` on any device."""
         return replace(self, memory=self.memory.cap_capacity(max_bytes))
+
+    def relax_ends(self) -> "StageCosts":
+        """Return costs with the lower bound `finish` as the exact time, for any first and last class."""
+        has_slots = np.array(self.slots) > 0
+        fixed_s, tied_s = self.time.finish_fixed_s.copy(), self.time.tied_s
+        fixed_s[0] += tied_s[:, has_slots].min(axis=1)
+        fixed_s[-1] += tied_s[has_slots].min(axis=0)
+        return replace(self, time=replace(self.time, finish_fixed_s=fixed_s, tied_s=np.zeros_like(tied_s)))
+
+    def fix_ends(self, first_class: int, last_class: int) -> "StageCosts":
+        """Return the costs with the classes of the first and the last stage fixed: on the others, they do not fit."""
+        capacity = self.memory.capacity.copy()
+        capacity[0, np.arange(self.num_classes) != first_class] = NO_CAPACITY
+        capacity[-1, np.arange(self.num_classes) != last_class] = NO_CAPACITY
+        tied_s = np.full_like(self.time.tied_s, self.time.tied_s[first_class, last_class])
+        return replace(self, memory=replace(self.memory, capacity=capacity), time=replace(self.time, tied_s=tied_s))
 
     def fix_classes(self, classes: Sequence[int]) -> "StageCosts":
         """Return the costs with the class of each stage fixed, as a problem with a single class."""

@@ -15,6 +15,7 @@ from yuan.plan.time_model import (
     predict_compute_seconds,
     predict_finish_seconds,
     predict_forward_seconds,
+    predict_tied_reduction_seconds,
     predict_transfer_seconds,
 )
 from yuan.plan.workload import Grid, Workload
@@ -28,12 +29,15 @@ class TimeCosts:
 
     - a micro-batch takes fixed_s + l · layer_s + r · recompute_s;
     - of that, the forward pass takes forward_fixed_s + l · forward_layer_s;
-    - the finish after the last micro-batch takes finish_fixed_s + l · finish_layer_s.
+    - the finish after the last micro-batch takes finish_fixed_s + l · finish_layer_s, and on the first and the last
+      stage tied_s.
 
     Attributes:
         link_s: time between a stage of the first class and the next stage of the second, (P, C, C); the last row is
             zero.
         return_s: a lower bound on the time of all links behind the next stage, (P,).
+        tied_s: time to reduce the tied embedding between a first stage of the first class and a last stage of the
+            second, (C, C).
     """
 
     fixed_s: FloatArray
@@ -45,6 +49,7 @@ class TimeCosts:
     finish_layer_s: FloatArray
     link_s: FloatArray
     return_s: FloatArray
+    tied_s: FloatArray
 
     def tabulate_seconds(self, layers: IntArray, recompute_layers: IntArray) -> FloatArray:
         """Return the seconds of one micro-batch, (P, C, places); the arguments broadcast to that shape."""
@@ -56,7 +61,7 @@ class TimeCosts:
         return self.forward_fixed_s[..., None] + self.forward_layer_s[..., None] * layers
 
     def tabulate_finish_seconds(self, layers: IntArray) -> FloatArray:
-        """Return the seconds of a stage after the last micro-batch, (P, C, places)."""
+        """Return the seconds of a stage after the last micro-batch, without the tied embedding, (P, C, places)."""
         return self.finish_fixed_s[..., None] + self.finish_layer_s[..., None] * layers
 
     def select_classes(self, classes: Sequence[int]) -> "TimeCosts":
@@ -78,6 +83,7 @@ class TimeCosts:
             finish_layer_s=select(self.finish_layer_s),
             link_s=self.link_s[stages, columns, next_columns][:, None, None],
             return_s=self.return_s,
+            tied_s=self.tied_s[columns[0], columns[-1]][None, None],
         )
 
 
@@ -106,6 +112,7 @@ def build_time_costs(work: Workload, grid: Grid, groups: Sequence[DeviceGroup]) 
         finish_layer_s=finish_one_layer_s - finish_fixed_s,
         link_s=links,
         return_s=bound_return_seconds(links),
+        tied_s=np.array([[predict_tied_reduction_seconds(work, grid, a, b) for b in groups] for a in groups]),
     )
 
 

@@ -7,11 +7,13 @@ A step of A micro-batches over P stages takes
 with c the compute time of a stage for one micro-batch (forward, backward, recomputation); x and x' the transfers over
 the links before and after it (activation and gradient; DeepSpeed's sends and receives block); h the time that a stage
 adds if it is the bottleneck (see `critical_path`; with equal stages (A - 1) · (c + x + x')); and g the time after the
-last backward pass: reduction of gradients, optimizer, all-gather of weights.
+last backward pass: reduction of gradients, optimizer, all-gather of weights, and on the first and the last stage the
+reduction of the tied embedding.
 
 Letters: P pipeline size, D data size, S sequence, B micro-batch, H hidden.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,31 +130,46 @@ def predict_forward_seconds(
 
 
 def predict_transfer_seconds(work: Workload, grid: Grid, sender: DeviceGroup, receiver: DeviceGroup) -> float:
-    """Predict the seconds to send one activation between two stages and its gradient back.
+    """Predict the seconds to send one activation between two stages and its gradient back."""
+    size = work.bytes_per_value * work.seq_len * grid.micro_batch_size * work.model.hidden_size
+    return 2 * _predict_link_seconds(grid, sender, receiver, size)
+
+
+def predict_tied_reduction_seconds(work: Workload, grid: Grid, first: DeviceGroup, last: DeviceGroup) -> float:
+    """Predict the seconds to all-reduce the tied embedding's fp32 gradient between the first and the last stage.
+
+    Every replica reduces its own pair, before the reduction over replicas. Each way, an all-reduce between two sends as
+    many bytes as the gradient has.
+
+    Source: DeepSpeed 0.19.8, pipe/engine.py, _exec_reduce_tied_grads.
+    """
+    if grid.pipeline_size == 1:
+        return 0.0
+    return _predict_link_seconds(grid, first, last, 4 * work.model.vocab_size * work.model.hidden_size)
+
+
+def _predict_link_seconds(grid: Grid, sender: DeviceGroup, receiver: DeviceGroup, size: int) -> float:
+    """Predict the seconds to send `size` bytes from each replica of a stage to its peer in another stage.
 
     Uses the link inside a node if the whole grid is in one node; else the link between nodes, which the replicas of a
     node share.
     """
-    size = work.bytes_per_value * work.seq_len * grid.micro_batch_size * work.model.hidden_size
     is_one_node = sender is receiver and grid.pipeline_size * grid.data_size <= sender.devices_per_node
     if is_one_node:
-        seconds = sender.intra_node_latency_us * MICRO + size / (sender.intra_node_gb_s * GIGA)
-    else:
-        sharing = min(grid.data_size, sender.devices_per_node, receiver.devices_per_node)
-        bandwidth = min(sender.inter_node_gb_s, receiver.inter_node_gb_s) * GIGA / sharing
-        latency = max(sender.inter_node_latency_us, receiver.inter_node_latency_us) * MICRO
-        seconds = latency + size / bandwidth
-    return 2 * seconds
+        return sender.intra_node_latency_us * MICRO + size / (sender.intra_node_gb_s * GIGA)
+    sharing = min(grid.data_size, sender.devices_per_node, receiver.devices_per_node)
+    bandwidth = min(sender.inter_node_gb_s, receiver.inter_node_gb_s) * GIGA / sharing
+    latency = max(sender.inter_node_latency_us, receiver.inter_node_latency_us) * MICRO
+    return latency + size / bandwidth
 
 
 def predict_finish_seconds(
     work: Workload, grid: Grid, group: DeviceGroup, stage: IntArray | int, layers: IntArray | int
 ) -> FloatArray:
-    """Predict the seconds of a stage after its last backward pass.
+    """Predict the seconds of a stage after its last backward pass, without the reduction of the tied embedding.
 
     Ring collectives over D replicas: all-reduce of fp32 gradients, 8 (D-1)/D bytes per parameter; all-gather of
-    weights, 2 (D-1)/D bytes in bf16; AdamW on 1/D of the parameters; all-reduce of the tied embedding's gradients
-    between the first and last stage.
+    weights, 2 (D-1)/D bytes in bf16; AdamW on 1/D of the parameters.
 
     Source: DeepSpeed 0.19.8, bf16_optimizer.py; Yuan 2.0 paper, eq. 4, terms T3 and T4.
     """
@@ -168,10 +185,21 @@ def predict_finish_seconds(
     collectives = share * parameters * (8 + work.bytes_per_value) / bandwidth + 4 * (replicas - 1) * latency
     optimizer = OPTIMIZER_BYTES_PER_PARAMETER * parameters / replicas / get_device_rates(group, work).optimizer
 
-    # The tied embedding's fp32 gradient, between the two stages that hold it.
-    has_embedding = (stage == 0) | (stage == grid.pipeline_size - 1)
-    embedding_bytes = 4 * work.model.vocab_size * work.model.hidden_size
-    tied = embedding_bytes / bandwidth + latency if grid.pipeline_size > 1 else 0.0
-
-    seconds: FloatArray = collectives + optimizer + tied * has_embedding
+    seconds: FloatArray = collectives + optimizer
     return seconds
+
+
+def predict_longest_finish_seconds(
+    work: Workload, grid: Grid, groups: Sequence[DeviceGroup], layers: Sequence[int]
+) -> float:
+    """Predict max g: the seconds after the last backward pass, of the stage where they are most.
+
+    Args:
+        groups, layers: of each stage.
+    """
+    stages = enumerate(zip(groups, layers, strict=True))
+    finish = [
+        float(predict_finish_seconds(work, grid, group, stage, num_layers)) for stage, (group, num_layers) in stages
+    ]
+    tied = predict_tied_reduction_seconds(work, grid, groups[0], groups[-1])
+    return max(*finish, finish[0] + tied, finish[-1] + tied)
