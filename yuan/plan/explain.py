@@ -1,11 +1,13 @@
 """Explain a plan: the bottleneck stage, the cost of an even split, the gain from changes of the pool."""
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
 
+from yuan.plan.device_counts import MAX_SUGGESTED_DEVICES, CountSearch
 from yuan.plan.even_split import find_best_even_split, is_even_split
 from yuan.plan.layout import compute_added_seconds, compute_busy_seconds
 from yuan.plan.memory_model import GIB
@@ -14,12 +16,11 @@ from yuan.plan.search import PlanCandidate, SizeLimits, has_feasible_layout, sea
 from yuan.plan.solver import solve
 from yuan.plan.stage_costs import StageCosts, build_stage_costs
 from yuan.plan.time_model import lacks_rate
-from yuan.plan.workload import Workload, compute_default_loss_block
+from yuan.plan.workload import Grid, Workload, compute_default_loss_block
 
 MIN_REPORTED_GAIN = 1e-3  # fraction of the step's time; smaller gains are not reported
 UNLIMITED_BYTES = 2**60
 MAX_SUGGESTED_GIB = 4096  # most memory to add to each device in the search for a pool that fits
-MAX_POOL_GROWTH = 16  # largest factor by which a device count is raised in the search for a pool that fits
 
 
 def explain(
@@ -79,11 +80,14 @@ def explain_infeasible(work: Workload, pool: Pool, limits: SizeLimits, nearest: 
         f"{work.model.name} does not fit: at best stage {fullest} of {len(needed_gib)} needs "
         f"{needed_gib[fullest]:.1f} GiB and a device of {groups[fullest].device_class} has {device_gib:.1f}."
     )
-    changes = list(_suggest_changes(work, pool, limits))
-    return f"{text} It would fit with {', or with '.join(changes)}." if changes else text
+    counts = list(_suggest_counts(work, pool, limits))
+    changes = [*_suggest_changes(work, pool, limits), *counts]
+    sentences = [text, *([f"It would fit with {', or with '.join(changes)}."] if changes else [])]
+    return " ".join(sentences if counts else [*sentences, _explain_no_count(work, pool, limits)])
 
 
 def _suggest_changes(work: Workload, pool: Pool, limits: SizeLimits) -> Iterator[str]:
+    """Yield the changes that need no other number of devices."""
     if work.loss_block is None and has_feasible_layout(
         replace(work, loss_block=compute_default_loss_block(work.model)), pool, limits
     ):
@@ -95,15 +99,48 @@ def _suggest_changes(work: Workload, pool: Pool, limits: SizeLimits) -> Iterator
     )
     if more_gib is not None:
         yield f"{more_gib} GiB more on every device"
-    for group in pool.groups:
+
+
+def _suggest_counts(work: Workload, pool: Pool, limits: SizeLimits) -> Iterator[str]:
+    """Yield the smallest numbers of devices that suffice: more of one class, and all classes in their proportion."""
+    search_counts = CountSearch(work, pool.groups, limits)
+    counts = [group.count for group in pool.groups]
+    for c, group in enumerate(pool.groups):
         step = group.devices_per_node if group.count >= group.devices_per_node else 1
 
-        def with_more(nodes: int, name: str = group.device_class, step: int = step) -> bool:
-            return has_feasible_layout(work, _grow_pool(pool, devices={name: nodes * step}), limits)
+        def add_nodes(nodes: int, c: int = c, step: int = step) -> list[int]:
+            return [count + nodes * step * (n == c) for n, count in enumerate(counts)]
 
-        nodes = _find_minimum(with_more, 1, MAX_POOL_GROWTH * max(1, group.count // step))
+        nodes = search_counts.find_minimum(add_nodes, MAX_SUGGESTED_DEVICES // step)
         if nodes is not None:
-            yield f"{nodes * step} more devices of {group.device_class}"
+            total = f" ({group.count + nodes * step} in all)" if len(counts) == 1 else ""
+            yield f"{nodes * step} more devices of {group.device_class}{total}"
+
+    if len(counts) > 1:
+        smallest = [count // math.gcd(*counts) for count in counts]
+        factor = search_counts.find_minimum(
+            lambda factor: [count * factor for count in smallest], MAX_SUGGESTED_DEVICES // max(smallest)
+        )
+        if factor is not None:
+            parts = zip(smallest, pool.groups, strict=True)
+            yield f"{' and '.join(f'{count * factor} {group.device_class}' for count, group in parts)} in all"
+
+
+def _explain_no_count(work: Workload, pool: Pool, limits: SizeLimits) -> str:
+    """Explain why no number of devices suffices: the first or last stage needs too much with the fewest layers."""
+    if limits != SizeLimits():
+        return f"No number of these devices, up to {MAX_SUGGESTED_DEVICES:,}, suffices for the requested sizes."
+    # One sample in each of the most replicas: nothing needs less memory than that.
+    grid = Grid(pipeline_size=2, data_size=work.global_batch_size, micro_batch_size=1, grad_accum_steps=1)
+    memory = build_stage_costs(work, grid, pool.groups).memory
+    for stage, name, layers in ((0, "the first stage, with one layer", 1), (1, "the last stage, without a layer", 0)):
+        sizes = [
+            min(memory.compute_stage_bytes(stage, c, layers, recomputed) for recomputed in range(layers + 1))
+            for c in range(len(pool.groups))
+        ]
+        if all(sizes > memory.capacity[stage]):
+            return f"No number of these devices suffices: {name}, needs {min(sizes) / GIB:.1f} GiB or more."
+    return f"No number of these devices, up to {MAX_SUGGESTED_DEVICES:,}, suffices."
 
 
 def _find_minimum(is_enough: Callable[[int], bool], first: int, last: int) -> int | None:
