@@ -225,10 +225,10 @@ def _build_dataset_records(
     return records
 
 
-def read_bad_rows(dataset_id: str, stored: Sequence[Any]) -> list[BadRow]:
+def read_bad_rows(dataset_id: str, stored: object) -> list[BadRow]:
     """Return a dataset's stored bad rows without the malformed entries, one of which would hide a whole list."""
     bad_rows: list[BadRow] = []
-    for entry in stored:
+    for entry in stored if isinstance(stored, list) else []:
         try:
             bad_rows.append(BadRow.model_validate(entry))
         except ValidationError as error:

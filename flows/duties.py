@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from infra.error_text import describe_error, format_redacted_traceback
 from infra.files import read_regular, replace_file
+from infra.stored_values import read_count, read_text, read_timestamp
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +21,7 @@ WORKER_HEARTBEAT_FILE = Path("worker/alive")
 SERVICE_HEARTBEAT_TIMEOUT_S = 30.0  # heartbeat age from which such a service counts as silent
 FIRST_DUTY_PAUSE_S = 1.0
 MAX_DUTY_PAUSE_S = 30.0
+MAX_DUTY_ERROR_CHARACTERS = 2000
 
 
 class Duty(StrEnum):
@@ -59,6 +60,17 @@ class DutyStatus:
     failing_since: float | None = None
     failures: int = 0
     error: str | None = None
+
+    @classmethod
+    def from_json(cls, stored: object) -> "DutyStatus":
+        """Read the stored fields; one that is missing or wrong has its default."""
+        content = stored if isinstance(stored, dict) else {}
+        return cls(
+            succeeded_at=read_timestamp(content.get("succeeded_at")),
+            failing_since=read_timestamp(content.get("failing_since")),
+            failures=read_count(content.get("failures")) or 0,
+            error=read_text(content.get("error"), MAX_DUTY_ERROR_CHARACTERS),
+        )
 
     @property
     def pause_s(self) -> float:
@@ -143,10 +155,11 @@ def get_duty_status_file(home: Path) -> Path:
 def read_duty_statuses(file: Path) -> dict[str, DutyStatus]:
     """Return the statuses that a process last wrote; empty if there are none or the file is invalid."""
     try:
-        saved: dict[str, dict[str, Any]] = json.loads(read_regular(file))
-        return {FORMER_DUTY_NAMES.get(name, name): DutyStatus(**fields) for name, fields in saved.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        stored = json.loads(read_regular(file))
+    except (OSError, ValueError, RecursionError):
         return {}
+    duties: dict[str, object] = stored if isinstance(stored, dict) else {}
+    return {FORMER_DUTY_NAMES.get(name, name): DutyStatus.from_json(fields) for name, fields in duties.items()}
 
 
 def compute_age_s(moment: datetime | None) -> float:

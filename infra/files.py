@@ -16,6 +16,7 @@ from pathlib import Path
 MAX_REGULAR_FILE_BYTES = 1 << 20
 COPY_CHUNK_BYTES = 1 << 20
 LOG_LINE_BYTES = 2000  # bytes read from the end of a log per requested line
+MAX_LOG_TAIL_BYTES = 64 * 2**20  # for any number of lines
 
 
 def open_regular(file: Path) -> int:
@@ -56,10 +57,15 @@ def read_tail(file: Path, limit: int) -> str:
 
 
 def read_last_lines(file: Path, count: int, *, start: int = 0) -> list[str]:
-    """Return the last lines of a log, at most `LOG_LINE_BYTES` for each, reading no byte before `start`."""
-    with file.open("rb") as stream:
-        stream.seek(max(start, file.stat().st_size - count * LOG_LINE_BYTES))
-        text = stream.read(count * LOG_LINE_BYTES).decode(errors="replace")
+    """Return the last lines of a log, at most `LOG_LINE_BYTES` for each, reading no byte before `start`.
+
+    Raises:
+        OSError: if it is not a regular file.
+    """
+    limit = min(count * LOG_LINE_BYTES, MAX_LOG_TAIL_BYTES)
+    with os.fdopen(open_regular(file), "rb") as stream:
+        stream.seek(max(start, os.fstat(stream.fileno()).st_size - limit))
+        text = stream.read(limit).decode(errors="replace")
     return text.removesuffix("\n").split("\n")[-count:]
 
 

@@ -2,13 +2,16 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from infra.files import read_regular
 from infra.processes import has_exited
+from infra.stored_values import read_count, read_number, read_text, read_timestamp
 
 KEEPER_STATE_FILE = "stack.json"
+MAX_STATE_TEXT_CHARACTERS = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +19,8 @@ class ServiceState:
     """Hold the state of one service; the keeper writes it to the state file for `up`, `status` and `doctor`.
 
     Attributes:
-        state: waiting (for other services), starting, ready, failed, restarting or stopped.
+        state: waiting (for other services), starting, ready, failed, restarting or stopped;
+            unknown if the file has no valid one.
         seconds: time that the last start took until the service was ready.
         ready_at: last time the service became ready, in seconds since 1970; kept while it is down.
         restart_reason: reason for the last restart.
@@ -32,9 +36,18 @@ class ServiceState:
     error: str | None = None
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> "ServiceState":
-        """Read the stored fields; the keeper's version may have others than this one."""
-        return cls(**{item.name: stored[item.name] for item in fields(cls) if item.name in stored})
+    def from_json(cls, stored: object) -> "ServiceState":
+        """Read the stored fields; one that is missing or wrong is unknown, others than this release's are ignored."""
+        content = stored if isinstance(stored, dict) else {}
+        return cls(
+            state=read_text(content.get("state"), MAX_STATE_TEXT_CHARACTERS) or "unknown",
+            pid=read_count(content.get("pid")) or None,
+            seconds=read_number(content.get("seconds")),
+            ready_at=read_timestamp(content.get("ready_at")),
+            restarts=read_count(content.get("restarts")) or 0,
+            restart_reason=read_text(content.get("restart_reason"), MAX_STATE_TEXT_CHARACTERS),
+            error=read_text(content.get("error"), MAX_STATE_TEXT_CHARACTERS),
+        )
 
 
 @dataclass(frozen=True)
@@ -49,21 +62,25 @@ class KeeperState:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> "KeeperState":
+    def from_json(cls, stored: object) -> "KeeperState":
         """Read the stored fields.
 
         Raises:
-            ValueError, KeyError, TypeError, AttributeError: if they are not those of a state file.
+            ValueError: if there is no pid; the file is then not that of a keeper.
         """
-        services = {name: ServiceState.from_json(state) for name, state in stored["services"].items()}
-        return cls(int(stored["pid"]), services)
+        content = stored if isinstance(stored, dict) else {}
+        pid, services = read_count(content.get("pid")), content.get("services")
+        if not pid:
+            raise ValueError(f"{KEEPER_STATE_FILE} has no pid")
+        states = services.items() if isinstance(services, dict) else ()
+        return cls(pid, {name: ServiceState.from_json(state) for name, state in states})
 
 
 def read_keeper_state(folder: Path) -> KeeperState | None:
     """Read the keeper's state file; return None if there is none, it is damaged, or its keeper has exited."""
     try:
-        state = KeeperState.from_json(json.loads((folder / KEEPER_STATE_FILE).read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        state = KeeperState.from_json(json.loads(read_regular(folder / KEEPER_STATE_FILE)))
+    except (OSError, ValueError, RecursionError):
         return None
     return None if has_exited(state.pid) else state
 

@@ -5,22 +5,37 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import get_origin
 
 import pytest
 
-from yuan.train.events import EVENT_TYPES, CheckpointStoredEvent, EndedEvent, RunEvent, SkipEvent, parse_event
+from yuan.train import run_folder
+from yuan.train.events import (
+    EVENT_TYPES,
+    CheckpointStoredEvent,
+    EndedEvent,
+    ResumeEvent,
+    RollBackEvent,
+    RunEvent,
+    SkipEvent,
+    parse_event,
+)
 from yuan.train.run_folder import RunFolder
 
 DOCS_PAGE = Path(__file__).parents[2] / "docs" / "training.md"
-EXAMPLE_BY_TYPE = {int: 3, float: 0.5, str: "text"}
+EXAMPLE_BY_TYPE = {
+    int: 3,
+    float: 0.5,
+    str: "text",
+    Sequence[int]: [1, 2],
+    Sequence[str]: ["a"],
+    Sequence[Sequence[int]]: [[1, 2], [5, 9]],
+}
 
 
 def make_event(event_type, **values):
     """Return an event with an example value in every field."""
     for field in fields(event_type):
-        example = [1, 2] if get_origin(field.type) is Sequence else EXAMPLE_BY_TYPE.get(field.type)
-        values.setdefault(field.name, example)
+        values.setdefault(field.name, EXAMPLE_BY_TYPE.get(field.type))
     return event_type(**values)
 
 
@@ -68,7 +83,36 @@ def test_unknown_fields_are_ignored_and_whole_numbers_are_valid_times():
         {**make_event(SkipEvent).to_json(), "step": "1"},
         {**make_event(SkipEvent).to_json(), "positions": 5},
         {**make_event(SkipEvent).to_json(), "time": "now"},
+        {**make_event(SkipEvent).to_json(), "time": True},
+        {**make_event(SkipEvent).to_json(), "time": 10**400},
+        {**make_event(SkipEvent).to_json(), "time": float("nan")},
+        {**make_event(SkipEvent).to_json(), "step": False},
+        {**make_event(SkipEvent).to_json(), "step": 10**30},
+        {**make_event(SkipEvent).to_json(), "step": -(10**30)},
+        {**make_event(SkipEvent).to_json(), "why": "x" * 100_000},
+        {**make_event(SkipEvent).to_json(), "positions": ["a", 2]},
+        {**make_event(SkipEvent).to_json(), "positions": [True, 2]},
+        {**make_event(SkipEvent).to_json(), "samples": [{}]},
+        {**make_event(RollBackEvent).to_json(), "positions": [5]},
+        {**make_event(RollBackEvent).to_json(), "rate_factor": float("inf")},
     ],
 )
 def test_a_line_that_is_no_valid_event_is_none(record):
     assert parse_event(record) is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"", b"{", b"null", b"[" * 100_000, b'{"event": "resume", "step": NaN}', b"\xff\xfe", b"\0" * 100, b"x" * 2**20],
+)
+def test_a_damaged_line_costs_itself_alone(tmp_path, line):
+    valid = b'{"event": "resume", "step": 5}\n'
+    (tmp_path / "events.jsonl").write_bytes(valid + line + b"\n" + valid + line)
+    assert RunFolder(tmp_path).read_events() == [ResumeEvent(step=5)] * 2
+
+
+def test_an_endless_log_keeps_its_last_events_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "MAX_EVENTS", 3)
+    for step in range(10):
+        RunFolder(tmp_path).append_event(ResumeEvent(step=step))
+    assert [event.step for event in RunFolder(tmp_path).read_events()] == [7, 8, 9]

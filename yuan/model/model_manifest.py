@@ -1,10 +1,10 @@
 """The manifest of a model folder: its files with their sha256, and what the weights are; does not import torch."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from yuan.data.text import parse_json
 from yuan.safe_files import is_plain_file_name
 
 MODEL_MANIFEST_FILE = "manifest.json"
@@ -55,9 +55,6 @@ class ModelManifest:
         """Parse the text of a manifest.
 
         Raises:
-            ValueError: if it is not JSON, or has no valid `files`.
+            ValueError: if it is not JSON with finite numbers and storable texts, or has no valid `files`.
         """
-        try:
-            return cls.from_json(json.loads(text))
-        except RecursionError:
-            raise ValueError("it is nested too deeply; fetch the model again") from None
+        return cls.from_json(parse_json(text))

@@ -5,7 +5,11 @@ Ranks and the supervisor append events, so readers must expect lines that are no
 
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, ClassVar, get_origin
+from typing import Any, ClassVar, get_args, get_origin
+
+from yuan.train.rank_json import MAX_COUNT
+
+MAX_EVENT_TEXT_CHARACTERS = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,8 +222,15 @@ def _get_key(event_field: Field[Any]) -> str:
 
 
 def _is_valid(value: object, field_type: Any) -> bool:
-    """Return True if a value from JSON has the type of its field; the elements of a list are not checked."""
+    """Return True if a value from JSON has the type of its field; numbers are finite and exact, texts have a limit."""
     if get_origin(field_type) is Sequence:
-        return isinstance(value, list)
-    is_whole_number_of_floats = isinstance(value, int) and isinstance(0.0, field_type)
-    return isinstance(value, field_type) or is_whole_number_of_floats
+        (item_type,) = get_args(field_type)
+        return isinstance(value, list) and all(_is_valid(item, item_type) for item in value)
+    if isinstance(value, bool):
+        return False
+    if isinstance(value, str):
+        return isinstance(value, field_type) and len(value) <= MAX_EVENT_TEXT_CHARACTERS
+    if isinstance(value, int | float):
+        is_whole_number_of_floats = isinstance(value, int) and isinstance(0.0, field_type)
+        return abs(value) <= MAX_COUNT and (isinstance(value, field_type) or is_whole_number_of_floats)
+    return isinstance(value, field_type)

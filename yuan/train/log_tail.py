@@ -1,6 +1,7 @@
 """Read a log of a run folder, one JSON object per line, while ranks append to it."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,12 @@ class LogTail:
         self._offset += len(complete)
         return [row for line in complete.split(b"\n") if (row := _parse_record(line))]
 
-    def read_all(self) -> list[dict[str, Any]]:
-        """Read to the end, but at most 4 GiB, which no log of a run reaches."""
-        records = self.read()
-        for _ in range(MAX_LOG_READS - 1):
+    def read_all(self) -> Iterator[dict[str, Any]]:
+        """Yield the records up to the end, of at most 4 GiB, which no log of a run reaches; one read is in memory."""
+        for _ in range(MAX_LOG_READS):
+            yield from self.read()
             if not self.has_more:
                 break
-            records += self.read()
-        return records
 
 
 def _parse_record(line: bytes) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """The rows of metrics.jsonl: the metrics of one step each."""
 
 import re
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ END_POSITION_METRIC = "data/end_position"
 
 METRIC_NAME_PATTERN = re.compile(r"[A-Za-z0-9_./ :-]{1,250}")  # the names that MLflow takes
 MAX_ROW_METRICS = 256
+MAX_METRICS_ROWS = 2_000_000  # that are kept in memory; a run has at most 1,000,000 steps, and repeats some
 
 
 @dataclass(frozen=True)
@@ -55,5 +57,6 @@ def parse_metrics_row(record: Mapping[str, Any]) -> MetricsRow | None:
 
 
 def parse_metrics_rows(records: Iterable[Mapping[str, Any]]) -> list[MetricsRow]:
-    """Read lines' JSON objects; those that are no rows are left out."""
-    return [row for record in records if (row := parse_metrics_row(record)) is not None]
+    """Read lines' JSON objects; those that are no rows are left out, and the last MAX_METRICS_ROWS are kept."""
+    rows = (row for record in records if (row := parse_metrics_row(record)) is not None)
+    return list(deque(rows, maxlen=MAX_METRICS_ROWS))

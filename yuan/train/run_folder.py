@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ PLAN_PICTURE_FILE = "plan.svg"
 STATUS_FILE = "status.json"
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
+MAX_EVENTS = 100_000  # that are kept in memory, of an endless log of a compromised rank
 TRAIN_LOG_FILE = "train.log"  # the ranks' output
 PREVIOUS_SPEC_KEY = "run.json before"  # in the seal: digest of the run.json that was replaced last
 
@@ -285,9 +287,10 @@ class RunFolder:
         return parse_metrics_rows(LogTail(self.path / METRICS_FILE).read_all())
 
     def read_events(self) -> list[RunEvent]:
-        """Read all events of the run; lines of events.jsonl that are not valid events are ignored."""
+        """Read the last MAX_EVENTS events of the run; lines of events.jsonl that are not valid events are ignored."""
         records = LogTail(self.path / EVENTS_FILE).read_all()
-        return [event for record in records if (event := parse_event(record)) is not None]
+        events = (event for record in records if (event := parse_event(record)) is not None)
+        return list(deque(events, maxlen=MAX_EVENTS))
 
     def append_event(self, event: RunEvent) -> None:
         """Append an event to events.jsonl."""
