@@ -220,10 +220,10 @@ def test_plan_is_the_fastest_of_all_layouts_and_of_those_the_smallest(first):
     for seed in range(first, first + CASES_PER_TEST):
         case = draw_case(seed)
         layouts = list(case.list_layouts())
-        found = search(case.work, case.pool).candidates
-        assert bool(found) == bool(layouts), seed
+        candidates = search(case.work, case.pool).candidates
+        assert bool(candidates) == bool(layouts), seed
         if layouts:
             fastest = min(seconds for seconds, _ in layouts)
             smallest = min(num_bytes for seconds, num_bytes in layouts if seconds <= fastest * (1 + EXACT))
-            layout = found[0].layout
+            layout = candidates[0].layout
             assert (layout.seconds, layout.peak_bytes) == (pytest.approx(fastest, rel=EXACT), smallest), seed
