@@ -28,8 +28,9 @@ from yuan.model.convert import export_hf, import_hf
 from yuan.model.transformer import Yuan
 from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import make_plan
-from yuan.plan.pool import dump_pool, load_pool, make_cpu_pool
-from yuan.plan.workload import Workload
+from yuan.plan.pool import DeviceGroup, Pool, dump_pool, load_pool, make_cpu_pool
+from yuan.plan.search import SizeLimits
+from yuan.plan.workload import MAX_GLOBAL_BATCH_SIZE, Workload
 
 NUM_QUICK_CASES = 100
 NUM_LONG_CASES = 10_000
@@ -112,6 +113,48 @@ FOLDER_CHANGES = st.one_of(
     ),
     st.tuples(st.just("values"), st.just(""), st.sampled_from([float("nan"), float("inf"), 0.0])),
 )
+
+
+# Mostly within their ranges, at the ends and between them.
+COUNTS = st.sampled_from([1, 1, 2, 3, 5, 8, 7919, 1_000_000, 0, -1, 10**20])
+RATES = st.sampled_from([1e-6, 1e-3, 0.5, 25.0, 300.0, 999_999.0, 1e-300, 1e308, 0.0, float("nan")])
+LATENCIES = st.sampled_from([0, 0.0, 10.0, 1e7, 1e308, -1.0])
+PLAN_GROUPS = st.fixed_dictionaries(
+    {
+        "device_class": st.sampled_from(["a", "b", "ü"]),
+        "count": COUNTS,
+        "memory_gib": st.sampled_from([2.1, 4.0, 24.0, 80.0, 80.0, 80.0, 900_000.0]),
+        "sustained_tflops": st.sampled_from([100.0, 1.0, 1e-6, 999_999.0]),
+    },
+    optional={
+        "devices_per_node": COUNTS,
+        "memory_gb_s": RATES,
+        "intra_node_gb_s": RATES,
+        "inter_node_gb_s": RATES,
+        "intra_node_latency_us": LATENCIES,
+        "inter_node_latency_us": LATENCIES,
+        "reserve_gib": st.sampled_from([0, 2.0, 79.0]),
+    },
+)
+PLAN_WORKLOADS = st.fixed_dictionaries(
+    {
+        "seq_len": st.sampled_from([1, 7, 512, 2048, 2048, 2049]),
+        "global_batch_size": st.sampled_from([1, 1, 2, 7, 12, 97, 128, 4096, MAX_GLOBAL_BATCH_SIZE, 10**12]),
+        "precision": st.sampled_from(["bf16", "fp32"]),
+        "loss_block": st.sampled_from([None, 1, 1024]),
+        "isolate_documents": st.booleans(),
+    }
+)
+PLAN_MODELS = st.builds(
+    ModelConfig,
+    name=st.just("m"),
+    num_layers=st.integers(1, 4),
+    hidden_size=st.sampled_from([2, 256, 4096]),
+    num_heads=st.just(1),
+    vocab_size=st.sampled_from([1, 300, 135_040]),
+    seq_len=st.just(2048),
+)
+SIZES = st.one_of(st.none(), st.none(), st.sampled_from([1, 2, 3, 0, -1, 10**20]))
 
 each_size = pytest.mark.parametrize(
     "num_cases", [NUM_QUICK_CASES, pytest.param(NUM_LONG_CASES, marks=pytest.mark.slow)]
@@ -410,3 +453,75 @@ def test_any_published_folder_is_imported_or_refused_in_one_line(num_cases, publ
         FOLDER_CHANGES, min_size=1, max_size=2, unique_by=lambda change: targets.get(change[0], change[1])
     )
     fuzz(num_cases, st.tuples(st.sampled_from([False, False, True]), changes), check)
+
+
+def check_plan(work, pool, plan):
+    """Check that a plan holds all layers and the batch, and uses devices and memory that the pool has."""
+    groups = {group.device_class: group for group in pool.groups}
+    assert plan.bounds[0] == 0 and plan.bounds[-1] == work.model.num_layers
+    assert plan.data_size * plan.micro_batch_size * plan.grad_accum_steps == work.global_batch_size
+    assert len(plan.stages) == plan.pipeline_size
+    assert all(count <= groups[name].count for name, count in plan.device_counts.items())
+    assert 0 < plan.step_seconds < float("inf") and -1e-9 <= plan.bubble_fraction < 1
+    for stage in plan.stages:
+        assert 0 <= stage.recompute_layers <= stage.layers
+        assert sum(stage.memory_terms.values()) == stage.memory_bytes > 0
+        if plan.feasible:
+            assert stage.memory_bytes <= groups[stage.device_class].memory_gib * 2**30
+    assert plan.gap is None or plan.gap >= -1e-9
+    check_printable(plan.explanation)
+    assert PipelinePlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+@each_size
+def test_any_workload_on_any_pool_has_a_plan_or_one_line(num_cases):
+    def check(values):
+        model, sizes, groups, limits, objective = values
+        try:
+            work = Workload(model=model, **sizes)
+            pool = Pool(name="p", groups=tuple(DeviceGroup(**group) for group in groups))
+            plan = make_plan(work, pool, SizeLimits(*limits), objective, explained=False)
+        except ValueError as error:
+            check_printable(str(error))
+        else:
+            check_plan(work, pool, plan)
+
+    strategy = st.tuples(
+        PLAN_MODELS,
+        PLAN_WORKLOADS,
+        st.lists(PLAN_GROUPS, min_size=1, max_size=2),
+        st.tuples(SIZES, SIZES, SIZES),
+        st.sampled_from(["time", "time", "memory"]),
+    )
+    fuzz(num_cases, strategy, check)
+
+
+def mutate(value, path, new_value):
+    """Return a copy of JSON with the value at a path replaced; each step of the path counts modulo the size."""
+    if not path or not isinstance(value, dict | list) or not value:
+        return new_value
+    if isinstance(value, list):
+        n = path[0] % len(value)
+        return [mutate(item, path[1:], new_value) if i == n else item for i, item in enumerate(value)]
+    name = sorted(value)[path[0] % len(value)]
+    return {key: mutate(item, path[1:], new_value) if key == name else item for key, item in value.items()}
+
+
+@each_size
+def test_any_plan_record_is_a_plan_or_one_line(num_cases):
+    model = ModelConfig(name="m", num_layers=4, hidden_size=256, num_heads=2, vocab_size=300, seq_len=128)
+    work = Workload(model=model, seq_len=128, global_batch_size=4, precision="bf16")
+    pool = Pool(name="p", groups=(DeviceGroup(device_class="a", count=2, memory_gib=8.0, sustained_tflops=1.0),))
+    original = make_plan(work, pool, SizeLimits(pipeline_size=2), explained=False).to_json()
+
+    def check(values):
+        path, new_value = values
+        data = json.loads(json.dumps(mutate(original, path, new_value)))
+        try:
+            plan = PipelinePlan.from_json(data)
+        except ValueError as error:
+            check_printable(str(error))
+        else:
+            assert isinstance(plan, PipelinePlan)
+
+    fuzz(num_cases, st.tuples(st.lists(st.integers(0, 30), min_size=1, max_size=4), JSON_VALUES), check)
