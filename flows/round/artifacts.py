@@ -23,7 +23,7 @@ def build_plan_rows(plan: PipelinePlan) -> list[TableRow]:
     """Build table rows of the plan's stages."""
     return [
         {"stage": number, "layers": stage.layers, "bytes": stage.memory_bytes}
-        for number, stage in enumerate(plan.stages)
+        for number, stage in enumerate(plan.stages, 1)
     ]
 
 

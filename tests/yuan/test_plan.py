@@ -1,6 +1,7 @@
 """Test plans, their errors, recipes and model configurations."""
 
 import dataclasses
+import re
 import time
 from itertools import product
 
@@ -153,6 +154,24 @@ def test_error_for_impossible_sizes_names_the_rule(limits, reason):
 def test_an_unknown_objective_is_refused():
     with pytest.raises(ValueError, match="time, memory"):
         make_plan(make_workload(SMALL), make_pool(**{"A100-80": 4}), objective="price")  # type: ignore[arg-type]
+
+
+def test_plan_table_and_diagram_show_every_stage_counted_from_1():
+    pool = make_pool(**{"A100-80": 4})
+    plan = make_plan(make_workload(SMALL), pool, SizeLimits(pipeline_size=4))
+    table, picture = format_plan_table(plan), draw_plan(make_workload(SMALL), pool, plan)
+    rows = [line.split()[0] for line in table.splitlines() if "A100-80  " in line]
+    labels = re.findall(r">(\d+): A100-80, ", picture)
+    assert rows == ["1", "2", "3", "4"] and labels == [*rows, *rows]
+    number = int(re.search(r"Stage (\d) of 4", plan.explanation)[1])
+    assert plan.stages[number - 1].layers == max(stage.layers for stage in plan.stages)
+
+
+def test_a_last_stage_without_layers_is_shown_as_the_head():
+    pool = make_pool(**{"A100-80": 128, "H200": 128})
+    plan = make_plan(make_workload(yuan_2b(), 384), pool, explained=False)
+    assert plan.stages[-1].layers == 0
+    assert "head only" in format_plan_table(plan) and "24-23" not in format_plan_table(plan)
 
 
 def test_plan_table_and_diagram_show_every_stage():

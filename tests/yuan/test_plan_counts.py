@@ -59,7 +59,7 @@ def test_the_smallest_number_of_devices_is_the_first_that_fits(memory_gib):
     assert number == fits.index(True) + 1
 
 
-def test_one_device_for_102b_is_told_how_many_suffice():
+def test_number_of_devices_that_suffices_for_102b_is_stated():
     work = make_workload(yuan_102b())
     plan = make_plan(work, make_pool({"A100-80": 1}))
     number = int(re.search(r"more devices of A100-80 \((\d+) in all\)", plan.explanation)[1])
@@ -67,7 +67,7 @@ def test_one_device_for_102b_is_told_how_many_suffice():
     assert [has_feasible_layout(work, make_pool({"A100-80": n})) for n in (number - 1, number)] == [False, True]
 
 
-def test_two_classes_are_told_how_many_suffice_in_their_proportion():
+def test_numbers_of_two_classes_that_suffice_are_in_their_proportion():
     work = make_workload(yuan_102b())
     plan = make_plan(work, make_pool({"A100-80": 2, "A100-40": 4}))
     first, second = (

@@ -77,7 +77,7 @@ def explain_infeasible(work: Workload, pool: Pool, limits: SizeLimits, nearest: 
     fullest = max(range(len(needed_gib)), key=needed_gib.__getitem__)
     device_gib = next(group.memory_gib for group in pool.groups if group.device_class == groups[fullest].device_class)
     text = (
-        f"{work.model.name} does not fit: at best stage {fullest} of {len(needed_gib)} needs "
+        f"{work.model.name} does not fit: at best stage {fullest + 1} of {len(needed_gib)} needs "
         f"{needed_gib[fullest]:.1f} GiB and a device of {groups[fullest].device_class} has {device_gib:.1f}."
     )
     counts = list(_suggest_counts(work, pool, limits))
@@ -174,14 +174,20 @@ def _describe_slowest_stage(candidate: PlanCandidate, costs: StageCosts) -> str:
     added = compute_added_seconds(costs, layout.layers, layout.classes)
     slowest = max(range(len(times)), key=lambda s: (added[s], times[s]))
     layers, recompute_layers = layout.layers[slowest], layout.recompute_layers[slowest]
-    layers_text = f"{layers} layer{'s' if layers > 1 else ''}" + (
-        f", {recompute_layers} of them recomputed," if recompute_layers else ""
+    parts = (
+        [
+            f"{layers} layer{'s' if layers > 1 else ''}"
+            + (f", {recompute_layers} of them recomputed," if recompute_layers else "")
+        ]
+        if layers
+        else []
     )
-    head = " and the head" if slowest == len(times) - 1 else ""
-    verb = "take" if layers > 1 or head else "takes"
+    if slowest == len(times) - 1:
+        parts.append("the head")
+    verb = "take" if layers > 1 or len(parts) > 1 else "takes"
     return (
-        f"Stage {slowest} of {len(times)} ({candidate.stage_groups[slowest].device_class}) sets the pace: "
-        f"{layers_text}{head} {verb} {times[slowest]:.4g} s a micro-batch of {candidate.grid.micro_batch_size}, "
+        f"Stage {slowest + 1} of {len(times)} ({candidate.stage_groups[slowest].device_class}) sets the pace: "
+        f"{' and '.join(parts)} {verb} {times[slowest]:.4g} s a micro-batch of {candidate.grid.micro_batch_size}, "
         "sending included."
     )
 
@@ -228,7 +234,7 @@ def _describe_missing_memory(candidate: PlanCandidate, costs: StageCosts) -> str
         num_bytes = costs.memory.compute_stage_bytes(s, c, layers, recomputed)
         if num_bytes > costs.memory.capacity[s, c]:
             return (
-                f"{text}: with the least memory, stage {s} would need {num_bytes / GIB:.1f} GiB and a device of "
+                f"{text}: with the least memory, stage {s + 1} would need {num_bytes / GIB:.1f} GiB and a device of "
                 f"{candidate.groups[c].device_class} has {candidate.groups[c].memory_gib:.1f}."
             )
     return f"{text}."

@@ -175,8 +175,9 @@ def _draw_vertical(x: float, y: float, height: float, color: str, *, width: int)
 
 def _draw_label(y: float, stage: Stage, number: int) -> str:
     """Write a stage's number, as the table of the plan counts it, its device class and its layers."""
+    layers = f"{stage.layers} layer{'s' if stage.layers != 1 else ''}" if stage.layers else "head only"
     recomputation = f", {stage.recompute_layers} recomputed" if stage.recompute_layers else ""
-    text = f"{number}: {stage.device_class}, {stage.layers} layers{recomputation}"
+    text = f"{number + 1}: {stage.device_class}, {layers}{recomputation}"
     return f'<text x="4" y="{y + 11}" font-size="10">{escape(text)}</text>'
 
 
