@@ -242,7 +242,8 @@ class RoundParameters(BaseModel):
         description="relative weight of each part that has rows in training; empty: every window once an epoch",
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
-        default="auto", description="auto: bf16 where the device is fast at it; fp32 runs are bit-reproducible"
+        default="auto",
+        description="auto: bf16 if every device class of the pool is fast at it; fp32 runs are bit-reproducible",
     )
     checkpoint_every: StepCount = Field(default=200, description="steps between checkpoints")
     priority: int = Field(

@@ -24,6 +24,7 @@ from yuan.data.rows import BadRow, Row, parse_rows
 from yuan.data.samples import Sample, encode_row
 from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import draw_plan, make_plan
+from yuan.plan.pool import CPU_POOL_NAME, Pool, is_fast_at_bf16
 from yuan.plan.workload import Workload
 from yuan.train.run_folder import PLAN_PICTURE_FILE, RUN_SPEC_FILE, RunFolder, RunSpec
 
@@ -114,8 +115,9 @@ def prepare_run_folder(context: Context, round_id: str) -> PipelinePlan:
     model = _prepare_model(context, folder, inputs.parent_version, snapshot_rows)
     model.tokenizer.save(folder.path)
 
-    recipe = _build_recipe(inputs.parameters)
-    plan = _plan_run(context, round_id, folder, model.config, recipe)
+    pool = load_configured_pool(context.settings)
+    recipe = _build_recipe(inputs.parameters, pool)
+    plan = _plan_run(context, round_id, folder, model.config, recipe, pool)
 
     spec = RunSpec(
         kind="pretrain" if inputs.parent_version is None else "finetune",
@@ -182,13 +184,14 @@ def _prepare_model(
     return RunModel(tiny(padded_vocab_size), tokenizer)
 
 
-def _plan_run(context: Context, round_id: str, folder: RunFolder, config: ModelConfig, recipe: Recipe) -> PipelinePlan:
-    """Plan the run for the configured pool, store the plan in the round's record, and store the plan's picture.
+def _plan_run(
+    context: Context, round_id: str, folder: RunFolder, config: ModelConfig, recipe: Recipe, pool: Pool
+) -> PipelinePlan:
+    """Plan the run for a pool, store the plan in the round's record, and store the plan's picture.
 
     A plan that an earlier attempt has stored is returned unchanged.
     """
     work = Workload.from_recipe(config, recipe)
-    pool = load_configured_pool(context.settings)
     new_plan = make_plan(work, pool, make_plan_limits(pool, recipe))
     with context.sessions.begin() as session:
         plan = rounds.get_or_store_plan(session, round_id, new_plan)
@@ -250,7 +253,7 @@ def select_weights(weights: Mapping[str, float], part_names: Collection[str]) ->
     return {name: weights[name] for name in part_names}
 
 
-def _build_recipe(parameters: RoundParameters) -> Recipe:
+def _build_recipe(parameters: RoundParameters, pool: Pool) -> Recipe:
     return Recipe(
         max_steps=parameters.max_steps,
         learning_rate=parameters.learning_rate,
@@ -258,12 +261,17 @@ def _build_recipe(parameters: RoundParameters) -> Recipe:
         micro_batch_size=ROUND_MICRO_BATCH_SIZE,
         global_batch_size=ROUND_GLOBAL_BATCH_SIZE,
         warmup_steps=min(MAX_WARMUP_STEPS, parameters.max_steps - 1),
-        precision=_choose_precision(parameters.precision),
+        precision=choose_precision(parameters.precision, pool),
         checkpoint_every=parameters.checkpoint_every,
     )
 
 
-def _choose_precision(requested: Literal["auto", "bf16", "fp32"]) -> Precision:
-    if requested == "auto":
-        return "bf16" if has_fast_bf16() else "fp32"
-    return requested
+def choose_precision(requested: Literal["auto", "bf16", "fp32"], pool: Pool) -> Precision:
+    """Return the precision of a run on a pool: of "auto", bf16 if every device class of the pool is fast at it.
+
+    The processor of this machine counts only for the default pool, which consists of processes on it.
+    """
+    if requested != "auto":
+        return requested
+    is_fast = has_fast_bf16() if pool.name == CPU_POOL_NAME else all(map(is_fast_at_bf16, pool.groups))
+    return "bf16" if is_fast else "fp32"

@@ -1,5 +1,7 @@
 """Test the preparation of a round's run folder from its snapshot."""
 
+import dataclasses
+
 import pytest
 from sqlalchemy import update
 
@@ -7,9 +9,10 @@ from feedback import rounds, snapshots
 from feedback.contracts import RoundParameters
 from feedback.tables import Round, Snapshot, new_id
 from flows.context import Context
-from flows.round.prepare_run import prepare_run_folder
+from flows.round.prepare_run import choose_precision, prepare_run_folder
 from infra.database import make_session_factory
 from yuan.data.rows import Row, dump_rows
+from yuan.plan.pool import Pool, make_cpu_pool, parse_pool
 from yuan.train.run_folder import RunFolder
 
 ROWS = [Row(prompt=f"Reverse: {n}", answer=str(n)[::-1]) for n in range(100, 160)]
@@ -69,6 +72,30 @@ def test_a_folder_without_run_json_is_prepared_again_with_the_same_plan(context,
     (folder.path / "left-over").write_text("of a killed attempt")
     assert prepare_run_folder(context, round_id) == plan
     assert not (folder.path / "left-over").exists() and folder.check_inputs().plan == plan
+
+
+def test_precision_auto_is_that_of_the_devices_of_the_pool():
+    custom = {"memory_gib": 40, "sustained_tflops": 20}
+    pools = {
+        "bf16": [[{"device_class": name, "count": 1}] for name in ("A100-80", "H100-80", "H200", "L40S", "RTX-3090")],
+        "fp32": [[{"device_class": "cpu", "count": 2, **custom, "fp32_tflops": 20}]],
+    }
+    pools["bf16"].append([{"device_class": "ours", "count": 2, **custom, "fp32_tflops": 5}])
+    pools["fp32"].append([*pools["bf16"][0], *pools["fp32"][0]])  # one class of two is not fast at it
+    for precision, groups in pools.items():
+        for group in groups:
+            pool = parse_pool({"name": "p", "group": group})
+            assert choose_precision("auto", pool) == precision
+            assert choose_precision("fp32", pool) == "fp32" and choose_precision("bf16", pool) == "bf16"
+    v100 = dataclasses.replace(make_cpu_pool().groups[0], device_class="V100-32", fp32_tflops=None)
+    assert choose_precision("auto", Pool(name="p", groups=(v100,))) == "fp32"
+
+
+def test_a_run_on_gpus_is_prepared_in_bf16(context, start, tmp_path):
+    pool = tmp_path / "pool.toml"
+    pool.write_text('[[pool]]\nname = "gpus"\n[[pool.group]]\ndevice_class = "A100-80"\ncount = 2\n')
+    on_gpus = dataclasses.replace(context, settings=context.settings.model_copy(update={"pool": str(pool)}))
+    assert prepare_run_folder(on_gpus, start()).precision == "bf16"
 
 
 def test_missing_snapshot_is_reported(context, start):

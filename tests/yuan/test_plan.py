@@ -178,7 +178,7 @@ def test_plan_table_and_diagram_show_every_stage():
     pool = make_pool(**{"A100-80": 4})
     plan = make_plan(make_workload(SMALL), pool, SizeLimits(pipeline_size=4))
     table, picture = format_plan_table(plan), draw_plan(make_workload(SMALL), pool, plan)
-    assert all(f"{s.first_layer}-{s.first_layer + s.layers - 1} ({s.layers})" in table for s in plan.stages)
+    assert all(f"{s.first_layer}-{s.first_layer + s.layers - 1} ({s.layers})" in table for s in plan.stages if s.layers)
     assert picture.count("micro-batch") >= 2 * 4 * plan.grad_accum_steps and "<script" not in picture
 
 

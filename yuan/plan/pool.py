@@ -151,6 +151,17 @@ class Pool:
         return sum(group.count for group in self.groups)
 
 
+def is_fast_at_bf16(group: DeviceGroup) -> bool:
+    """Return True if devices multiply bf16 faster than fp32: known classes, and others by the rates of their group.
+
+    >>> is_fast_at_bf16(make_cpu_pool().groups[0])
+    False
+    """
+    if group.device_class in DEVICES_WITHOUT_BF16:
+        return False
+    return group.fp32_tflops is None or group.sustained_tflops > group.fp32_tflops
+
+
 def make_cpu_pool() -> Pool:
     """Return the default pool of a local stack: two training processes on this machine, one core each."""
     group = DeviceGroup(

@@ -14,7 +14,8 @@ def format_plan_table(plan: PipelinePlan) -> str:
     class_width = max(MIN_CLASS_WIDTH_CHARS, *(len(stage.device_class) for stage in plan.stages))
     head = [
         f"{plan.model} on {plan.pool}: {_format_count(plan.pipeline_size, 'stage')} x "
-        f"{_format_count(plan.data_size, 'replica')} = {_format_count(plan.num_ranks, 'device')}, micro-batch {plan.micro_batch_size}, "
+        f"{_format_count(plan.data_size, 'replica')} = {_format_count(plan.num_ranks, 'device')}, "
+        f"micro-batch {plan.micro_batch_size}, "
         f"{_format_count(plan.grad_accum_steps, 'micro-batch', 'es')} a step",
         f"{plan.step_seconds:.4g} s a step, {plan.tokens_per_s:,.0f} tokens/s, idle {plan.bubble_fraction:.1%}, "
         f"fullest device {plan.peak_memory_bytes / GIB:.1f} GiB, {_format_optimality(plan)}",
