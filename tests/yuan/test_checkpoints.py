@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from yuan.train.checkpoint.checkpoints import CheckpointStore
 from yuan.train.checkpoint.dcp import TensorSlice
-from yuan.train.checkpoint_manifest import CHECKPOINT_MANIFEST_FILE
+from yuan.train.checkpoint_manifest import CHECKPOINT_MANIFEST_FILE, MANIFEST_DAMAGE
 from yuan.train.events import CheckpointDamagedEvent, CheckpointEvent, CheckpointFailedEvent
 
 ABOUT = {"model": {"name": "m", "num_layers": 2}, "order": {"seed": 1}}
@@ -133,7 +133,16 @@ def test_edited_manifest_is_reported_as_damage(store, tmp_path, events, text):
     edited = json.dumps({**json.loads(manifest.read_text()), "updates": 77})
     manifest.write_text(edited if text is None else text)
     assert store.find_newest().step == 1
-    assert events[-1] == CheckpointDamagedEvent(step=2, reason="manifest.json differs from its seal")
+    assert events[-1] == CheckpointDamagedEvent(step=2, reason=MANIFEST_DAMAGE)
+
+
+def test_manifest_of_another_step_than_its_folder_is_reported_as_damage(store, tmp_path, events):
+    save_checkpoint(store, 1)
+    save_checkpoint(store, 2)
+    (tmp_path / "step-00000002").rename(tmp_path / "step-00000007")
+    assert store.find_newest().step == 1
+    assert events[-1] == CheckpointDamagedEvent(step=7, reason=MANIFEST_DAMAGE)
+    assert "of another step than its folder" in MANIFEST_DAMAGE
 
 
 def test_error_for_a_missing_tensor_names_the_tensor(store):

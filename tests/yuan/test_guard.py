@@ -117,6 +117,46 @@ def test_decisions_are_restored_from_the_file_or_the_fallback(tmp_path):
     assert GuardDecisions.read(file) == decisions
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "3",
+        "{}",
+        "[" * 100_000,
+        '{"skipped": [[1, 2]], "cuts": [5]}',
+        '{"skipped": 3, "cuts": [], "faults": []}',
+        '{"skipped": [[1]], "cuts": [], "faults": []}',
+        '{"skipped": [[2, 1]], "cuts": [], "faults": []}',
+        '{"skipped": [[1, NaN]], "cuts": [], "faults": []}',
+        '{"skipped": [[1, true]], "cuts": [], "faults": []}',
+        f'{{"skipped": [[1, {"9" * 400}]], "cuts": [], "faults": []}}',
+        '{"skipped": [], "cuts": [1.5], "faults": []}',
+        '{"skipped": [], "cuts": ["5"], "faults": []}',
+        '{"skipped": [], "cuts": [], "faults": [3]}',
+        '{"skipped": [], "cuts": [], "faults": [[1, 2, 3]]}',
+        '{"skipped": [], "cuts": [], "faults": [{"step": 1, "first": 2, "end": 3, "action": "jump"}]}',
+        '{"skipped": [], "cuts": [], "faults": [{"step": 1, "first": 2, "end": 3, "action": []}]}',
+        '{"skipped": [], "cuts": [], "faults": [{"step": -1, "first": 2, "end": 3, "action": "skip"}]}',
+    ],
+    ids=range(19),
+)
+def test_a_damaged_file_of_decisions_counts_as_lost(tmp_path, caplog, text):
+    """The checkpoint's copy is used; one that is damaged, too, counts as none."""
+    file, decisions = tmp_path / "guard.json", GuardDecisions().skip(7, (56, 64))
+    file.write_text(text)
+    assert GuardDecisions.read(file, decisions.to_json()) == decisions
+    assert GuardDecisions.read(file) == GuardDecisions.read(file, text) == GuardDecisions()
+    assert all("\n" not in record.getMessage() for record in caplog.records) and len(caplog.records) == 4
+
+
+def test_a_link_in_place_of_the_decisions_counts_as_lost(tmp_path):
+    (tmp_path / "other.json").write_text(GuardDecisions().skip(7, (56, 64)).to_json())
+    (tmp_path / "guard.json").symlink_to("other.json")
+    assert GuardDecisions.read(tmp_path / "guard.json") == GuardDecisions()
+
+
 def test_decisions_are_stored_with_named_fields():
     decisions = GuardDecisions().skip(7, (56, 64)).roll_back(9, 5, (72, 80))
     assert json.loads(decisions.to_json()) == {

@@ -10,8 +10,10 @@ from typing import Any
 
 from yuan.safe_files import is_file, is_plain_file_name, list_names, read_file
 from yuan.train.file_digest import FileDigest, find_difference
+from yuan.train.rank_json import get_count, get_number
 
 CHECKPOINT_MANIFEST_FILE = "manifest.json"
+MANIFEST_DAMAGE = f"{CHECKPOINT_MANIFEST_FILE} differs from its seal, or is of another step than its folder"
 MANIFEST_SEAL_KEY = "sha256"
 MANIFEST_SCHEMA = 1
 CHECKPOINT_PREFIX = "step-"  # of the name of a checkpoint's folder, before the step in eight digits
@@ -63,19 +65,18 @@ class CheckpointManifest:
         Raises:
             ValueError: if it is of another schema, or a field is missing or wrong.
         """
-        step, files = data.get("step"), data.get("files")
-        model, order = data.get("model"), data.get("order")
-        num_updates = data.get("updates")
-        loss, decisions = data.get("loss"), data.get("decisions")
+        step, num_updates = get_count(data, "step"), get_count(data, "updates")
+        files, model, order = data.get("files"), data.get("model"), data.get("order")
+        loss, decisions = get_number(data, "loss"), data.get("decisions")
         if not (
             data.get("schema") == MANIFEST_SCHEMA
-            and type(step) is int
-            and type(num_updates) is int
+            and step is not None
+            and num_updates is not None
             and isinstance(files, Mapping)
             and all(map(is_plain_file_name, files))
             and isinstance(model, Mapping)
             and isinstance(order, Mapping)
-            and isinstance(loss, int | float | None)
+            and (loss is not None or data.get("loss") is None)
             and isinstance(decisions, str | None)
         ):
             raise ValueError(f"not a manifest of a checkpoint of schema {MANIFEST_SCHEMA}")
@@ -97,11 +98,13 @@ def compute_seal(manifest: Mapping[str, Any]) -> str:
 
 
 def read_manifest(checkpoint: Path) -> CheckpointManifest | None:
-    """Read and verify a checkpoint's manifest; return None if it is missing or does not match its seal."""
+    """Read and verify a checkpoint's manifest; return None if it is missing or MANIFEST_DAMAGE applies."""
     try:
-        return parse_sealed_manifest(read_file(checkpoint, CHECKPOINT_MANIFEST_FILE))
+        manifest = parse_sealed_manifest(read_file(checkpoint, CHECKPOINT_MANIFEST_FILE))
     except OSError:
         return None
+    is_own = manifest is not None and checkpoint.name == format_checkpoint_name(manifest.step)
+    return manifest if is_own else None
 
 
 def parse_sealed_manifest(text: bytes) -> CheckpointManifest | None:

@@ -14,6 +14,7 @@ Every decision is a function of numbers that all ranks share, so all ranks make 
 """
 
 import json
+import logging
 import math
 import statistics
 from collections import deque
@@ -25,6 +26,11 @@ from typing import Any
 
 from yuan.config import Recipe
 from yuan.data.mixture import PositionSpan
+from yuan.data.text import make_printable
+from yuan.safe_files import read_file
+from yuan.train.rank_json import get_count, get_text, is_count, parse_rank_object
+
+log = logging.getLogger(__name__)
 
 GUARD_WINDOW_STEPS = 128  # good steps that a step is compared with; the value of OLMo-core
 MIN_GOOD_STEPS = 16  # good steps needed before a finite value can be faulty
@@ -33,6 +39,7 @@ FAULT_MEMORY_STEPS = 256  # steps without a fault after which earlier faults no 
 # times the median (clipped) at step after step of its first hundred steps and then converged without intervention.
 LOSS_RATIO_FLOOR = 2.0
 GRAD_NORM_RATIO_FLOOR = 100.0
+MAX_ACTION_CHARACTERS = 100
 LEARNING_RATE_CUT = 0.5  # factor on the learning rate at each roll back except the first
 SIGMA_PER_MAD = 1.4826  # standard deviation over median absolute deviation, for a normal distribution
 
@@ -63,9 +70,21 @@ class StepFault:
 
     @classmethod
     def from_json(cls, data: Any) -> "StepFault":
-        """Read a fault of guard.json; releases up to 0.2 stored it as a list of the fields' values."""
-        values = dict(zip(("step", "first", "end", "action"), data, strict=True)) if isinstance(data, list) else data
-        return cls(**{**values, "action": GuardAction(values["action"])})
+        """Read a fault of guard.json; releases up to 0.2 stored it as a list of the fields' values.
+
+        Raises:
+            ValueError: if a field is missing or wrong.
+        """
+        names = ("step", "first", "end", "action")
+        values = dict(zip(names, data, strict=True)) if isinstance(data, list) else data
+        if not isinstance(values, dict):
+            raise ValueError("a fault must be an object")
+        step, (first, end) = get_count(values, "step"), _parse_span([values.get("first"), values.get("end")])
+        if step is None:
+            raise ValueError("step of a fault must be a count")
+        return cls(
+            step=step, first=first, end=end, action=GuardAction(get_text(values, "action", MAX_ACTION_CHARACTERS))
+        )
 
 
 @dataclass(frozen=True)
@@ -138,21 +157,50 @@ class GuardDecisions:
 
     @classmethod
     def read(cls, file: Path, fallback: str | None = None) -> "GuardDecisions":
-        """Read the decisions of a run; without the file, parse `fallback` (from `to_json`), else return none."""
+        """Read the decisions of a run; none if there is neither the file nor a fallback.
+
+        Args:
+            fallback: from `to_json`, used if the file is missing, or damaged: no rank writes such a file.
+        """
         try:
-            text = file.read_text()
+            return cls.from_json(read_file(file.parent, file.name))
         except FileNotFoundError:
-            if fallback is None:
-                return cls()
-            text = fallback
-        data = json.loads(text)
+            pass
+        except (OSError, ValueError) as error:
+            log.warning("%s is damaged and ignored: %s", file, make_printable(str(error)))
+        if fallback is None:
+            return cls()
+        try:
+            return cls.from_json(fallback.encode())
+        except ValueError as error:
+            log.warning("the decisions in the checkpoint of %s are ignored: %s", file, make_printable(str(error)))
+            return cls()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> "GuardDecisions":
+        """Read the text of guard.json.
+
+        Raises:
+            ValueError: if it is not JSON, or a value is missing, of another type, or out of range.
+        """
+        data = parse_rank_object(text)
         # Releases up to 0.2 stored the faults under `troubles`.
-        faults = data["faults"] if "faults" in data else data["troubles"]
+        skipped, cuts, faults = data.get("skipped"), data.get("cuts"), data.get("faults", data.get("troubles"))
+        if not (isinstance(skipped, list) and isinstance(cuts, list) and isinstance(faults, list)):
+            raise ValueError("skipped, cuts and faults must be lists")
+        if not all(map(is_count, cuts)):
+            raise ValueError("cuts must be counts of steps")
         return cls(
-            skipped=tuple((first, end) for first, end in data["skipped"]),
-            cuts=tuple(data["cuts"]),
-            faults=tuple(StepFault.from_json(fault) for fault in faults),
+            skipped=tuple(map(_parse_span, skipped)),
+            cuts=tuple(cuts),
+            faults=tuple(map(StepFault.from_json, faults)),
         )
+
+
+def _parse_span(data: Any) -> PositionSpan:
+    if not (isinstance(data, list) and len(data) == 2 and all(map(is_count, data)) and data[0] < data[1]):
+        raise ValueError("a span must be two positions, the second one above the first")
+    return data[0], data[1]
 
 
 def merge_spans(spans: Iterable[PositionSpan]) -> tuple[PositionSpan, ...]:

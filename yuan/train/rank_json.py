@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from yuan.data.text import parse_json
 
@@ -49,8 +49,12 @@ def get_count(data: Mapping[str, Any], key: str) -> int | None:
     (1, None, None)
     """
     value = data.get(key)
-    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT
-    return value if is_count else None
+    return value if is_count(value) else None
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Return True if a value is an integer from 0 to MAX_COUNT, neither true nor false."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT
 
 
 def get_text(data: Mapping[str, Any], key: str, limit: int) -> str:

@@ -22,6 +22,7 @@ from yuan.train.checkpoint.dcp import TensorSlice, read_slices, write_slices
 from yuan.train.checkpoint_manifest import (
     CHECKPOINT_MANIFEST_FILE,
     CHECKPOINT_PREFIX,
+    MANIFEST_DAMAGE,
     CheckpointManifest,
     find_differences,
     format_checkpoint_name,
@@ -121,7 +122,7 @@ class CheckpointStore:
             if max_step is not None and parse_step(path) > max_step:
                 continue
             if manifest is None:
-                self._report_damage(path, f"{CHECKPOINT_MANIFEST_FILE} differs from its seal")
+                self._report_damage(path, MANIFEST_DAMAGE)
             elif damage := self._find_damage(path, manifest):
                 self._report_damage(path, damage)
             else:
@@ -130,7 +131,7 @@ class CheckpointStore:
         return None
 
     def _list_manifests(self) -> list[tuple[Path, CheckpointManifest | None]]:
-        """List committed checkpoints, newest first, with their manifests; None if one differs from its seal."""
+        """List committed checkpoints, newest first, with their manifests; None if MANIFEST_DAMAGE applies to one."""
         listing = [[(path.name, read_manifest(path)) for path in list_committed_checkpoints(self.folder)]]
         # Rank 0 lists them for all ranks: it writes the manifests, after the other ranks have written their files.
         dist.broadcast_object_list(listing, src=0, group=self.group)

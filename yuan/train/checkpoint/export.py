@@ -19,7 +19,7 @@ from yuan.model.transformer import Yuan
 from yuan.safe_files import replace_folder
 from yuan.train.checkpoint.dcp import TensorSlice, read_slices
 from yuan.train.checkpoint_manifest import (
-    CHECKPOINT_MANIFEST_FILE,
+    MANIFEST_DAMAGE,
     find_damage,
     list_committed_checkpoints,
     read_manifest,
@@ -36,9 +36,7 @@ def export_checkpoint(folder: RunFolder, checkpoint: Path, target: Path) -> None
         ValueError: if the checkpoint is damaged, or of another model.
     """
     manifest = read_manifest(checkpoint)
-    damage = (
-        f"{CHECKPOINT_MANIFEST_FILE} differs from its seal" if manifest is None else find_damage(checkpoint, manifest)
-    )
+    damage = MANIFEST_DAMAGE if manifest is None else find_damage(checkpoint, manifest)
     if manifest is None or damage:
         raise ValueError(f"checkpoint {checkpoint} is damaged: {damage}; export another one")
     spec = folder.read_spec()
