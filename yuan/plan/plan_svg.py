@@ -10,14 +10,16 @@ from yuan.plan.pool import Pool
 from yuan.plan.simulate import Timeline
 
 PICTURE_WIDTH_PX = 960
-LEFT_MARGIN_PX = 230  # for the labels of stages
-RIGHT_MARGIN_PX = 90  # for numbers, clear of the bars and of the limit
+LEFT_MARGIN_PX = 270  # for the labels of stages
+RIGHT_MARGIN_PX = 112  # for numbers, clear of the bars and of the limit
 ROW_HEIGHT_PX = 18
 ROW_GAP_PX = 4
 MEMORY_TOP_PX = 62  # of the first row; title and legend are above
 TIMELINE_TOP_PX = 40
 AXIS_HEIGHT_PX = 40
 MAX_AXIS_TICKS = 8
+MAX_LABEL_CHARS = 42  # of the label of a stage, so that it ends before the rows
+MIN_CLASS_CHARS = 6  # of a device class in such a label
 MAX_BOXES = 3000  # boxes of the timeline; a longer step shows only its first micro-batches
 # A color for each term of `compute_memory_terms`, the same in every picture.
 TERM_COLORS = {
@@ -103,13 +105,16 @@ def _draw_legend(names: list[str]) -> Iterator[str]:
 def _draw_timeline(plan: PipelinePlan, timeline: Timeline) -> Iterator[str]:
     stages, num_micro_batches = timeline.forward_end.shape
     num_shown = min(num_micro_batches, max(2 * stages, MAX_BOXES // (2 * stages)))
-    end_s = float(timeline.backward_end[:, :num_shown].max())
-    scale = _compute_scale(end_s)
+    end_s = float(timeline.backward_end.max())
     title = f"One step: {timeline.seconds:.4g} s"
     if num_shown < num_micro_batches:
+        # Up to the first pass that is not drawn, every stage is complete.
+        end_s = float(timeline.forward_start[:, num_shown].min())
         title = (
-            f"First {num_shown} of {num_micro_batches} micro-batches of a step: {end_s:.4g} of {timeline.seconds:.4g} s"
+            f"First {end_s:.4g} of {timeline.seconds:.4g} s of a step, in which {num_shown} of {num_micro_batches} "
+            "micro-batches start"
         )
+    scale = _compute_scale(end_s)
     yield f'<text x="{LEFT_MARGIN_PX}" y="0" font-size="13">{title}</text>'
     for x, color, name in (
         (LEFT_MARGIN_PX, FORWARD_COLOR, "forward"),
@@ -128,7 +133,9 @@ def _draw_timeline(plan: PipelinePlan, timeline: Timeline) -> Iterator[str]:
         for batch in range(num_shown):
             for color, starts, ends in passes:
                 start, stop = float(starts[n, batch]), float(ends[n, batch])
-                width = max((stop - start) * scale - 0.3, 0.2)
+                if start >= end_s:
+                    continue
+                width = max((min(stop, end_s) - start) * scale - 0.3, 0.2)
                 title = f"micro-batch {batch + 1}: {start:.4g} to {stop:.4g} s"
                 yield _draw_box(LEFT_MARGIN_PX + start * scale, y, width, color, title)
     if num_shown < num_micro_batches:
@@ -177,8 +184,19 @@ def _draw_label(y: float, stage: Stage, number: int) -> str:
     """Write a stage's number, as the table of the plan counts it, its device class and its layers."""
     layers = f"{stage.layers} layer{'s' if stage.layers != 1 else ''}" if stage.layers else "head only"
     recomputation = f", {stage.recompute_layers} recomputed" if stage.recompute_layers else ""
-    text = f"{number + 1}: {stage.device_class}, {layers}{recomputation}"
-    return f'<text x="4" y="{y + 11}" font-size="10">{escape(text)}</text>'
+    head, tail = f"{number + 1}: ", f", {layers}{recomputation}"
+    name = shorten_name(stage.device_class, max(MIN_CLASS_CHARS, MAX_LABEL_CHARS - len(head) - len(tail)))
+    title = "" if name == stage.device_class else f"<title>{escape(stage.device_class)}</title>"
+    return f'<text x="4" y="{y + 11}" font-size="10">{title}{escape(head + name + tail)}</text>'
+
+
+def shorten_name(name: str, max_chars: int) -> str:
+    """Return a name with an ellipsis in place of what exceeds a length.
+
+    >>> shorten_name("A100-80", 7), shorten_name("A100-80 (slow)", 7)
+    ('A100-80', 'A100-8…')
+    """
+    return name if len(name) <= max_chars else f"{name[: max_chars - 1]}…"
 
 
 def _draw_box(x: float, y: float, width: float, color: str, title: str) -> str:
