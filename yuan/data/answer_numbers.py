@@ -3,15 +3,17 @@
 Every function takes time linear in the text's length.
 """
 
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
 
+from yuan.data.answer_parts import cut_denied, cut_to_final_part, find_last_boxed, find_statements
 from yuan.data.chinese_numerals import CHINESE_NUMERAL_PATTERN, parse_chinese_numeral
 from yuan.data.text import INVISIBLE_CHARS
+
+Rational = int | Fraction
 
 MAX_NUMBER_CHARS = 200
 MAX_EXPONENT = 200  # of the powers and of the scientific notation that are read
@@ -26,237 +28,456 @@ _NUMBER_CHARS = {
     ord("∕"): "/",
     ord("⁄"): "/",
     ord("⋅"): "·",
+    ord("【"): " ",
+    ord("】"): ":",
 }
+_FOREIGN_CHAR_PATTERN = re.compile(f"[{''.join(map(chr, (*_NUMBER_CHARS, *_SUPERSCRIPTS)))}]")
 _SUPERSCRIPT_PATTERN = re.compile("⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 _LATEX_SUBSTITUTIONS = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"\\[dt]?frac\s?\{\s*(\d{1,200})\s*\}\s?\{\s*(\d{1,200})\s*\}", r"\1/\2"),
+        (r"(?<=\d)\s?(?=\\[dt]?frac)", " "),  # 1\frac{1}{2} is a mixed number
+        (r"\\[dt]?frac\s?\{\s*(-?\d{1,200})\s*\}\s?\{\s*(\d{1,200})\s*\}", r"\1/\2"),
         (r"\\[dt]?frac\s?(\d)\s?(\d)", r"\1/\2"),
         (r"\{,\}", ","),
         (r"\\[,!;: ]|\\thinspace", " "),
-        (r"\\(?:times|cdot)\b", "×"),
-        (r"\\pm\b", "±"),
+        (r"\\(?:times|cdot)(?![A-Za-z])", "×"),
+        (r"\\pm(?![A-Za-z])", "±"),
         (r"\\%", "%"),
-        (r"\\(?:text|mathrm|mathbf)\s?\{([^{}]{0,200})\}", r" \1"),
+        (r"\\(?:text|textbf|mathrm|mathbf|mbox)\s?\{([^{}]{0,200})\}", r" \1"),
+        (r"\^\s?(?:\{\s?\\circ\s?\}|\\circ(?![A-Za-z]))", "°"),
         (r"\^\s?\{\s?([-+]?\d{1,6})\s?\}", r"^\1"),
-        (r"[$*`]{2,}|[$`]|\\[()\[\]]", ""),
+        (r"(?<=\d)\*\*(?=\d)", "^"),  # Python's power
+        (r"(?<=\w)(?:[$*`]{2,}|[$`])(?=\w)", " "),  # US$5
+        (r"\\?\$|[*`]{2,}|`|\\[()\[\]]", ""),
     )
 )
+_TAG_PATTERN = re.compile("</?[A-Za-z][A-Za-z0-9]{0,15}>")
+_EMPHASIS_PATTERN = re.compile(r"(?<!\w)_{1,2}(?=[^\s_])|(?<=[^\s_])_{1,2}(?!\w)")
 
 _VULGAR_FRACTIONS = "".join(chr(code) for code in (*range(0xBC, 0xBF), *range(0x2150, 0x215F), 0x2189))
 _NUMBER_PATTERN = re.compile(
     rf"""
-    (?<![A-Za-z0-9_^])(?<!\d\.)
+    (?=[\d.{_VULGAR_FRACTIONS}])(?<![A-Za-z0-9_^])(?<!\d\.)(?<!\^[-+])
     (?:
-        (?P<whole>\d{{1,3}}(?:,\d{{3}}(?!\d))+ | \d{{1,3}}(?:\ \d{{3}}(?!\d))+ | \d+)
-        (?P<decimals>\.\d+)?
-      | (?<!\.)(?P<bare>\.\d+)
-      | (?P<vulgar>[{_VULGAR_FRACTIONS}])
+        (?P<several>\d+(?:(?::\d+)+ | (?:-\d+){{2,}} | (?:/\d+){{2,}}))
+      | (?:
+            (?P<whole>\d{{1,3}}(?:,\d{{3}}(?!\d))+ | \d{{1,3}}(?:\ \d{{3}}(?!\d))+ | \d+)
+            (?P<decimals>\.\d+)?
+          | (?<![.)\]}}])(?P<bare>\.\d+)
+          | (?P<vulgar>[{_VULGAR_FRACTIONS}])
+        )
+        (?:
+            (?:[eE] | \s?[×xX*·]\s?10\^)(?P<exponent>[-+]?\d+)(?![A-Za-z\d])
+          | \^(?P<power>-?\d+)
+          | \s?(?P<added_vulgar>[{_VULGAR_FRACTIONS}])
+          | \ (?P<numerator>\d+)/(?P<mixed_denominator>\d+)(?![\d/])
+          | \s?/\s?(?P<denominator>\d+)(?![\d/]|\.\d)
+        )?
+        (?:
+            \s?(?P<percent>[%‰]|[Pp]er\ ?cent\b)
+          | \s?(?P<scale>(?i:hundred|thousand|million|billion|trillion|dozen)\b
+                |万亿|[十百千]?[万亿]|百(?!分)|千(?![克米瓦卡伏帕焦赫吨安]))
+        )?
     )
-    (?:
-        (?:[eE] | \s?[×xX*·]\s?10\^)(?P<exponent>[-+]?\d+)(?![A-Za-z\d])
-      | \^(?P<power>-?\d+)
-      | \s?(?P<added_vulgar>[{_VULGAR_FRACTIONS}])
-      | \ (?P<numerator>\d+)/(?P<mixed_denominator>\d+)(?![\d/])
-      | \s?/\s?(?P<denominator>\d+)(?![\d/]|\.\d)
-    )?
-    (?:
-        \s?(?P<percent>%|percent\b|per\ cent\b|‰)
-      | \s?(?P<scale>thousand\b|million\b|billion\b|trillion\b|万亿|亿|万|千(?![克米瓦卡伏帕焦赫吨安]))
-    )?
     """,
-    re.VERBOSE | re.IGNORECASE,
+    re.VERBOSE,
 )
+_CHINESE_SCALES = {"十": 10, "百": 10**2, "千": 10**3, "万": 10**4, "亿": 10**8}
 _SCALES = {
+    "dozen": 12,
+    "hundred": 10**2,
     "thousand": 10**3,
     "million": 10**6,
     "billion": 10**9,
     "trillion": 10**12,
-    "千": 10**3,
-    "万": 10**4,
-    "亿": 10**8,
-    "万亿": 10**12,
 }
 _PLAIN_NUMBER_PATTERN = re.compile(r"(-?)([0-9]{1,100})(?:\.([0-9]{1,100}))?\.?")
+_SIGN_ENDS = "-+±负sSeE"
 _SIGN_PATTERN = re.compile(r"([-+±]|负|\bminus|\bnegative)(\s?)$", re.IGNORECASE)
 # A minus behind one of these is a subtraction or a hyphen: "3-5", "x-5", "(a)-5", "GPT-4".
 _OPERAND_END_PATTERN = re.compile(r"[A-Za-z0-9)\]}%°]$")
+_BULLET_PATTERN = re.compile(r"\n\s?-\s$")
 
 _NUMBER_CUE_PATTERN = re.compile(
     r"""
     \#{4}
   | \b(?:answer|result)s?
+    (?:\s(?:to|for|of)\b[^.!?:=\n]{1,80}?)?
     (?:\s(?:is|are|was|equals|comes\ to|must\ be|should\ be|would\ be)\b(?:\s(?:therefore|then|thus|just))?\s?[:=]?
       | \s?[:=])
-  | (?:答案|结果|得数)(?:应该|应当|应|就|也)?(?:是|为|等于|得|[:=])[:=]?
+  | \bans\s?[.:=]
+  | (?:答案|结果|得数)(?:应该|应当|应|就|也)?\s?(?:是|为|等于|得|[:=])[:=]?
+  | 答\s?:
     """,
     re.VERBOSE | re.IGNORECASE,
 )
-SENTENCE_END_PATTERN = re.compile(r"[。！？!?;；]|\.(?=\s|$)|(?<=\S)\s*\n")
-_EQUALS_PATTERN = re.compile(r"[=≈≃]|等于|约为|\bequals\b")
-_NEGATION_PATTERN = re.compile(r"(?:\bnot|n't|不是|并非|而非|不等于|≠|!=)\s?$", re.IGNORECASE)
-_OPERATOR_PATTERN = re.compile(r"\s?[-+*×÷/~～至到]\s?")
-_ALTERNATIVE_PATTERN = re.compile(r"\s?(?:,\s?)?(?:\bor\b|或者?|还是|±)\s?", re.IGNORECASE)
-_SIGN_CONTEXT_CHARS = 16  # characters before a number that are searched for a sign or a negation
+_EQUALS_PATTERN = re.compile(r"(?<![!<>=])=(?!=)|[≈≃]|(?<!不)等于|约为|\bequals\b|\bwhich\s(?:is|equals|makes|gives)\b")
+
+# What two numbers in a row are to each other, by the text between them.
+_ALTERNATIVE_PATTERN = re.compile(
+    r"""
+    (?:\s?[A-Za-z%°]{1,20}){0,2}\s?,?\s?
+    (?:\bor\b(?:\s?(?:maybe|perhaps|possibly|even|else|about|is\ it)\b)*|\bmaybe\b|\bperhaps\b|\bpossibly\b)
+    \s?(?:[A-Za-z]\w{0,2}\s?=\s?)?
+  | [^\d,.;。；]{0,4}[,，]?\s?(?:或者?|还是|要么|也?可能|也许)[^\d,.;。；]{0,3}(?:[A-Za-z]\s?=\s?)?
+  | \s?±\s?
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+_ASSIGNMENT_PATTERN = re.compile(r"\s?(?:[,;、，；]|,?\s?and\b|和|且|,)\s?[A-Za-z]\w{0,3}\s?=\s?", re.IGNORECASE)
+_LIST_PATTERN = re.compile(r"\s?(?:[,、，;；&]\s?(?:and\b)?|\band\b|和|与|及|以及)\s?", re.IGNORECASE)
+_RANGE_PATTERN = re.compile(r"\s?(?:[~～至到]|\bto\b)\s?", re.IGNORECASE)
+_RANGE_START_PATTERN = re.compile(r"\bbetween\s?\$?-?$|介于$", re.IGNORECASE)
+_OPERATOR_PATTERN = re.compile(
+    r"\s?(?:[+*×÷·/]|\b(?:plus|times|multiplied\sby|divided\sby)\b|加上?|乘以?|除以)\s?", re.IGNORECASE
+)
+_SUBTRACTION_PATTERN = re.compile(r"\s?(?:-|\bminus\b|减去?)\s?", re.IGNORECASE)
+
+# What rules a number out, before and behind it.
+_NEGATION_PATTERN = re.compile(
+    r"(?:\b(?:not|never|cannot|neither|nor|except|other\sthan|(?:any|every)thing\sbut)|n't|(?<![除无])非|不可能[是为]|不会[是为]|不是|不等于|不为|≠|!=|\\neq?)"
+    r"(?:\s(?:be|equals?|to|exactly|really|actually|simply|think|believe|that|it|is|this|the|correct|right|final|answer"
+    r"|result|number|value|=))*\s?[-$]?$",
+    re.IGNORECASE,
+)
+_DENIAL_PATTERN = re.compile(
+    r"\s?(?:(?:is|was|seems|looks|would\sbe|must\sbe)\s"
+    r"(?:wrong|incorrect|false|impossible|too\s(?:large|small|big|high|low|many|few)"
+    r"|not\s(?:the|it|right|correct|possible|valid|true)\b)"
+    r"|(?:isn't|wasn't|can't\sbe|cannot\sbe|couldn't\sbe)\b"
+    r"|\?\s?(?:no\b|nope\b|不)|(?:是|也|都|均)?(?:错误?的?|不对|不正确|不是|不可能))",
+    re.IGNORECASE,
+)
+_BOUND_PATTERN = re.compile(
+    r"(?:(?<=[\w)\]}|])\s?[<>]=?|[≤≥]|\\(?:[gl]eq?|[gl]eqslant|[gl]t)(?![A-Za-z])"
+    r"|\b(?:more|less|greater|fewer|larger|smaller|higher|lower)\sthan(?:\sor\sequal\sto)?|\b(?:over|under|above|below|exceeds)"
+    r"|[大小多少高低]于|超过|不到|不足)\s?[-$]?$",
+    re.IGNORECASE,
+)
+# What makes a number a part of something that is not read: "2π", "√2", "x + 2", "2^n", "1.2.3", "3 and a half".
+_ATTACHED_BEFORE_PATTERN = re.compile(
+    r"(?:[/{√]|\\sqrt\s?|[A-Za-z-]\(|(?:∞|\\infty)\s?,\s?|(?:\b(?:twice|double|triple)|(?:half|third|quarter|%)\sof)\s"
+    r"|(?:[A-Za-z)\]}]|\^-?\d{1,6})(?:[+*]|\s[+*]\s|\s?[×÷]\s?))-?$",
+    re.IGNORECASE,
+)
+_ATTACHED_BEHIND_PATTERN = re.compile(
+    r"[\^_]|\.\d|\s?(?:[π√]|\\(?:pi|sqrt|[dt]?frac|log|ln|sin|cos|tan|alpha|beta|theta|lambda)(?![A-Za-z]))"
+    r"|[xyzni](?![A-Za-z])|\s(?:and\sa\s(?:half|third|quarter)|squared|cubed|tenths|hundredths|thousandths)\b"
+    r"|(?:个|天|年|小时|块|倍|米)?半|\s?,\s?\+?(?:∞|\\infty)"
+)
+_MEASURES = (
+    "小时|分钟|千克|公斤|毫克|厘米|毫米|分米|公里|千米|平方厘米|平方米|立方米|毫升|美元|人民币|[个元块角分人名位只头匹条本张把辆台"
+    "件颗棵朵枝支根次天年月日周岁秒米克斤里吨升度点倍种组步页层套双对户间]"
+)
+_COUNTED_PATTERN = re.compile(rf"(?:{_MEASURES})?(?:\s|[^\w\s]|[到至或和与]|等于|$)")
+_COUNTED_THINGS_PATTERN = re.compile("[个本张只条头匹辆颗棵名]")
+_COMPOUND_CHARS = "第之唯统单专同"  # 第一, 之一, 唯一: no numerals
+_NUMERAL_PATTERN = re.compile(rf"\d|[{_VULGAR_FRACTIONS}]|{CHINESE_NUMERAL_PATTERN.pattern}")
+_LIST_NUMBER_PATTERN = re.compile(r"^[ \t]{0,8}(\d{1,2})[.)、](?=\s)", re.MULTILINE)
+# The ends of what these two patterns match: they are searched only where one of them occurs.
+_TERM_ENDS = ("/", "{", "√", "+", "*", "×", "÷", "(", "∞,", "infty,", "sqrt", "twice", "double", "triple", " of")
+_BOUND_SIGN_ENDS = ("<", ">", "=", "≤", "≥", "\\ge", "\\le", "eq", "slant", "\\gt", "\\lt")
+_BOUND_ENDS = (
+    *_BOUND_SIGN_ENDS,
+    "than",
+    "equal to",
+    "over",
+    "under",
+    "above",
+    "below",
+    "exceeds",
+    "于",
+    "过",
+    "到",
+    "足",
+)
+_NUMBER_CONTEXT_CHARS = 40  # characters before and behind a number that are searched for signs, negations and bounds
 
 
-@dataclass(frozen=True, slots=True)
-class WrittenNumber:
-    """The place of a number in a text, without its sign; `match` is of one of the two patterns of numbers."""
-
-    start: int
-    end: int
-    match: re.Match[str]
-
-
-def read_final_number(text: str) -> tuple[Fraction, ...]:
-    r"""Return the values that the final answer of a text may stand for; none if it has no number.
+def read_final_number(text: str) -> tuple[Rational, ...]:
+    r"""Return the values that the final answer of a text may stand for; none if it has no number, or several.
 
     >>> read_final_number("3-5"), read_final_number("答案是四十二。"), read_final_number(r"so \boxed{1{,}000}")
-    ((Fraction(5, 1),), (Fraction(42, 1),), (Fraction(1000, 1),))
+    ((5,), (Fraction(42, 1),), (Fraction(1000, 1),))
     """
     if plain := _PLAIN_NUMBER_PATTERN.fullmatch(text):
         sign, whole, decimals = plain.groups(default="")
-        magnitude = Fraction(int(whole + decimals), 10 ** len(decimals)) if decimals else Fraction(int(whole))
+        magnitude = Fraction(int(whole + decimals), 10 ** len(decimals)) if decimals else int(whole)
         return (-magnitude if sign else magnitude,)
 
-    text = _clean(text)
+    text = _clean(cut_to_final_part(text, _NUMERAL_PATTERN))
     boxed = find_last_boxed(text)
     if boxed is not None and (numbers := find_numbers(boxed)):
-        return _read_last(boxed, numbers)
-    for statement in reversed(split_statements(text, _NUMBER_CUE_PATTERN)):
-        if numbers := find_numbers(statement):
-            return _read_stated(statement, numbers)
-    return _read_last(text, find_numbers(text))
+        values = _read_statement(boxed, numbers)
+        if values is not None:
+            return values
+    statements = list(find_statements(text, _NUMBER_CUE_PATTERN)) if _has_cue(text.lower()) else []
+    for statement in reversed(statements):
+        if not statement.is_denied and (numbers := find_numbers(statement.text)):
+            values = _read_statement(statement.text, numbers)
+            if values is not None:
+                return values
+    return _read_last(cut_denied(text, statements))
+
+
+def _has_cue(text: str) -> bool:
+    """Return false if the pattern of cues cannot match; much faster than the pattern."""
+    return "ans" in text or "result" in text or "###" in text or "答" in text or "结果" in text or "得数" in text
 
 
 def _clean(text: str) -> str:
     """Remove characters without width and markup, and write each minus, space and exponent in one way."""
-    if not text.isascii():
+    if not text.isascii() and _FOREIGN_CHAR_PATTERN.search(text):
         text = _SUPERSCRIPT_PATTERN.sub(lambda match: "^" + match[0].translate(_SUPERSCRIPTS), text)
         text = text.translate(_NUMBER_CHARS)
     if "\\" in text or "$" in text or "`" in text or "{" in text or "**" in text:
         for pattern, replacement in _LATEX_SUBSTITUTIONS:
             text = pattern.sub(replacement, text)
+    if "<" in text:
+        text = _TAG_PATTERN.sub(" ", text)
+    if "_" in text:
+        text = _EMPHASIS_PATTERN.sub("", text)
     return text
 
 
-def find_last_boxed(text: str) -> str | None:
-    r"""Return the content of the last `\boxed{...}`; None if there is none, or it is not closed."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    start += len("\\boxed{")
-    depth = 1
-    for position in range(start, len(text)):
-        depth += (text[position] == "{") - (text[position] == "}")
-        if depth == 0:
-            return text[start:position]
-    return None
+def find_numbers(text: str) -> list[re.Match[str]]:
+    """Return the numbers of a text in order, without signs; numerals in Chinese characters only if it has no digits."""
+    numbers = list(_NUMBER_PATTERN.finditer(text))
+    if not numbers and not text.isascii():
+        numbers = [match for match in CHINESE_NUMERAL_PATTERN.finditer(text) if _is_chinese_number(match)]
+    return numbers
 
 
-def split_statements(text: str, cue: re.Pattern[str]) -> list[str]:
-    """Return what follows each cue, up to the end of its sentence or to the next cue."""
-    cues = list(cue.finditer(text))
-    limits = [*(match.start() for match in cues[1:]), len(text)]
-    statements = []
-    for match, limit in zip(cues, limits, strict=False):  # without a cue there is one limit too many
-        statement = text[match.end() : limit].lstrip()
-        end = SENTENCE_END_PATTERN.search(statement)
-        statements.append(statement[: end.start()] if end else statement)
-    return statements
+def _is_chinese_number(match: re.Match[str]) -> bool:
+    """Return true if a numeral stands for a number here, and is no part of a word such as 一定 or 三角形."""
+    if parse_chinese_numeral(match[0]) is None:
+        return False
+    text, start, end = match.string, match.start(), match.end()
+    if start > 0 and text[start - 1] in _COMPOUND_CHARS:
+        return False
+    if _COUNTED_PATTERN.match(text, end):
+        return True
+    return match[0] != "一" and bool(_COUNTED_THINGS_PATTERN.match(text, end))
 
 
-def find_numbers(text: str) -> list[WrittenNumber]:
-    """Return the numbers of a text in order; numerals in Chinese characters only if it has no digits."""
-    matches = list(_NUMBER_PATTERN.finditer(text))
-    if not matches and not text.isascii():
-        matches = [
-            match for match in CHINESE_NUMERAL_PATTERN.finditer(text) if parse_chinese_numeral(match[0]) is not None
-        ]
-    return [WrittenNumber(match.start(), match.end(), match) for match in matches]
+def _read_statement(statement: str, numbers: Sequence[re.Match[str]]) -> tuple[Rational, ...] | None:
+    """Read the number that a statement gives; None if it only negates numbers, empty if it gives no single one.
 
-
-def _read_stated(statement: str, numbers: Sequence[WrittenNumber]) -> tuple[Fraction, ...]:
-    """Read the number that a statement gives: after its last equals sign if one follows, else the first one.
-
-    A calculation, as in "3 - 5", ends in its last number, and a number that is negated does not count.
+    The sides of its equals signs are tried from the last one; a side that is a calculation is passed over.
     """
-    equals_end = max((match.end() for match in _EQUALS_PATTERN.finditer(statement)), default=len(statement))
-    candidates = [number for number in numbers if number.start >= equals_end] or [
-        number for number in numbers if not _is_negated(statement, number)
-    ]
-    for number, following in pairwise(candidates):
-        gap = statement[number.end : following.start]
-        if _ALTERNATIVE_PATTERN.fullmatch(gap):
-            return ()
-        if not _OPERATOR_PATTERN.fullmatch(gap):
-            return _read_number(statement, number)
-    return _read_number(statement, candidates[-1]) if candidates else ()
+    numbers = _find_asserted(statement, numbers)
+    if not numbers:
+        return None
+    bounds = [0, *(match.end() for match in _EQUALS_PATTERN.finditer(statement))] if _has_equals(statement) else [0]
+    last = len(numbers)
+    for bound in reversed(bounds):
+        first = last
+        while first > 0 and numbers[first - 1].start() >= bound:
+            first -= 1
+        if first == last:
+            continue
+        final = _find_result(statement, numbers[first:last], has_sides=len(bounds) > 1)
+        if final is not None:
+            index = first + final
+            if _is_one_of_several(statement, numbers, index):
+                return ()
+            return _read_number(statement, numbers[index])
+        last = first
+    return ()
 
 
-def _read_last(text: str, numbers: Sequence[WrittenNumber]) -> tuple[Fraction, ...]:
-    """Read the last number that is not negated; one of two alternatives, as in "1 or 2", has no value."""
-    following: WrittenNumber | None = None
-    for number in reversed(numbers):
-        if following is not None:
-            is_alternative = _ALTERNATIVE_PATTERN.fullmatch(text[number.end : following.start])
-            return () if is_alternative else _read_number(text, following)
-        if not _is_negated(text, number):
-            following = number
-    return () if following is None else _read_number(text, following)
+def _has_equals(text: str) -> bool:
+    """Return false if the pattern of equals signs cannot match; much faster than the pattern."""
+    return (
+        "=" in text or "≈" in text or "≃" in text or "于" in text or "约" in text or "equal" in text or "which" in text
+    )
 
 
-def _is_negated(text: str, number: WrittenNumber) -> bool:
-    return bool(_NEGATION_PATTERN.search(text[max(0, number.start - _SIGN_CONTEXT_CHARS) : number.start]))
+def _find_result(text: str, numbers: Sequence[re.Match[str]], *, has_sides: bool) -> int | None:
+    """Return the index of the number that a side gives, its first; None if that is a term of a calculation.
+
+    A subtraction without a result, as in "3 - 5", is read as its last number: the minus may be a hyphen.
+    """
+    for index in range(len(numbers) - 1):
+        gap = _get_gap(text, numbers[index], numbers[index + 1], has_sign=True)
+        if _OPERATOR_PATTERN.fullmatch(gap) or (has_sides and _SUBTRACTION_PATTERN.fullmatch(gap)):
+            return None
+        if not _SUBTRACTION_PATTERN.fullmatch(gap):
+            return index
+    return len(numbers) - 1
 
 
-def _read_number(text: str, number: WrittenNumber) -> tuple[Fraction, ...]:
-    """Return the values that a number may stand for: none for "±5", "1/0" and dates such as "1/2/26".
+def _is_one_of_several(text: str, numbers: Sequence[re.Match[str]], index: int) -> bool:
+    """Return true if a number is one of alternatives, of a list or of a range, unless all have the same value."""
+    for first, second in ((index - 1, index), (index, index + 1)):
+        if first < 0 or second >= len(numbers):
+            continue
+        previous, following = numbers[first], numbers[second]
+        gap = _get_gap(text, previous, following)
+        is_list = (
+            _LIST_PATTERN.fullmatch(gap) or _ASSIGNMENT_PATTERN.fullmatch(gap) or _is_joined(text, previous, following)
+        )
+        if is_list or _is_alternative(gap):
+            values = set(_read_number(text, previous))
+            if values.isdisjoint(_read_number(text, following)):
+                return True
+    return False
+
+
+def _is_alternative(gap: str) -> bool:
+    text = gap.lower()
+    is_possible = "or" in text or "may" in text or "p" in text or "±" in text  # "p" as in "perhaps" and "possibly"
+    is_possible = is_possible or "或" in text or "还是" in text or "可能" in text or "也许" in text or "要么" in text
+    return is_possible and bool(_ALTERNATIVE_PATTERN.fullmatch(gap))
+
+
+def _get_gap(text: str, previous: re.Match[str], following: re.Match[str], *, has_sign: bool = False) -> str:
+    """Return the text between two numbers, with single spaces; without the sign of the second one if told so."""
+    gap = text[previous.end() : following.start()]
+    if "  " in gap:
+        gap = re.sub(" +", " ", gap)
+    return gap if has_sign else gap.rstrip("-$")
+
+
+def _is_joined(text: str, previous: re.Match[str], following: re.Match[str]) -> bool:
+    """Return true for ranges, parts of one number ("1亿2000万") and pairs in brackets."""
+    gap = _get_gap(text, previous, following)
+    if _RANGE_PATTERN.fullmatch(gap):
+        return True
+    before = text[max(0, previous.start() - _NUMBER_CONTEXT_CHARS) : previous.start()]
+    if not gap.strip() or gap.strip() == "and":
+        has_scale = previous.re is _NUMBER_PATTERN and previous["scale"]
+        return bool(has_scale or _RANGE_START_PATTERN.search(before))
+    if _LIST_PATTERN.fullmatch(gap):
+        return bool(_RANGE_START_PATTERN.search(before)) or (
+            before.rstrip("-$ ")[-1:] in ("(", "[", "{")
+            and text[following.end() : following.end() + 1] in (")", "]", "}")
+        )
+    return False
+
+
+def _read_last(text: str) -> tuple[Rational, ...]:
+    """Read the last number that is not negated and that does not number a line of a list."""
+    numbers = find_numbers(text)
+    if "\n" in text and numbers:
+        list_numbers = _find_list_numbers(text)
+        numbers = [number for number in numbers if number.start() not in list_numbers]
+    numbers = _find_asserted(text, numbers)
+    if not numbers:
+        return ()
+    values = _read_number(text, numbers[-1])
+    if not values or len(numbers) == 1:
+        return values
+    gap = _get_gap(text, numbers[-2], numbers[-1])
+    if _OPERATOR_PATTERN.fullmatch(gap):
+        return ()
+    is_one_of_several = (
+        _is_alternative(gap) or _ASSIGNMENT_PATTERN.fullmatch(gap) or _is_joined(text, numbers[-2], numbers[-1])
+    )
+    return () if is_one_of_several and set(values).isdisjoint(_read_number(text, numbers[-2])) else values
+
+
+def _find_list_numbers(text: str) -> set[int]:
+    """Return the places of the numbers of list items: 1 at the start of a line, and each number that follows it."""
+    places, expected = set(), 1
+    for match in _LIST_NUMBER_PATTERN.finditer(text):
+        if int(match[1]) in (1, expected):
+            places.add(match.start(1))
+            expected = int(match[1]) + 1
+    return places
+
+
+def _find_asserted(text: str, numbers: Sequence[re.Match[str]]) -> list[re.Match[str]]:
+    """Return the numbers that the text does not rule out, as "not 5" and "5 is wrong" do."""
+    return [number for number in numbers if not _is_negated(text, number)] if _has_negation(text) else list(numbers)
+
+
+def _has_negation(text: str) -> bool:
+    """Return false if the two patterns of negations cannot match; much faster than the patterns."""
+    text = text.lower()
+    is_english = "not" in text or "n't" in text or "never" in text or "nor" in text or "neither" in text
+    is_wrong = "wrong" in text or "incorrect" in text or "false" in text or "impossible" in text or " too " in text
+    is_exception = "except" in text or "other" in text or "but" in text or "? no" in text
+    is_sign = "≠" in text or "!=" in text or "\\ne" in text
+    return is_english or is_wrong or is_exception or is_sign or "不" in text or "非" in text or "错" in text
+
+
+def _is_negated(text: str, number: re.Match[str]) -> bool:
+    before = text[max(0, number.start() - _NUMBER_CONTEXT_CHARS) : number.start()]
+    return bool(_NEGATION_PATTERN.search(before) or _DENIAL_PATTERN.match(text, number.end()))
+
+
+def _read_number(text: str, match: re.Match[str]) -> tuple[Rational, ...]:
+    """Return the values that a number may stand for: none for "±5", "1/0", dates, bounds and parts of terms.
 
     A number with a percent sign or a scale word, as "3 million", has two: the sign is part of the number or its unit.
     """
-    match = number.match
+    before = text[max(0, match.start() - _NUMBER_CONTEXT_CHARS) : match.start()]
+    if before and _is_term_or_bound(before):
+        return ()
+    if match.end() < len(text):
+        is_in_latex_group = text[match.end()] == "}" and "\\" in text
+        if is_in_latex_group or _ATTACHED_BEHIND_PATTERN.match(text, match.end()):
+            return ()
+    if match.end() - match.start() > MAX_NUMBER_CHARS:
+        return ()
     if match.re is CHINESE_NUMERAL_PATTERN:
-        value = parse_chinese_numeral(match[0])
-        assert value is not None, "find_numbers returns numerals that have a value"
-        return (value, value * 100) if match[0].lstrip("负").startswith("百分之") else (value,)
+        numeral = parse_chinese_numeral(match[0])
+        assert numeral is not None, "find_numbers returns numerals that have a value"
+        return (numeral, numeral * 100) if match[0].lstrip("负").startswith("百分之") else (numeral,)
 
-    sign = _find_sign(text, number.start)
-    if number.end - number.start > MAX_NUMBER_CHARS or sign == "±" or text[number.start - 1 : number.start] == "/":
+    sign = _find_sign(before) if before else "+"
+    if match["several"] or sign == "±":
         return ()
     magnitude = _compute_magnitude(match)
     if magnitude is None:
         return ()
     value = -magnitude if sign == "-" else magnitude
     if percent := match["percent"]:
-        return value, value / (1000 if percent == "‰" else 100)
+        return value, Fraction(value, 1000 if percent == "‰" else 100)
     if scale := match["scale"]:
-        return value * _SCALES[scale.lower()], value
+        if text[match.end() : match.end() + 1].isdigit():  # 3万5千
+            return ()
+        factor = _SCALES.get(scale.lower()) or math.prod(map(_CHINESE_SCALES.__getitem__, scale))
+        return value * factor, value
     return (value,)
 
 
-def _find_sign(text: str, start: int) -> str:
-    """Return the sign of the number that starts at a position: "+", "-" or "±"."""
-    context = text[max(0, start - _SIGN_CONTEXT_CHARS) : start]
-    match = _SIGN_PATTERN.search(context)
+def _is_term_or_bound(before: str) -> bool:
+    """Return true if the text before a number makes it a part of a term, or a bound."""
+    end = before.rstrip(" -$").lower()
+    if end.endswith(_TERM_ENDS) and _ATTACHED_BEFORE_PATTERN.search(before):
+        return True
+    return end.endswith(_BOUND_ENDS) and bool(_BOUND_PATTERN.search(before))
+
+
+def _find_sign(before: str) -> str:
+    """Return the sign of a number behind a text: "+", "-" or "±"."""
+    match = _SIGN_PATTERN.search(before) if before.rstrip()[-1:] in _SIGN_ENDS else None
     if match is None:
         return "+"
     sign, space = match.groups()
     if sign in "+±":
         return sign
+    if _BULLET_PATTERN.search(before):
+        return "+"
     # "3 - 5" is a subtraction, but "3 -5" may be two numbers, the second of which is negative.
-    before = context[: match.start()]
+    operand = before[: match.start()]
     is_apart = bool(space) or sign != "-"
-    return "+" if _OPERAND_END_PATTERN.search(before.rstrip() if is_apart else before) else "-"
+    return "+" if _OPERAND_END_PATTERN.search(operand.rstrip() if is_apart else operand) else "-"
 
 
-def _compute_magnitude(match: re.Match[str]) -> Fraction | None:
+def _compute_magnitude(match: re.Match[str]) -> Rational | None:
     """Compute a number without its sign; None if it divides by zero or its exponent is too large."""
+    if match.lastgroup == "whole" and match[0].isdigit():
+        return int(match[0])
     if match["vulgar"]:
         return _read_vulgar_fraction(match["vulgar"])
-    whole = (match["whole"] or "0").replace(",", "").replace(" ", "")
+    written = match["whole"] or "0"
+    whole = written.replace(",", "").replace(" ", "")
+    if len(whole) < len(written) and written.startswith("0"):  # 0,500 has a decimal comma
+        return None
     decimals = (match["decimals"] or match["bare"] or ".")[1:]
     magnitude = Fraction(int(whole + decimals), 10 ** len(decimals)) if decimals else Fraction(int(whole))
 
