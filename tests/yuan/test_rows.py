@@ -2,6 +2,9 @@
 
 import json
 import tracemalloc
+from decimal import Decimal
+
+import pytest
 
 from yuan.data.checkers import MAX_CONTAINED_CHARS
 from yuan.data.rows import MAX_LINE_BYTES, BadRow, Row, parse_rows
@@ -46,3 +49,37 @@ def test_largest_valid_row_fits_in_the_line_limit():
     line = json.dumps(row).encode()  # two escapes of six bytes for each of these characters
     assert len(line) > 0.9 * MAX_LINE_BYTES
     assert isinstance(next(parse_rows(line)), Row)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"answer": "a", "checker": {"type": "exact", "value": "a", "value": "b"}}', "value: must not occur twice"),
+        ('{"answer": "a", "source": "x", "source": "x"}', "source: must not occur twice"),
+        ('{"\\u0061nswer": "x", "answer": "y"}', "answer: must not occur twice"),
+        ('{"answer": "a\\ud800"}', "answer: must not contain half a character"),
+        ('{"answer": "5", "checker": {"type": "numeric", "value": NaN}}', "checker.value: must be a finite number"),
+        ('{"answer": "5", "checker": {"type": "numeric", "value": 6}}', "checker: refuses the row's own answer"),
+        ('{"answer": "5", "checker": {"type": "numeric", "value": %s}}' % ("9" * 5000), "must not have numbers of so"),
+        ('{"answer": "5", "checker": {"type": "numeric", "value": 5.00000000000000000001}}', "at most 15 digits"),
+        ('{"answer": "0.3", "checker": {"type": "numeric", "value": 0.30000000000000004}}', "at most 15 digits"),
+        ('{"answer": "50", "checker": {"type": "numeric", "value": "5_0"}}', "must be a number such as"),
+        ('{"answer": "5", "checker": {"type": "numeric", "value": "５"}}', "must be a number such as"),
+    ],
+)
+def test_bad_row_says_what_is_wrong_where(line, reason):
+    (row,) = parse_rows(line.encode())
+    assert isinstance(row, BadRow) and reason in row.reason
+
+
+@pytest.mark.parametrize(
+    "value", ["0.1", "9007199254740993", '"0.12345678901234567890"', "1e3", '"1e3"', "123456789.123456"]
+)
+def test_value_of_a_checker_is_exactly_what_is_written(value):
+    answer = value.strip('"')
+    (row,) = parse_rows(f'{{"answer": "{answer}", "checker": {{"type": "numeric", "value": {value}}}}}'.encode())
+    assert isinstance(row, Row) and row.checker.value == Decimal(answer)
+
+
+def test_row_without_a_prompt_is_a_document():
+    assert list(parse_rows(b'{"answer": "some document"}')) == [Row(answer="some document")]

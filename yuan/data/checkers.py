@@ -1,12 +1,14 @@
 """Checkers: rules that decide if an answer is correct, shared by portal, evaluation and gate."""
 
+import re
 from abc import ABC, abstractmethod
 from decimal import Decimal
 from fractions import Fraction
 from functools import cached_property
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
 
 from yuan.data.answer_choices import read_choices
 from yuan.data.answer_numbers import read_final_number
@@ -16,8 +18,23 @@ MAX_CONTAINED_CHARS = 2_000  # of each value of `contains`
 
 # Digits before and after the decimal point; arithmetic within this bound neither overflows nor takes long.
 MAX_NUMBER_DIGITS = 50
+MAX_FLOAT_DIGITS = 15  # significant digits that a binary float keeps
+_DECIMAL_PATTERN = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+
+
+def _check_written_number(value: object) -> object:
+    """Refuse a float that may have lost digits, and text that only Python reads as a number, such as "5_0"."""
+    if isinstance(value, float) and len(Decimal(repr(value)).normalize().as_tuple().digits) > MAX_FLOAT_DIGITS:
+        message = "must have at most 15 digits as a JSON number, which loses others; write it in quotes"
+        raise PydanticCustomError("number", message)
+    if isinstance(value, str) and not _DECIMAL_PATTERN.fullmatch(value):
+        raise PydanticCustomError("number", "must be a number such as -1.5, without spaces or commas; correct it")
+    return value
+
+
 CheckerNumber = Annotated[
     Decimal,
+    BeforeValidator(_check_written_number),
     Field(max_digits=2 * MAX_NUMBER_DIGITS, decimal_places=MAX_NUMBER_DIGITS, allow_inf_nan=False),
     WithJsonSchema(
         {"anyOf": [{"type": "number"}, {"type": "string", "pattern": r"^[-+]?[0-9]{1,50}(\.[0-9]{1,50})?$"}]}

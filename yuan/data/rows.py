@@ -4,12 +4,13 @@ import codecs
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from yuan.data.checkers import Checker
+from yuan.data.checkers import Checker, Numeric
 from yuan.data.text import (
     MAX_TEXT_CHARS,
     BadJson,
@@ -70,6 +71,10 @@ class Row(BaseModel):
 _QUOTED_KEYS = tuple(f'"{name}"'.encode() for name in (*Row.model_fields, "type", "value", "values", "tolerance"))
 
 
+# A decimal of so many digits is read as a float: 5.0000000000000000001 as 5.
+_LONG_DECIMAL_PATTERN = re.compile(rb'"(?:value|tolerance)"\s{0,9}:\s{0,9}-?(?=[0-9.]{17})[0-9]*\.')
+
+
 class BadRow(BaseModel):
     """Report a line that is not a row: its number, counted from 1, and the reason."""
 
@@ -109,14 +114,24 @@ def _parse_row(number: int, line: bytes) -> Row | BadRow:
     try:
         row = Row.model_validate_json(line)
     except ValidationError as error:
-        return BadRow(row=number, reason=describe_errors(error))
+        return BadRow(row=number, reason=_find_json_fault(line) or describe_errors(error))
     # pydantic takes the last value of a repeated key; the slow parser runs only where a key may be repeated.
-    if b"\\u00" in line or any(line.count(name) > 1 for name in _QUOTED_KEYS):
-        try:
-            parse_json(line)
-        except BadJson as error:
-            return BadRow(row=number, reason=f"{error.place or 'line'}: {error}")
+    has_repeated_key = b"\\u00" in line or any(line.count(name) > 1 for name in _QUOTED_KEYS)
+    if has_repeated_key and (fault := _find_json_fault(line)):
+        return BadRow(row=number, reason=fault)
+    if isinstance(row.checker, Numeric) and _LONG_DECIMAL_PATTERN.search(line):
+        reason = "checker.value: must have at most 15 digits as a JSON number, which loses others; write it in quotes"
+        return BadRow(row=number, reason=reason)
     return row
+
+
+def _find_json_fault(line: bytes) -> str | None:
+    """Describe why a line is not JSON that this project accepts, with its place; None if it is."""
+    try:
+        parse_json(line)
+    except BadJson as error:
+        return f"{error.place or 'line'}: {error}"
+    return None
 
 
 def _read_lines(stream: BinaryIO) -> Iterator[bytes | None]:
