@@ -69,15 +69,16 @@ _DENIED_BEFORE_PATTERN = re.compile(
     re.IGNORECASE,
 )
 _DENIED_BEHIND_PATTERN = re.compile(
-    r"\s?(?:[两二三四]?个?选?项|说法|答案)?\s?"
+    r"\s?(?:[两二三四]?个?选?项)?(?:的?说法|答案)?\s?"
     r"(?:(?:is|are|was|were|seems?|looks?)\s(?:(?:also|clearly|definitely|probably|obviously|all|both)\s)?"
-    r"(?:not|wrong|incorrect|false|untrue|impossible|unlikely|implausible|invalid|out)\b"
-    r"|(?:isn't|aren't|wasn't|cannot|can't|couldn't|doesn't|don't|does\snot|do\snot|fails?|contradicts?)\b"
+    r"(?:not|never|hardly|wrong|incorrect|false|untrue|impossible|unlikely|implausible|invalid|out)\b"
+    r"|(?:isn't|aren't|wasn't|cannot|can't|couldn't|doesn't|don't|does\snot|do\snot|fails?|contradicts?|(?:has|have)\sbeen\s(?:ruled|eliminated|excluded)"
+    r"|(?:is|are|was|were)\s(?:ruled|eliminated|excluded))\b|\?\s?(?:[Nn]o\b|不)"
     r"|(?:would|must|should|could|can|may|might)\s(?:not\b|be\s(?:wrong|incorrect|false|ruled|eliminated|excluded|rejected)\b)"
-    r"|[是也都均皆全应可]?(?:该|以)?是?(?:错误|错|不对|不正确|不符|不成立|不能?选|不是|有误|排除))"
+    r"|(?:[是也都均皆全应可并]|应该|可以|明显|显然)?是?(?:错误|错|不对|不正确|不符|不成立|不能?选|不是|非正确|有误|排除))"
 )
 _AFFIRMED_BEHIND_PATTERN = re.compile(
-    r"\s?(?:选?项|说法)?\s?"
+    r"\s?(?:选?项)?(?:的?说法)?\s?"
     r"(?:(?:is|are|must\sbe|should\sbe|seems)\s(?:the\s|a\s)?(?:only\s|most\s)?"
     r"(?:correct|right|best|true|accurate|appropriate|answer|valid)\b|(?:[是为]|都|均)?(?:正确|对的|符合|答案|正解))"
 )
@@ -143,7 +144,15 @@ def _has_denial(text: str) -> bool:
     is_not = "n't" in text or "not" in text or "never" in text or "nor" in text or "than" in text or "but" in text
     is_other = "instead" in text or "unlike" in text or "over" in text or "except" in text or "out" in text
     is_wrong = "wrong" in text or "correct" in text or "false" in text or "true" in text or "eliminat" in text
-    is_wrong = is_wrong or "im" in text or "exclud" in text or "reject" in text or "invalid" in text
+    is_wrong = (
+        is_wrong
+        or "im" in text
+        or "exclud" in text
+        or "reject" in text
+        or "hardly" in text
+        or "? no" in text
+        or "invalid" in text
+    )
     is_failing = "fail" in text or "contradict" in text
     is_chinese = "不" in text or "非" in text or "勿" in text or "别" in text or "错" in text or "误" in text
     return is_not or is_other or is_wrong or is_failing or is_chinese or "排除" in text

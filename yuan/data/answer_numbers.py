@@ -130,34 +130,34 @@ _LIST_PATTERN = re.compile(r"\s?(?:[,、，;；&]\s?(?:and\b)?|\band\b|和|与|�
 _RANGE_PATTERN = re.compile(r"\s?(?:[~～至到]|\bto\b)\s?", re.IGNORECASE)
 _RANGE_START_PATTERN = re.compile(r"\bbetween\s?\$?-?$|介于$", re.IGNORECASE)
 _OPERATOR_PATTERN = re.compile(
-    r"\s?(?:[+*×÷·/]|\b(?:plus|times|multiplied\sby|divided\sby)\b|加上?|乘以?|除以)\s?", re.IGNORECASE
+    r"\s?(?:[+*×÷·/xX]|\b(?:plus|times|multiplied\sby|divided\sby)\b|加上?|乘以?|除以)\s?", re.IGNORECASE
 )
 _SUBTRACTION_PATTERN = re.compile(r"\s?(?:-|\bminus\b|减去?)\s?", re.IGNORECASE)
 
 # What rules a number out, before and behind it.
 _NEGATION_PATTERN = re.compile(
-    r"(?:\b(?:not|never|cannot|neither|nor|except|other\sthan|(?:any|every)thing\sbut)|n't|(?<![除无])非|不可能[是为]|不会[是为]|不是|不等于|不为|≠|!=|\\neq?)"
-    r"(?:\s(?:be|equals?|to|exactly|really|actually|simply|think|believe|that|it|is|this|the|correct|right|final|answer"
+    r"(?:\b(?:not|never|cannot|neither|nor|except|other\sthan|rather\sthan|instead\sof|different\sfrom|unequal\sto|unlikely|no\sway|(?:any|every)thing\sbut)|n't|(?<![除无])非|不可能[是为]|不会[是为]|不是|不等于|不为|≠|!=|\\neq?)"
+    r"(?:\s(?:be|equals?|to|exactly|really|actually|simply|think|believe|that|it|it's|is|this|the|correct|right|final|answer"
     r"|result|number|value|=))*\s?[-$]?$",
     re.IGNORECASE,
 )
 _DENIAL_PATTERN = re.compile(
-    r"\s?(?:(?:is|was|seems|looks|would\sbe|must\sbe)\s"
+    r"\s?(?:(?:is|was|seems|looks|would\sbe|must\sbe)\s(?:(?:clearly|definitely|obviously|certainly|simply|also)\s)?"
     r"(?:wrong|incorrect|false|impossible|too\s(?:large|small|big|high|low|many|few)"
     r"|not\s(?:the|it|right|correct|possible|valid|true)\b)"
     r"|(?:isn't|wasn't|can't\sbe|cannot\sbe|couldn't\sbe)\b"
-    r"|\?\s?(?:no\b|nope\b|不)|(?:是|也|都|均)?(?:错误?的?|不对|不正确|不是|不可能))",
+    r"|\?\s?(?:no\b|nope\b|不)|(?:是|也|都|均|并|明显|显然)?(?:错误?的?|不对|不正确|不是|不可能))",
     re.IGNORECASE,
 )
 _BOUND_PATTERN = re.compile(
     r"(?:(?<=[\w)\]}|])\s?[<>]=?|[≤≥]|\\(?:[gl]eq?|[gl]eqslant|[gl]t)(?![A-Za-z])"
     r"|\b(?:more|less|greater|fewer|larger|smaller|higher|lower)\sthan(?:\sor\sequal\sto)?|\b(?:over|under|above|below|exceeds)"
-    r"|[大小多少高低]于|超过|不到|不足)\s?[-$]?$",
+    r"|[大小多少高低]于(?:或?等于)?|超过|不到|不足)\s?[-$]?$",
     re.IGNORECASE,
 )
 # What makes a number a part of something that is not read: "2π", "√2", "x + 2", "2^n", "1.2.3", "3 and a half".
 _ATTACHED_BEFORE_PATTERN = re.compile(
-    r"(?:[/{√]|\\sqrt\s?|[A-Za-z-]\(|(?:∞|\\infty)\s?,\s?|(?:\b(?:twice|double|triple)|(?:half|third|quarter|%)\sof)\s"
+    r"(?:[/{√第]|\\sqrt\s?|[A-Za-z-]\(|(?:∞|\\infty)\s?,\s?|(?:\b(?:twice|double|triple)|(?:half|third|quarter|%)\sof)\s"
     r"|(?:[A-Za-z)\]}]|\^-?\d{1,6})(?:[+*]|\s[+*]\s|\s?[×÷]\s?))-?$",
     re.IGNORECASE,
 )
@@ -165,6 +165,7 @@ _ATTACHED_BEHIND_PATTERN = re.compile(
     r"[\^_]|\.\d|\s?(?:[π√]|\\(?:pi|sqrt|[dt]?frac|log|ln|sin|cos|tan|alpha|beta|theta|lambda)(?![A-Za-z]))"
     r"|[xyzni](?![A-Za-z])|\s(?:and\sa\s(?:half|third|quarter)|squared|cubed|tenths|hundredths|thousandths)\b"
     r"|(?:个|天|年|小时|块|倍|米)?半|\s?,\s?\+?(?:∞|\\infty)"
+    r"|\s?[+×÷]\s?(?:[A-Za-z(\\]|$)|\s?\*\s?[A-Za-z(]"
 )
 _MEASURES = (
     "小时|分钟|千克|公斤|毫克|厘米|毫米|分米|公里|千米|平方厘米|平方米|立方米|毫升|美元|人民币|[个元块角分人名位只头匹条本张把辆台"
@@ -176,7 +177,7 @@ _COMPOUND_CHARS = "第之唯统单专同"  # 第一, 之一, 唯一: no numerals
 _NUMERAL_PATTERN = re.compile(rf"\d|[{_VULGAR_FRACTIONS}]|{CHINESE_NUMERAL_PATTERN.pattern}")
 _LIST_NUMBER_PATTERN = re.compile(r"^[ \t]{0,8}(\d{1,2})[.)、](?=\s)", re.MULTILINE)
 # The ends of what these two patterns match: they are searched only where one of them occurs.
-_TERM_ENDS = ("/", "{", "√", "+", "*", "×", "÷", "(", "∞,", "infty,", "sqrt", "twice", "double", "triple", " of")
+_TERM_ENDS = ("/", "{", "√", "+", "*", "×", "÷", "(", "第", "∞,", "infty,", "sqrt", "twice", "double", "triple", " of")
 _BOUND_SIGN_ENDS = ("<", ">", "=", "≤", "≥", "\\ge", "\\le", "eq", "slant", "\\gt", "\\lt")
 _BOUND_ENDS = (
     *_BOUND_SIGN_ENDS,
@@ -398,7 +399,8 @@ def _has_negation(text: str) -> bool:
     text = text.lower()
     is_english = "not" in text or "n't" in text or "never" in text or "nor" in text or "neither" in text
     is_wrong = "wrong" in text or "incorrect" in text or "false" in text or "impossible" in text or " too " in text
-    is_exception = "except" in text or "other" in text or "but" in text or "? no" in text
+    is_exception = "instead" in text or "rather" in text or "differ" in text or "un" in text or "no way" in text
+    is_exception = is_exception or "except" in text or "other" in text or "but" in text or "? no" in text
     is_sign = "≠" in text or "!=" in text or "\\ne" in text
     return is_english or is_wrong or is_exception or is_sign or "不" in text or "非" in text or "错" in text
 
