@@ -27,6 +27,7 @@ from feedback.api.errors import STORE_UNAVAILABLE_ERRORS, ModelServerUnavailable
 from feedback.tables import new_id
 from yuan.data.text import make_storable
 from yuan.serve.disconnect import run_until_disconnect
+from yuan.serve.response_schemas import StreamError, StreamErrorEvent
 from yuan.serve.schemas import CALLER_HEADER, ChatIn, CompletionIn
 from yuan.version_names import parse_model_name
 
@@ -65,7 +66,9 @@ async def get_model(
     account: CurrentAccount,
 ) -> Response:
     """Describe a model in service."""
-    upstream = await _request_model_server(call, "GET", f"/v1/models/{quote(name, safe='')}")
+    # Dots are encoded too: a path segment of one or two would be resolved.
+    path = f"/v1/models/{quote(name, safe='').replace('.', '%2E')}"
+    upstream = await _request_model_server(call, "GET", path)
     return _relay_response(upstream, await _read_json_body(upstream))
 
 
@@ -166,7 +169,8 @@ async def _read_lines(upstream: httpx.Response) -> AsyncIterator[bytes]:
 
 
 def _format_error_event(error: ModelServerUnavailable) -> bytes:
-    return SSE_DATA_PREFIX + json.dumps({"error": {"message": str(error), "type": "unavailable"}}).encode() + b"\n\n"
+    event = StreamErrorEvent(error=StreamError(message=str(error), type="unavailable", code=503))
+    return SSE_DATA_PREFIX + event.model_dump_json().encode() + b"\n\n"
 
 
 class ResponseRecorder:

@@ -356,7 +356,9 @@ def test_invalid_response_of_the_model_server_is_a_503(call_stub, account, whole
 def test_malformed_event_ends_the_stream_with_an_error_event(call_stub, engine, account):
     events = [make_event("a"), b"data: {no json\n\n"]
     lines = call_stub(account, stream=True, events=events).content.split(b"\n\n")
-    assert "no usable answer" in json.loads(lines[1].removeprefix(b"data: "))["error"]["message"]
+    error = json.loads(lines[1].removeprefix(b"data: "))["error"]
+    assert "no usable answer" in error["message"] and (error["type"], error["code"]) == ("unavailable", 503)
+    assert lines[2:] == [b""], "the event ends with a blank line"
     assert [text for _, text in read_responses(engine, account).values()] == ["a"]
 
 

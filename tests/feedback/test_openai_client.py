@@ -1,7 +1,9 @@
 """The portal's `/v1` through the openai client, sync and async: every method and option that it offers."""
 
 import asyncio
+import inspect
 import math
+import operator
 
 import httpx
 import openai
@@ -11,6 +13,7 @@ from feedback.api.app import make_app
 from tests.serving import serve_app
 from tests.yuan.model_server import TOKEN, make_served_model, serve_model
 from yuan.serve.metrics import ModelServerMetrics
+from yuan.serve.schemas import IGNORED_FIELDS
 from yuan.serve.service import ModelService
 
 VERSION = 7
@@ -162,6 +165,76 @@ def test_option_of_chat_that_is_not_offered_is_refused_by_name(caller, options, 
     with pytest.raises(openai.UnprocessableEntityError) as raised:
         caller.call("chat.completions.create", **{"model": "yuan", "messages": QUESTION, **options})
     assert raised.value.param == param
+
+
+def is_refused_by_name(caller, method, options):
+    try:
+        caller.call(method, **options)
+    except openai.UnprocessableEntityError as error:
+        return error.param
+    return None
+
+
+@pytest.mark.parametrize("method", ["completions.create", "chat.completions.create"])
+def test_every_parameter_of_the_client_is_either_served_or_refused_by_its_name(caller, method):
+    """Read the parameters from the client's own signature, so that a newer client's are tested too."""
+    required = {"prompt": "abc"} if method == "completions.create" else {"messages": QUESTION}
+    create = operator.attrgetter(method)(openai.OpenAI(api_key="x"))
+    of_http = {"extra_headers", "extra_query", "extra_body", "timeout"}
+    parameters = set(inspect.signature(create).parameters) - of_http - {"model", *required}
+    assert {"stop", "seed", "logit_bias", "stream_options"} <= parameters
+    fixed = {"model": "yuan", **required, "max_tokens": 2}
+    refused = {}
+    for name in sorted(parameters):
+        assert is_refused_by_name(caller, method, {**fixed, name: None}) is None, name
+        refused[name] = is_refused_by_name(caller, method, {**fixed, "extra_body": {name: {"x": [1]}}})
+    served = {name for name, param in refused.items() if param is None}
+    assert served == IGNORED_FIELDS & parameters
+    assert all(param.split(".")[0] == name for name, param in refused.items() if param)
+
+
+def test_unknown_query_parameter_and_route_are_errors_of_the_one_shape(caller):
+    with pytest.raises(openai.UnprocessableEntityError) as raised:
+        caller.call("completions.create", model="yuan", prompt="a", extra_query={"api-version": "1"})
+    assert raised.value.param == "api-version"
+    with pytest.raises(openai.NotFoundError) as missing:
+        caller.call("embeddings.create", model="yuan", input="a")
+    assert missing.value.type == "http" and missing.value.body["message"]
+
+
+def test_helper_of_the_client_for_streams_gives_the_whole_answer(portal_url, account):
+    options = {"model": "yuan", "messages": QUESTION, "max_tokens": 9}
+    with openai.OpenAI(base_url=f"{portal_url}/v1", api_key=account.token, max_retries=0) as client:
+        text = client.chat.completions.create(**options).choices[0].message.content
+        options["stop"] = text[4:]  # the helper raises if an answer ends by its length
+        whole = client.chat.completions.create(**options)
+        assert (whole.choices[0].finish_reason, bool(whole.choices[0].message.content)) == ("stop", True)
+        with client.chat.completions.stream(**options, stream_options={"include_usage": True}) as stream:
+            assert {event.type for event in stream} >= {"chunk", "content.delta", "content.done"}
+            final = stream.get_final_completion()
+        raw = client.chat.completions.with_raw_response.create(**options)
+    assert (
+        final.choices[0].message.content == whole.choices[0].message.content == raw.parse().choices[0].message.content
+    )
+    assert final.usage == whole.usage and raw.headers["x-yuan-version"] == str(VERSION)
+
+
+@pytest.mark.parametrize(
+    ("messages", "status", "param", "text"),
+    [
+        ([{"role": "user", "content": "a" * 100_000}], 413, None, "65536 bytes"),
+        ([{"role": "user", "content": "a"}] * 10_000, 413, None, "65536 bytes"),
+        ([{"role": "user", "content": "a" * 60_000}], 400, None, "window"),
+        ([{"role": "user", "content": "a"}] * 1800, 400, None, "window"),
+        ([{"role": "user", "content": [{"type": "text", "text": "ab"}] * 1800}], 400, None, "window"),
+        ([{"role": "user", "content": "a"}, {"role": "user", "content": " \n"}], 422, "messages", "blank|white space"),
+        ([{"role": "user", "content": []}], 422, "messages", "white space"),
+    ],
+)
+def test_long_and_blank_conversations_are_client_errors(caller, messages, status, param, text):
+    with pytest.raises(openai.APIStatusError, match=text) as raised:
+        caller.call("chat.completions.create", model="yuan", messages=messages)
+    assert (raised.value.status_code, raised.value.param) == (status, param)
 
 
 def test_history_with_parts_and_an_answer_without_content_is_accepted(caller):

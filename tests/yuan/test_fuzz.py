@@ -26,6 +26,8 @@ from yuan.data.checkers import Checker, Choice, Exact, Numeric
 from yuan.data.file_formats import HEAD_BYTES, describe_foreign_format
 from yuan.data.rows import BadRow, Row, dump_rows, parse_rows
 from yuan.data.text import MAX_TEXT_CHARS, BadJson, normalize_text, parse_json
+from yuan.generate.sampling import ChosenToken, Sampling
+from yuan.generate.sequence import DecodingSequence
 from yuan.model import weights
 from yuan.model.convert import export_hf, import_hf
 from yuan.model.transformer import Yuan
@@ -529,6 +531,29 @@ def test_tokens_that_arrive_one_by_one_have_the_text_of_all_together(num_cases, 
         assert "".join([*map(decoder.add, tokens), decoder.finish()]) == any_tokenizer.decode(tokens)
 
     fuzz(num_cases, st.lists(parts, max_size=6), check)
+
+
+@each_size
+def test_streamed_text_is_all_text_before_the_first_stop_string(num_cases, any_tokenizer):
+    words = st.text("ab 加\ufffd", min_size=1, max_size=3)
+    ids = st.integers(0, any_tokenizer.num_pieces - 1) | st.sampled_from(any_tokenizer.encode("ab a加b"))
+
+    def check(case):
+        tokens, stop = case
+        sampling = Sampling(max_tokens=len(tokens), stop=tuple(stop))
+        sequence = DecodingSequence([any_tokenizer.sep], sampling, any_tokenizer, 100)
+        shown = ""
+        for token in tokens:
+            if sequence.finish_reason is None:
+                sequence.add_token(ChosenToken(token))
+                shown += sequence.take_new_text()
+        text = any_tokenizer.decode(sequence.tokens).replace("\0", "\ufffd")
+        ends = [start for word in stop if (start := text.find(word)) >= 0]
+        assert shown == sequence.text == text[: min(ends, default=None)]
+        assert sequence.finish_reason == "stop" or (not ends and len(sequence.tokens) == len(tokens))
+
+    cases = st.tuples(st.lists(ids, min_size=1, max_size=12), st.lists(words, max_size=3))
+    fuzz(num_cases, cases, check)
 
 
 @each_size

@@ -62,41 +62,42 @@ class DecodingSequence:
         self._pending_draw = None
         if chosen.token in self._end_ids:
             self._ended_by_token = True
+            self._held_text += self._decoder.finish()
+            self._cut_at_stop_string()
             return self._finish("stop")
         self.tokens.append(chosen.token)
         self.chosen.append(chosen)
         self._held_text += self._decoder.add(chosen.token).replace("\0", REPLACEMENT_CHARACTER)
+        if self._cut_at_stop_string():
+            return self._finish("stop")
+        self._release(len(self._held_text) - self._count_held_characters())
+        if len(self.tokens) == self.max_new_tokens:
+            self._held_text += self._decoder.finish()
+            self._finish("stop" if self._cut_at_stop_string() else "length")
+
+    def _cut_at_stop_string(self) -> bool:
+        """Cut the held text before the first stop string in it; return True if there is one."""
         starts = [start for word in self.sampling.stop if (start := self._held_text.find(word)) >= 0]
         if starts:
             self._held_text = self._held_text[: min(starts)]
-            return self._finish("stop", is_cut=True)
-        self._release(len(self._held_text) - self._count_held_characters())
-        if len(self.tokens) == self.max_new_tokens:
-            self._finish("length")
+        return bool(starts)
 
     def _count_held_characters(self) -> int:
         """Return the length of the longest end of the held text with which a stop string begins."""
-        lengths = (
-            next(
-                (
-                    n
-                    for n in range(min(len(word) - 1, len(self._held_text)), 0, -1)
-                    if self._held_text.endswith(word[:n])
-                ),
-                0,
-            )
-            for word in self.sampling.stop
-        )
-        return max(lengths, default=0)
+        length = 0
+        for word in self.sampling.stop:
+            for longer in range(min(len(word) - 1, len(self._held_text)), length, -1):
+                if self._held_text.endswith(word[:longer]):
+                    length = longer
+                    break
+        return length
 
     def _release(self, num_characters: int) -> None:
         if num_characters:
             self._stable_parts.append(self._held_text[:num_characters])
             self._held_text = self._held_text[num_characters:]
 
-    def _finish(self, reason: str, *, is_cut: bool = False) -> None:
-        if not is_cut:
-            self._held_text += self._decoder.finish()
+    def _finish(self, reason: str) -> None:
         self._release(len(self._held_text))
         self.text, self.finish_reason = "".join(self._stable_parts), reason
 

@@ -190,7 +190,8 @@ class DecodingFields(BaseModel):
         kept = {name: value for name, value in data.items() if value is not None and name not in IGNORED_FIELDS}
         for name in [name for name in kept if name not in cls.model_fields]:
             if name not in UNSUPPORTED_FIELDS or not _has_no_effect(kept[name], UNSUPPORTED_FIELDS[name]):
-                raise make_rule_error(name, f"{make_printable(name)} is not supported by this route; leave it out")
+                shown = make_printable(name) or "a field without a name"
+                raise make_rule_error(name, f"{shown} is not supported by this route; leave it out")
             del kept[name]
         return kept
 
@@ -275,7 +276,8 @@ class Message(BaseModel):
         for name in [name for name in kept if name not in cls.model_fields]:
             neutral = UNSUPPORTED_MESSAGE_FIELDS.get(name)
             if neutral is None or not _has_no_effect(kept[name], neutral):
-                raise make_rule_error(name, f"{make_printable(name)} of a message is not supported; leave it out")
+                shown = make_printable(name) or "a field without a name"
+                raise make_rule_error(name, f"{shown} of a message is not supported; leave it out")
             del kept[name]
         return kept
 
