@@ -77,10 +77,18 @@ def test_value_outside_an_options_choices_is_rejected_and_help_lists_the_choices
     assert f"<{choices}>" in shown
 
 
-@pytest.mark.parametrize("change", ["A100", "A100:x", "A100:²", "A100:-1"])
-def test_pool_change_without_a_device_count_is_rejected(change):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("A100", "a change is written CLASS:N, got 'A100'"),
+        ("A100:x", "N must be a whole number from 1 to 1,000,000, got 'x'"),
+        ("A100:²", "N must be a whole number from 1 to 1,000,000, got '²'"),
+        ("A100:-1", "N must be a whole number from 1 to 1,000,000, got '-1'"),
+    ],
+)
+def test_pool_change_without_a_device_count_is_rejected(change, message):
     result = CliRunner().invoke(app, ["plan", "--model", "tiny", "--lost", change])
-    assert result.exit_code == 2 and f"a change is written CLASS:N, got {change!r}" in " ".join(result.stderr.split())
+    assert result.exit_code == 2 and f"--lost: {message}" in " ".join(result.stderr.split())
 
 
 def test_version_with_too_many_digits_is_rejected_without_a_query():

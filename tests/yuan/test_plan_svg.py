@@ -51,12 +51,12 @@ def test_texts_and_boxes_lie_within_their_margins(counts, stages):
     for text, content in texts:
         title = text.find(f"{SVG}title")
         shown = content.removeprefix(title.text if title is not None else "")
-        left, size = float(text.get("x")), float(text.get("font-size", 11))
-        assert left + MAX_CHAR_WIDTH * size * len(shown) <= PICTURE_WIDTH_PX + 8, shown
-        if left == 4 and ": " in shown:
-            assert left + MAX_CHAR_WIDTH * size * len(shown) <= LEFT_MARGIN_PX + 8, shown
-    for _, left, right, title in list_boxes(root):
-        assert left + 0.1 >= LEFT_MARGIN_PX and right <= PICTURE_WIDTH_PX - RIGHT_MARGIN_PX + 0.3, title
+        x_left, size = float(text.get("x")), float(text.get("font-size", 11))
+        assert x_left + MAX_CHAR_WIDTH * size * len(shown) <= PICTURE_WIDTH_PX + 8, shown
+        if x_left == 4 and ": " in shown:
+            assert x_left + MAX_CHAR_WIDTH * size * len(shown) <= LEFT_MARGIN_PX + 8, shown
+    for _, x_left, x_right, title in list_boxes(root):
+        assert x_left + 0.1 >= LEFT_MARGIN_PX and x_right <= PICTURE_WIDTH_PX - RIGHT_MARGIN_PX + 0.3, title
     contents = [content for _, content in texts]
     assert {"GiB", "s", "forward", "backward, with recomputation", "limit of the device"} <= set(contents)
     assert all(any(stage.device_class in content for content in contents) for stage in plan.stages)
@@ -79,9 +79,9 @@ def test_a_long_timeline_is_cut_where_every_stage_is_complete_and_says_so():
     num_shown = int(heading.split("in which ")[1].split()[0])
     assert {"cut here,", f"{960 - num_shown} more"} <= set(texts)
     passes = [box for box in list_boxes(root) if box[3].startswith("micro-batch")]
-    rights = [right for _, _, right, _ in passes]
+    rights = [x_right for _, _, x_right, _ in passes]
     # Near the cut the stages still take turns of both passes, as in the middle of the step.
-    late = {fill for fill, left, _, _ in passes if left > max(rights) - 20}
+    late = {fill for fill, x_left, _, _ in passes if x_left > max(rights) - 20}
     assert len(late) == 2 and max(rights) <= PICTURE_WIDTH_PX - RIGHT_MARGIN_PX + 0.3
 
 
