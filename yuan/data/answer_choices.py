@@ -24,6 +24,7 @@ _LETTER = rf"(?<![{_WORD}])(?<![{_WORD}]-)[(\[]?[A-Z](?![{_WORD}]|-[{_WORD}]|\+\
 _SEPARATOR = r"(?:(?:\s?,)?\s?(?:and/or|and|or|as\swell\sas)\b|\s?(?:[,、，/&+]|和|与|及|或者?|以及|还是))\s?"
 _LETTERS_IN_ORDER = rf"(?<![{_WORD}])(?=[A-H]{{2,8}}(?![{_WORD}]))A?B?C?D?E?F?G?H?(?![{_WORD}])"
 _LETTER_LIST = rf"(?:{_LETTER}(?:{_SEPARATOR}{_LETTER})*|{_LETTERS_IN_ORDER})"
+_CAPITALS_PATTERN = re.compile("[A-Z]+")
 _LETTER_LIST_PATTERN = re.compile(_LETTER_LIST)
 
 # An answer that is a letter, or starts with one as "B. Paris" or "(b) Paris" do.
@@ -68,6 +69,7 @@ _DENIED_BEFORE_PATTERN = re.compile(
     r"|(?:排除(?:了|掉)?|而非|并非|不是[^,，。]{1,8}就是)\s?(?:选项|答案)?\s?$",
     re.IGNORECASE,
 )
+_DENIED_BEFORE_ENDS = frozenset(" \n选择是为项案除了掉非")  # the last characters of what this pattern matches
 _DENIED_BEHIND_PATTERN = re.compile(
     r"\s?(?:[两二三四]?个?选?项)?(?:的?说法|答案)?\s?"
     r"(?:(?:is|are|was|were|seems?|looks?)\s(?:(?:also|clearly|definitely|probably|obviously|all|both)\s)?"
@@ -160,8 +162,10 @@ def _has_denial(text: str) -> bool:
 
 def _mask_if_denied(letters: re.Match[str]) -> str:
     """Return a list of letters, or a character that is no letter in its place if the text rules these letters out."""
-    before = letters.string[max(0, letters.start() - _LETTER_CONTEXT_CHARS) : letters.start()]
-    is_denied = _DENIED_BEHIND_PATTERN.match(letters.string, letters.end()) or _DENIED_BEFORE_PATTERN.search(before)
+    text, start = letters.string, letters.start()
+    is_denied = _DENIED_BEHIND_PATTERN.match(text, letters.end())
+    if not is_denied and start > 0 and text[start - 1] in _DENIED_BEFORE_ENDS:
+        is_denied = _DENIED_BEFORE_PATTERN.search(text[max(0, start - _LETTER_CONTEXT_CHARS) : start])
     return "_" if is_denied else letters[0]
 
 
@@ -218,5 +222,5 @@ def _read_leading(text: str) -> frozenset[str]:
 
 
 def _collect_letters(text: str) -> frozenset[str]:
-    words = re.findall(r"[A-Z]+", text)
-    return frozenset("".join(word for word in words if word not in ("AND", "OR")))
+    words = _CAPITALS_PATTERN.findall(text)
+    return frozenset(words[0] if len(words) == 1 else "".join(word for word in words if word not in ("AND", "OR")))

@@ -16,6 +16,7 @@ from yuan.data.text import INVISIBLE_CHARS
 Rational = int | Fraction
 
 MAX_NUMBER_CHARS = 200
+MAX_GAP_CHARS = 80  # between two numbers that are alternatives, a range or terms of a calculation
 MAX_EXPONENT = 200  # of the powers and of the scientific notation that are read
 
 _MINUS_SIGNS = "\u2212\u2010\u2011\u2012\u2013\ufe63"
@@ -44,9 +45,14 @@ _LATEX_SUBSTITUTIONS = tuple(
         (r"\\(?:times|cdot)(?![A-Za-z])", "×"),
         (r"\\pm(?![A-Za-z])", "±"),
         (r"\\%", "%"),
-        (r"\\(?:text|textbf|mathrm|mathbf|mbox)\s?\{([^{}]{0,200})\}", r" \1"),
         (r"\^\s?(?:\{\s?\\circ\s?\}|\\circ(?![A-Za-z]))", "°"),
         (r"\^\s?\{\s?([-+]?\d{1,6})\s?\}", r"^\1"),
+        (r"\\(?:text|textbf|mathrm|mathbf|mbox)\s?\{([^{}]{0,200})\}", r" \1"),
+    )
+)
+_MARKUP_SUBSTITUTIONS = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
         (r"(?<=\d)\*\*(?=\d)", "^"),  # Python's power
         (r"(?<=\w)(?:[$*`]{2,}|[$`])(?=\w)", " "),  # US$5
         (r"\\?\$|[*`]{2,}|`|\\[()\[\]]", ""),
@@ -193,6 +199,7 @@ _BOUND_ENDS = (
     "到",
     "足",
 )
+_TERM_OR_BOUND_ENDS = _TERM_ENDS + _BOUND_ENDS
 _NUMBER_CONTEXT_CHARS = 40  # characters before and behind a number that are searched for signs, negations and bounds
 
 
@@ -232,8 +239,12 @@ def _clean(text: str) -> str:
     if not text.isascii() and _FOREIGN_CHAR_PATTERN.search(text):
         text = _SUPERSCRIPT_PATTERN.sub(lambda match: "^" + match[0].translate(_SUPERSCRIPTS), text)
         text = text.translate(_NUMBER_CHARS)
-    if "\\" in text or "$" in text or "`" in text or "{" in text or "**" in text:
+    has_command = "\\" in text
+    if has_command or "{" in text:
         for pattern, replacement in _LATEX_SUBSTITUTIONS:
+            text = pattern.sub(replacement, text)
+    if has_command or "$" in text or "`" in text or "**" in text:
+        for pattern, replacement in _MARKUP_SUBSTITUTIONS:
             text = pattern.sub(replacement, text)
     if "<" in text:
         text = _TAG_PATTERN.sub(" ", text)
@@ -317,7 +328,9 @@ def _is_one_of_several(text: str, numbers: Sequence[re.Match[str]], index: int) 
         previous, following = numbers[first], numbers[second]
         gap = _get_gap(text, previous, following)
         is_list = (
-            _LIST_PATTERN.fullmatch(gap) or _ASSIGNMENT_PATTERN.fullmatch(gap) or _is_joined(text, previous, following)
+            _LIST_PATTERN.fullmatch(gap)
+            or _ASSIGNMENT_PATTERN.fullmatch(gap)
+            or _is_joined(text, previous, following, gap)
         )
         if is_list or _is_alternative(gap):
             values = set(_read_number(text, previous))
@@ -341,9 +354,8 @@ def _get_gap(text: str, previous: re.Match[str], following: re.Match[str], *, ha
     return gap if has_sign else gap.rstrip("-$")
 
 
-def _is_joined(text: str, previous: re.Match[str], following: re.Match[str]) -> bool:
+def _is_joined(text: str, previous: re.Match[str], following: re.Match[str], gap: str) -> bool:
     """Return true for ranges, parts of one number ("1亿2000万") and pairs in brackets."""
-    gap = _get_gap(text, previous, following)
     if _RANGE_PATTERN.fullmatch(gap):
         return True
     before = text[max(0, previous.start() - _NUMBER_CONTEXT_CHARS) : previous.start()]
@@ -371,10 +383,12 @@ def _read_last(text: str) -> tuple[Rational, ...]:
     if not values or len(numbers) == 1:
         return values
     gap = _get_gap(text, numbers[-2], numbers[-1])
+    if len(gap) > MAX_GAP_CHARS:
+        return values
     if _OPERATOR_PATTERN.fullmatch(gap):
         return ()
     is_one_of_several = (
-        _is_alternative(gap) or _ASSIGNMENT_PATTERN.fullmatch(gap) or _is_joined(text, numbers[-2], numbers[-1])
+        _is_alternative(gap) or _ASSIGNMENT_PATTERN.fullmatch(gap) or _is_joined(text, numbers[-2], numbers[-1], gap)
     )
     return () if is_one_of_several and set(values).isdisjoint(_read_number(text, numbers[-2])) else values
 
@@ -430,6 +444,8 @@ def _read_number(text: str, match: re.Match[str]) -> tuple[Rational, ...]:
         return (numeral, numeral * 100) if match[0].lstrip("负").startswith("百分之") else (numeral,)
 
     sign = _find_sign(before) if before else "+"
+    if match.lastgroup == "whole" and sign != "±" and match[0].isdigit():
+        return (-int(match[0]) if sign == "-" else int(match[0]),)
     if match["several"] or sign == "±":
         return ()
     magnitude = _compute_magnitude(match)
@@ -449,6 +465,8 @@ def _read_number(text: str, match: re.Match[str]) -> tuple[Rational, ...]:
 def _is_term_or_bound(before: str) -> bool:
     """Return true if the text before a number makes it a part of a term, or a bound."""
     end = before.rstrip(" -$").lower()
+    if not end.endswith(_TERM_OR_BOUND_ENDS):
+        return False
     if end.endswith(_TERM_ENDS) and _ATTACHED_BEFORE_PATTERN.search(before):
         return True
     return end.endswith(_BOUND_ENDS) and bool(_BOUND_PATTERN.search(before))
@@ -472,8 +490,6 @@ def _find_sign(before: str) -> str:
 
 def _compute_magnitude(match: re.Match[str]) -> Rational | None:
     """Compute a number without its sign; None if it divides by zero or its exponent is too large."""
-    if match.lastgroup == "whole" and match[0].isdigit():
-        return int(match[0])
     if match["vulgar"]:
         return _read_vulgar_fraction(match["vulgar"])
     written = match["whole"] or "0"

@@ -90,8 +90,13 @@ class Numeric(_CheckerBase):
         return self
 
     @cached_property
-    def _exact_value(self) -> Fraction:
-        return Fraction(self.value)
+    def _exact_value(self) -> Fraction | int:
+        value = Fraction(self.value)
+        return value.numerator if value.denominator == 1 else value  # integers compare faster
+
+    @cached_property
+    def _is_exact(self) -> bool:
+        return self.tolerance == 0
 
     @cached_property
     def _exact_tolerance(self) -> Fraction:
@@ -101,7 +106,9 @@ class Numeric(_CheckerBase):
         readings = read_final_number(text)
         if self._exact_value in readings:
             return True
-        return any(abs(number - self._exact_value) <= self._exact_tolerance for number in readings)
+        return not self._is_exact and any(
+            abs(Fraction(number) - self._exact_value) <= self._exact_tolerance for number in readings
+        )
 
 
 class Choice(_CheckerBase):
