@@ -1,8 +1,8 @@
 """Time to check an answer with `exact`, `numeric` and `choice`: `python benchmarks/eval_checkers.py`, half a minute.
 
-The answers are those of `tests/yuan/checker_answers.jsonl`, in turns; the goal is 10 microseconds of processor time an answer. The growth
-compares answers of 20,000 and 2,000 characters of patterns on which regular expressions backtrack: linear time gives
-10, quadratic time 100.
+The answers are those of `tests/yuan/checker_answers.jsonl`, in turns; the goal is 10 microseconds of processor time an
+answer. The growth compares answers of 20,000 and 2,000 characters of patterns on which regular expressions backtrack:
+linear time gives 10, quadratic time 100.
 """
 
 import json
