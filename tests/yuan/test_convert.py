@@ -469,6 +469,15 @@ def test_entry_that_is_no_file_or_only_a_pointer_is_named(write_published, tmp_p
         import_hf(folder, tmp_path / "ours")
 
 
+def test_shards_without_their_index_are_named_with_the_index(published_folder, tmp_path):
+    for file in published_folder.glob("*.safetensors"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(
+        ValueError, match=r"model-00001-of-.* without an index; download model\.safetensors\.index\.json"
+    ):
+        import_hf(tmp_path, tmp_path / "ours")
+
+
 def test_links_of_a_download_cache_are_followed(write_published, tmp_path):
     folder, cache = write_published(), tmp_path / "cache"
     cache.mkdir()

@@ -1,6 +1,7 @@
 """Our own tokenizer, and the published one."""
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,23 @@ def test_text_never_encodes_to_special_tokens_and_these_decode_to_empty_text(fix
         assert set(ids).isdisjoint(tokenizer.special.values())
         assert tokenizer.decode(ids) == text
     assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.special[token]]) == "a"
+
+
+@pytest.mark.parametrize("fixture_name", ["own_tokenizer", "published_tokenizer"])
+def test_mixed_texts_round_trip_and_have_the_same_text_token_by_token(fixture_name, request):
+    tokenizer = request.getfixturevalue(fixture_name)
+    parts = [
+        *tokenizers.SPECIAL_TOKENS,
+        *("<unk>", "<s>", "<0x41>", "\u2581", " ", "  ", "\n", "\r\n", "\t", "加", "龘"),
+    ]
+    parts += ["e\u0301", "😀", "\u200b", "\ufeff", "\0", "ab", "12"]
+    source = random.Random(0)
+    for _ in range(500):
+        text = "".join(source.choices(parts, k=source.randrange(8)))
+        ids, decoder = tokenizer.encode(text), tokenizers.TextDecoder(tokenizer)
+        assert {*tokenizer.special.values(), 0, 1, 2}.isdisjoint(ids)
+        assert tokenizer.decode(ids) == text.replace(tokenizers.SPACE_MARK, " ")
+        assert "".join([*map(decoder.add, ids), decoder.finish()]) == tokenizer.decode(ids)
 
 
 def test_ids_beyond_the_pieces_decode_to_empty_text(published_tokenizer):

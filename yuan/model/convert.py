@@ -21,7 +21,7 @@ from yuan.safe_files import has_input_file, read_input_file
 
 DTYPES_BY_NAME = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PUBLISHED_TOKEN_IDS = {"eod": 77185, "sep": 77187}
-COMPARED_ROWS = 4096  # of a matrix at a time
+COMPARED_ROWS = 256  # of a matrix at a time
 MAX_MODEL_NAME_CHARS = 100
 GENERATION_CONFIG_FILE = "generation_config.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"

@@ -111,6 +111,10 @@ class TensorReader:
             return dict.fromkeys(self._read_headers(PICKLED_WEIGHTS_FILE), PICKLED_WEIGHTS_FILE)
         if has_input_file(self.folder / PICKLED_WEIGHTS_INDEX_FILE):
             return self._read_index(PICKLED_WEIGHTS_INDEX_FILE)
+        for pattern, index in (("*.safetensors", WEIGHTS_INDEX_FILE), ("*.bin", PICKLED_WEIGHTS_INDEX_FILE)):
+            if shards := sorted(file.name for file in self.folder.glob(pattern)):
+                names = _list_some(list(map(_format_name, shards)))
+                raise ValueError(f"{self.folder} has {names} without an index; download {index} next to them")
         raise ValueError(
             f"{self.folder} has no weights; put {WEIGHTS_FILE}, {WEIGHTS_INDEX_FILE}, {PICKLED_WEIGHTS_FILE} or "
             f"{PICKLED_WEIGHTS_INDEX_FILE} there"
