@@ -261,7 +261,7 @@ def show_simulation(gaps: list[float]) -> bool:
     """Print the largest deviation of the simulated pipeline from the time model."""
     worst = max(gaps, key=abs)
     summary = make_line(
-        "makespan, simulation over time model",
+        "step of the returned plan, simulation over time model",
         round(worst, 4),
         "worst",
         goal="within 3 %",
