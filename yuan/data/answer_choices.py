@@ -23,7 +23,7 @@ _WORD = "A-Za-z0-9\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u052f\u1e00-\u1fff"
 _LETTER = rf"(?<![{_WORD}])(?<![{_WORD}]-)[(\[]?[A-Z](?![{_WORD}]|-[{_WORD}]|\+\+|\#)[)\]]?"
 _SEPARATOR = r"(?:(?:\s?,)?\s?(?:and/or|and|or|as\swell\sas)\b|\s?(?:[,、，/&+]|和|与|及|或者?|以及|还是))\s?"
 _LETTERS_IN_ORDER = rf"(?<![{_WORD}])(?=[A-H]{{2,8}}(?![{_WORD}]))A?B?C?D?E?F?G?H?(?![{_WORD}])"
-_LETTER_LIST = rf"(?:{_LETTER}(?:{_SEPARATOR}{_LETTER})*|{_LETTERS_IN_ORDER})"
+_LETTER_LIST = rf"(?=[(\[A-Z])(?:{_LETTER}(?:{_SEPARATOR}{_LETTER})*|{_LETTERS_IN_ORDER})"
 _CAPITALS_PATTERN = re.compile("[A-Z]+")
 _LETTER_LIST_PATTERN = re.compile(_LETTER_LIST)
 
@@ -37,6 +37,7 @@ _LABELED_LINE_PATTERN = re.compile(r"\n[ \t]{0,8}[(\[]?[A-Z]\s?[.):：、\]]")
 
 _CHOICE_CUE_PATTERN = re.compile(
     r"""
+    (?=[acops\#答正符选故应因所可])(?:  # the first characters of the cues: most characters need no other test
     \b(?:answer|choice|option)\b(?:\s(?:to|for|of)\b[^.!?:=\n]{1,80}?)?
     (?:\s(?:is|are|was|must\ be|should\ be|would\ be)\b
          (?:\s(?:therefore|then|thus|clearly|probably|option|choice|either|indeed)\b)*\s?:?
@@ -47,6 +48,7 @@ _CHOICE_CUE_PATTERN = re.compile(
   | (?:答案|正确的?选项|正解)(?:应该|应当|应|就|也)?\s?(?:是|为|选|：|:)+ | 答\s?[:：]
   | (?<!不)(?:正确|符合题意)的(?:选项)?[是为]
   | (?<![不别非没勿])(?:故|应该?|因此|所以|可|可以)?选(?!项|择题)(?:择|出|取)?(?:的是|了|：|:)?(?:选项)?
+    )
     """,
     re.VERBOSE | re.IGNORECASE,
 )
@@ -110,13 +112,16 @@ def read_choices(text: str) -> frozenset[str]:
     if _LONE_PATTERN.fullmatch(text):
         return _collect_letters(text.upper())
 
-    text = _PRONOUN_PATTERN.sub("_", text)
-    if _has_denial(text.lower()):
+    if "A" in text or "I" in text:
+        text = _PRONOUN_PATTERN.sub("_", text)
+    lowered = text.lower()
+    if _has_denial(lowered):
         text = _LETTER_LIST_PATTERN.sub(_mask_if_denied, text)
-    statements = list(find_statements(text, _CHOICE_CUE_PATTERN)) if _has_cue(text.lower()) else []
-    if letters := _read_statements(text, statements):
-        return letters
-    text = cut_denied(text, statements)
+    if _has_cue(lowered):
+        statements = list(find_statements(text, _CHOICE_CUE_PATTERN))
+        if letters := _read_statements(text, statements):
+            return letters
+        text = cut_denied(text, statements)
     lists = list(_LETTER_LIST_PATTERN.finditer(text))
     if affirmed := [letters[0] for letters in lists if _AFFIRMED_BEHIND_PATTERN.match(text, letters.end())]:
         return frozenset().union(*map(_collect_letters, affirmed))

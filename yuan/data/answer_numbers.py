@@ -107,6 +107,7 @@ _BULLET_PATTERN = re.compile(r"\n\s?-\s$")
 
 _NUMBER_CUE_PATTERN = re.compile(
     r"""
+    (?=[ar\#答结得])(?:  # the first characters of the cues: most characters need no other test
     \#{4}
   | \b(?:answer|result)s?
     (?:\s(?:to|for|of)\b[^.!?:=\n]{1,80}?)?
@@ -115,6 +116,7 @@ _NUMBER_CUE_PATTERN = re.compile(
   | \bans\s?[.:=]
   | (?:答案|结果|得数)(?:应该|应当|应|就|也)?\s?(?:是|为|等于|得|[:=])[:=]?
   | 答\s?:
+    )
     """,
     re.VERBOSE | re.IGNORECASE,
 )
@@ -220,13 +222,15 @@ def read_final_number(text: str) -> tuple[Rational, ...]:
         values = _read_statement(boxed, numbers)
         if values is not None:
             return values
-    statements = list(find_statements(text, _NUMBER_CUE_PATTERN)) if _has_cue(text.lower()) else []
-    for statement in reversed(statements):
-        if not statement.is_denied and (numbers := find_numbers(statement.text)):
-            values = _read_statement(statement.text, numbers)
-            if values is not None:
-                return values
-    return _read_last(cut_denied(text, statements))
+    if _has_cue(text.lower()):
+        statements = list(find_statements(text, _NUMBER_CUE_PATTERN))
+        for statement in reversed(statements):
+            if not statement.is_denied and (numbers := find_numbers(statement.text)):
+                values = _read_statement(statement.text, numbers)
+                if values is not None:
+                    return values
+        text = cut_denied(text, statements)
+    return _read_last(text)
 
 
 def _has_cue(text: str) -> bool:

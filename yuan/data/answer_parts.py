@@ -77,7 +77,7 @@ def find_statements(text: str, cue: re.Pattern[str]) -> Iterator[Statement]:
         end = SENTENCE_END_PATTERN.search(statement)
         is_question = end is not None and end[0] in "?？"
         before = text[max(0, match.start() - _CUE_CONTEXT_CHARS) : match.start()]
-        is_denied = _has_denial(before.lower()) and bool(_DENIED_CUE_PATTERN.search(before))
+        is_denied = before != "" and _has_denial(before.lower()) and bool(_DENIED_CUE_PATTERN.search(before))
         content = statement[: end.start()] if end else statement
         yield Statement(
             start=match.start(),
