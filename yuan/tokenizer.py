@@ -50,7 +50,8 @@ class Tokenizer:
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise ValueError(f"not a SentencePiece model ({str(error).strip()[:100]}); fetch it again") from None
+            reason = str(error).strip()[:100]  # may have bytes of the file
+            raise ValueError(f"not a SentencePiece model ({reason!r}); fetch it again") from None
         self.num_pieces = int(self._pieces.get_piece_size())
         self.special: dict[str, int] = {}
         for token in SPECIAL_TOKENS:

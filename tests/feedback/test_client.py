@@ -5,13 +5,11 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from feedback.client import Client, PortalError
+from tests.fuzzing import JSON_VALUES, each_size, fuzz
 
-NUM_QUICK_CASES = 100
-NUM_LONG_CASES = 10_000
 MOMENT = "2026-01-01T00:00:00Z"
 REPORT = {
     "id": "a",
@@ -55,8 +53,6 @@ DATASET = {
     "bad_rows": [],
     "timeline": [],
 }
-SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=10))
-JSON_VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner))
 CALLS = {
     "feedback": (REPORT, lambda client: client.feedback("a")),
     "all_feedback": ([REPORT], lambda client: client.all_feedback()),
@@ -135,7 +131,7 @@ def read_answer(client, name):
         return error
 
 
-@pytest.mark.parametrize("num_cases", [NUM_QUICK_CASES, pytest.param(NUM_LONG_CASES, marks=pytest.mark.slow)])
+@each_size
 def test_any_answer_is_a_record_or_one_error(num_cases, server, client):
     @st.composite
     def cases(draw):
@@ -150,5 +146,4 @@ def test_any_answer_is_a_record_or_one_error(num_cases, server, client):
         answer = read_answer(client, name)
         assert not isinstance(answer, PortalError) or (answer.body.message and answer.status == status)
 
-    suppressed = (HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.large_base_example)
-    settings(max_examples=num_cases, deadline=None, suppress_health_check=suppressed)(given(cases())(check))()
+    fuzz(num_cases, cases(), check)

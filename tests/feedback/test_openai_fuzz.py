@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 from tests.feedback.test_openai_client import VERSION, portal_url, served  # noqa: F401
-from tests.yuan.test_fuzz import ANY_TEXT, JSON_VALUES, each_size, fuzz
+from tests.fuzzing import ANY_TEXT, JSON_VALUES, each_size, fuzz
 from yuan.serve.schemas import IGNORED_FIELDS, UNSUPPORTED_FIELDS, ChatIn, CompletionIn
 
 REQUIRED = {

@@ -6,7 +6,6 @@
 import json
 
 import pytest
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from sqlalchemy import select
@@ -14,22 +13,16 @@ from sqlalchemy import select
 from feedback.contracts import AccountWithdrawalIn, ContributorIn, FeedbackIn, RoundParameters, WithdrawalIn
 from feedback.tables import Feedback
 from infra.database import make_session_factory
+from tests.fuzzing import ANY_TEXT, JSON_VALUES, NUM_QUICK_CASES, SCALARS, each_size, fuzz
 from yuan.data.text import describe_errors, find_unstorable
 
-NUM_QUICK_CASES = 100
-NUM_LONG_CASES = 10_000
 MAX_MESSAGE_CHARACTERS = 2000
 JSON_HEADERS = {"Content-Type": "application/json"}
-ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=30)
 PLAIN_TEXT = st.one_of(
     st.sampled_from(
         ["4", "5", "B", "四十二", " 4 ", "a\r\nb", "x²", "½", "\u200b4", "加" * 3000, "x" * 20_001, "\ud83d", "\0"]
     ),
     st.text(min_size=1, max_size=20),
-)
-SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), ANY_TEXT)
-JSON_VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ANY_TEXT, inner, max_size=4)
 )
 NUMBERS = st.one_of(st.integers(0, 6), st.integers(), st.floats(), st.sampled_from([10**400, 1e308, "5", True]))
 CHECKERS = st.fixed_dictionaries(
@@ -104,16 +97,11 @@ def bodies(draw, schema):
     return body
 
 
-def fuzz(num_cases, strategy, check):
-    suppressed = (HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.large_base_example)
-    settings(max_examples=num_cases, deadline=None, suppress_health_check=suppressed)(given(strategy)(check))()
-
-
 def check_message(message):
     assert message and message.isprintable() and len(message) <= MAX_MESSAGE_CHARACTERS, message
 
 
-@pytest.mark.parametrize("num_cases", [NUM_QUICK_CASES, pytest.param(NUM_LONG_CASES, marks=pytest.mark.slow)])
+@each_size
 @pytest.mark.parametrize("schema", FIELDS_BY_SCHEMA, ids=lambda schema: schema.__name__)
 def test_any_body_is_valid_or_refused_with_a_printable_line(schema, num_cases):
     def check(body):

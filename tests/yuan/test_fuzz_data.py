@@ -1,0 +1,81 @@
+"""Hostile rows, JSON and files: only documented errors, each one printable line.
+
+`make test` runs 100 cases of most tests, `make test-long` 10,000; see `tests.fuzzing`.
+"""
+
+import json
+
+from hypothesis import strategies as st
+
+from tests.fuzzing import ANY_TEXT, JSON_VALUES, SCALARS, check_printable, each_size, fuzz
+from yuan.data.file_formats import HEAD_BYTES, describe_foreign_format
+from yuan.data.rows import BadRow, Row, dump_rows, parse_rows
+from yuan.data.text import BadJson, parse_json
+
+ROW_KEYS = st.sampled_from(["prompt", "answer", "checker", "capability", "language", "source", "x"])
+CHECKER_VALUES = st.one_of(
+    JSON_VALUES,
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["exact", "numeric", "choice", "contains", "?"])},
+        optional={"value": SCALARS, "tolerance": SCALARS, "values": st.lists(SCALARS, max_size=3)},
+    ),
+)
+
+
+@each_size
+def test_line_of_a_dataset_is_a_row_or_a_bad_row_with_a_reason(num_cases):
+    fields = st.dictionaries(ROW_KEYS, st.one_of(JSON_VALUES, CHECKER_VALUES, st.just("5")))
+    lines = st.one_of(
+        st.binary(max_size=200), st.one_of(fields, JSON_VALUES).map(lambda value: json.dumps(value).encode())
+    )
+
+    def check(data):
+        for row in parse_rows(data):
+            assert isinstance(row, Row | BadRow)
+            if isinstance(row, BadRow):
+                check_printable(row.reason)
+            else:
+                assert len(row.key) == len(row.prompt_key) == len(row.split_key) == 64
+                assert list(parse_rows(dump_rows([row]))) == [row]
+                assert parse_json(data.strip().removeprefix(b"\xef\xbb\xbf")) is not None
+
+    fuzz(num_cases, lines, check)
+
+
+@each_size
+def test_any_json_is_parsed_or_refused_with_its_place(num_cases):
+    def check(data):
+        try:
+            parse_json(data)
+        except BadJson as error:
+            check_printable(error.place)
+
+    texts = st.one_of(st.binary(max_size=100), JSON_VALUES.map(lambda value: json.dumps(value).encode()))
+    fuzz(num_cases, texts, check)
+
+
+@each_size
+def test_head_of_any_file_has_a_known_format_or_none(num_cases):
+    def check(head):
+        reason = describe_foreign_format(head[:HEAD_BYTES])
+        assert reason is None or reason.isprintable()
+
+    encoded = st.tuples(ANY_TEXT, st.sampled_from(["utf-8", "utf-16", "gb18030", "latin-1"]))
+    heads = st.one_of(st.binary(max_size=200), encoded.map(lambda pair: pair[0].encode(pair[1], "ignore")))
+    fuzz(num_cases, heads, check)
+
+
+@each_size
+def test_no_jsonl_in_utf_8_is_taken_for_another_format(num_cases):
+    fields = st.dictionaries(ROW_KEYS, st.one_of(JSON_VALUES, st.text(min_size=1)), min_size=1)
+    files = st.tuples(
+        st.lists(fields, min_size=1, max_size=3), st.booleans(), st.sampled_from(["\n", "\r\n"]), st.integers(0, 90)
+    )
+
+    def check(case):
+        rows, ascii_only, line_end, num_cut = case
+        text = line_end.join(json.dumps(row, ensure_ascii=ascii_only) for row in rows)
+        data = text.encode("utf-8", "replace")
+        assert describe_foreign_format(data[: len(data) - num_cut if num_cut < len(data) - 3 else None]) is None
+
+    fuzz(num_cases, files, check)
