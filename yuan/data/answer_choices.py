@@ -131,7 +131,8 @@ def read_choices(text: str) -> frozenset[str]:
 
 
 def _clean(text: str) -> str:
-    text = text.translate(_CHOICE_CHARS)
+    if not text.isascii() or "*" in text or "$" in text or "`" in text:
+        text = text.translate(_CHOICE_CHARS)
     if "\\" in text:
         text = _LATEX_TEXT_PATTERN.sub(r"\1", text)
     return text.strip()

@@ -68,24 +68,21 @@ def find_last_boxed(text: str) -> str | None:
 def find_statements(text: str, cue: re.Pattern[str]) -> Iterator[Statement]:
     """Yield what follows each cue, in order."""
     cues = list(cue.finditer(text))
-    limits = [*(match.start() for match in cues[1:]), len(text)]
-    for match, limit in zip(cues, limits, strict=False):  # without a cue there is one limit too many
-        tail = text[match.end() : limit]
+    for index, match in enumerate(cues):
+        start, end = match.span()
+        limit = cues[index + 1].start() if index + 1 < len(cues) else len(text)
+        tail = text[end:limit]
         statement = tail.lstrip()
         if statement.startswith(_BULLETS) and "\n" in tail[: len(tail) - len(statement)]:
             statement = statement[2:].lstrip()
-        end = SENTENCE_END_PATTERN.search(statement)
-        is_question = end is not None and end[0] in "?？"
-        before = text[max(0, match.start() - _CUE_CONTEXT_CHARS) : match.start()]
-        is_denied = before != "" and _has_denial(before.lower()) and bool(_DENIED_CUE_PATTERN.search(before))
-        content = statement[: end.start()] if end else statement
-        yield Statement(
-            start=match.start(),
-            end=match.end() + len(tail) - len(statement) + len(content),
-            cue=match[0],
-            text=content,
-            is_denied=is_question or is_denied,
-        )
+        sentence_end = SENTENCE_END_PATTERN.search(statement)
+        content = statement[: sentence_end.start()] if sentence_end else statement
+        is_denied = sentence_end is not None and sentence_end[0] in "?？"
+        if start > 0 and not is_denied:
+            before = text[max(0, start - _CUE_CONTEXT_CHARS) : start]
+            is_denied = _has_denial(before.lower()) and bool(_DENIED_CUE_PATTERN.search(before))
+        content_end = end + len(tail) - len(statement) + len(content)
+        yield Statement(start, content_end, match[0], content, is_denied)
 
 
 def _has_denial(text: str) -> bool:
