@@ -204,9 +204,9 @@ class Client:
         """Return how often a request is sent at most that failed with an error.
 
         A server that has answered before is being restarted. One that has not has probably another address; one that
-        closes the connection may expect TLS, or its answer was lost.
+        closes the connection may expect TLS, or its answer was lost, as that of one which is too slow.
         """
-        if self._has_connected or isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout):
+        if self._has_connected:
             return MAX_REQUEST_ATTEMPTS
         return 1 if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) else 2
 

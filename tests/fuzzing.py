@@ -15,6 +15,15 @@ JSON_VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ANY_TEXT, inner, max_size=4)
 )
 
+# The form of a checker, with hostile values.
+CHECKER_VALUES = st.one_of(
+    JSON_VALUES,
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["exact", "numeric", "choice", "contains", "?"])},
+        optional={"value": SCALARS, "tolerance": SCALARS, "values": st.lists(SCALARS, max_size=3)},
+    ),
+)
+
 each_size = pytest.mark.parametrize(
     "num_cases", [NUM_QUICK_CASES, pytest.param(NUM_LONG_CASES, marks=pytest.mark.slow)]
 )

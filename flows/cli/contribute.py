@@ -104,7 +104,7 @@ def find_portal_url() -> str:
     """Return the URL of the portal of this home folder; reads the file directly, without the platform's packages."""
     file = Path(os.environ.get("COTRAIN_HOME", ".cotrain")) / "env"
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text().splitlines() if file.is_file() else []  # a FIFO would block
     except OSError:
         return DEFAULT_PORTAL_URL
     return next(

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from flows.cli.output import EXIT_FAILED, EXIT_USAGE, JsonOption, explain_errors, fail, show
+from flows.cli.output import EXIT_FAILED, EXIT_USAGE, JsonOption, fail, show
 from yuan.config import MODEL_PRESETS, ModelConfig, Precision
 from yuan.data.text import BadJson, parse_json
 from yuan.plan.current_plan import parse_current_plan
@@ -67,27 +67,26 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Plan a model on a pool: parallel sizes, and layers, recomputation, memory and time of each pipeline stage."""
-    with explain_errors():
-        config = get_model_option(model)
-        work = Workload(
-            model=config,
-            seq_len=seq_len or config.seq_len,
-            global_batch_size=global_batch_size or PUBLISHED_BATCH_SIZES.get(model, 64),
-            precision=precision,
-            loss_block=None if full_logits else compute_default_loss_block(config),
-            isolate_documents=not open_documents,
-        )
-        limits = SizeLimits(pipeline_size=pipeline_size, data_size=data_size, micro_batch_size=micro_batch_size)
-        changed_pool = change_pool(load_pool_option(pool), lost=lost or (), added=added or (), slow=slow or ())
-        move: Replan | None = None
-        if current is None:
-            new_plan = make_plan(work, changed_pool, limits, objective)
-        else:
-            current_plan = read_current_plan_option(current, work)
-            move = replan(work, current_plan, changed_pool, limits, objective, lost_steps=lost_steps)
-            new_plan = move.plan
-        if svg is not None:
-            svg.write_text(draw_plan(work, changed_pool, new_plan))
+    config = get_model_option(model)
+    work = Workload(
+        model=config,
+        seq_len=seq_len or config.seq_len,
+        global_batch_size=global_batch_size or PUBLISHED_BATCH_SIZES.get(model, 64),
+        precision=precision,
+        loss_block=None if full_logits else compute_default_loss_block(config),
+        isolate_documents=not open_documents,
+    )
+    limits = SizeLimits(pipeline_size=pipeline_size, data_size=data_size, micro_batch_size=micro_batch_size)
+    changed_pool = change_pool(load_pool_option(pool), lost=lost or (), added=added or (), slow=slow or ())
+    move: Replan | None = None
+    if current is None:
+        new_plan = make_plan(work, changed_pool, limits, objective)
+    else:
+        current_plan = read_current_plan_option(current, work)
+        move = replan(work, current_plan, changed_pool, limits, objective, lost_steps=lost_steps)
+        new_plan = move.plan
+    if svg is not None:
+        svg.write_text(draw_plan(work, changed_pool, new_plan))
 
     data = new_plan.to_json()
     text = format_plan_table(new_plan)

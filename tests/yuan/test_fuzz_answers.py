@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from tests.fuzzing import ANY_TEXT, JSON_VALUES, SCALARS, each_size, fuzz
+from tests.fuzzing import ANY_TEXT, CHECKER_VALUES, each_size, fuzz
 from yuan.data.checkers import Checker, Choice, Exact, Numeric
 from yuan.data.text import MAX_TEXT_CHARS, normalize_text
 
@@ -42,13 +42,6 @@ WRITTEN_TEXT = st.one_of(
     st.text("0123456789.,-+−–/%½²³^eE×*() \u2009\u00a0一二三十百千万亿点负分之零两", max_size=30),
     st.text("ABCDabc I答案是选不故应错误正确:：.()[]\\boxed{}=≈or或 not the answer is", max_size=40),
     ANY_TEXT,
-)
-CHECKER_VALUES = st.one_of(
-    JSON_VALUES,
-    st.fixed_dictionaries(
-        {"type": st.sampled_from(["exact", "numeric", "choice", "contains", "?"])},
-        optional={"value": SCALARS, "tolerance": SCALARS, "values": st.lists(SCALARS, max_size=3)},
-    ),
 )
 
 

@@ -7,19 +7,12 @@ import json
 
 from hypothesis import strategies as st
 
-from tests.fuzzing import ANY_TEXT, JSON_VALUES, SCALARS, check_printable, each_size, fuzz
+from tests.fuzzing import ANY_TEXT, CHECKER_VALUES, JSON_VALUES, check_printable, each_size, fuzz
 from yuan.data.file_formats import HEAD_BYTES, describe_foreign_format
 from yuan.data.rows import BadRow, Row, dump_rows, parse_rows
 from yuan.data.text import BadJson, parse_json
 
 ROW_KEYS = st.sampled_from(["prompt", "answer", "checker", "capability", "language", "source", "x"])
-CHECKER_VALUES = st.one_of(
-    JSON_VALUES,
-    st.fixed_dictionaries(
-        {"type": st.sampled_from(["exact", "numeric", "choice", "contains", "?"])},
-        optional={"value": SCALARS, "tolerance": SCALARS, "values": st.lists(SCALARS, max_size=3)},
-    ),
-)
 
 
 @each_size
