@@ -521,6 +521,19 @@ def test_weights_of_8_bits_or_complex_numbers_are_refused_by_name(write_publishe
         import_hf(write_published(**{hf_layout.HF_NORM: tensor}), tmp_path / "ours")
 
 
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [(torch.zeros(1).expand(1 << 20), "repeats them"), (torch.zeros(1 << 20), "shared by several of them")],
+)
+def test_pickle_that_holds_fewer_numbers_than_its_tensors_is_refused(published_folder, tmp_path, tensor, message):
+    """Such a file of some kilobytes would fill the memory."""
+    tensors = load_hf_tensors(published_folder) | {f"x{n}": tensor for n in range(4)}
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_bytes((published_folder / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=message):
+        import_hf(tmp_path, tmp_path / "ours")
+
+
 def test_pickled_tensor_that_is_sparse_is_refused_by_name(published_folder, tmp_path):
     tensors = load_hf_tensors(published_folder) | {hf_layout.HF_NORM: torch.ones(32).to_sparse()}
     torch.save(tensors, tmp_path / "pytorch_model.bin")

@@ -152,6 +152,7 @@ class TensorReader:
                 f"{path} must hold a dictionary of tensors, or one under the key state_dict, got "
                 f"{make_printable(str(content))}; save the model's state_dict alone"
             )
+        _check_stored(path, loaded)
         self._pickles = {file: loaded}  # one mapped file at a time
         return loaded
 
@@ -228,6 +229,31 @@ def _is_safetensors(file: str) -> bool:
 def _is_named_tensor(item: tuple[object, object]) -> bool:
     name, value = item
     return isinstance(name, str) and isinstance(value, Tensor)
+
+
+def _check_stored(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Check that a pickle holds every number of its tensors.
+
+    A pickled tensor may repeat stored numbers, by a stride of 0 or by a storage that several tensors share, so a file
+    of some kilobytes could fill the memory and the disk. Published files share the tied embedding only.
+
+    Raises:
+        ValueError: naming a tensor that the file does not hold.
+    """
+    dense = {name: tensor for name, tensor in tensors.items() if tensor.layout == torch.strided}
+    for name, tensor in dense.items():
+        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise ValueError(
+                f"{path} stores only a part of the numbers of {_format_name(name)}, and repeats them; "
+                "save a copy of the tensor (tensor.contiguous())"
+            )
+    num_stored = sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in dense.values())}.values())
+    num_bytes = sum(tensor.numel() * tensor.itemsize for tensor in dense.values())
+    if num_bytes > 2 * num_stored:
+        raise ValueError(
+            f"the tensors of {path} have {num_bytes} bytes, but it stores {num_stored}, shared by several of them; "
+            "save a copy of each tensor"
+        )
 
 
 def _get_dtype(tensor: Tensor) -> torch.dtype | None:
