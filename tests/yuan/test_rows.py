@@ -83,3 +83,10 @@ def test_value_of_a_checker_is_exactly_what_is_written(value):
 
 def test_row_without_a_prompt_is_a_document():
     assert list(parse_rows(b'{"answer": "some document"}')) == [Row(answer="some document")]
+
+
+def test_contains_with_invisible_characters_alone_is_a_bad_row():
+    """Its value would occur in every answer."""
+    line = json.dumps({"answer": "a", "checker": {"type": "contains", "values": ["\u200b"]}}).encode()
+    (row,) = parse_rows(line)
+    assert isinstance(row, BadRow) and "invisible characters alone" in row.reason

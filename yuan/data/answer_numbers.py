@@ -122,6 +122,10 @@ _NUMBER_CUE_PATTERN = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE,
 )
+_RETRACTION_PATTERN = re.compile(
+    r"\b(?:wait|actually|correction|sorry|my\smistake|scratch\sthat)\b|[.,;!]\s?no\b|[。，,；]\s?不[,，对]|更正|说错了|其实",
+    re.IGNORECASE,
+)
 _EQUALS_PATTERN = re.compile(r"(?<![!<>=])=(?!=)|[≈≃]|(?<!不)等于|约为|\bequals\b|\bwhich\s(?:is|equals|makes|gives)\b")
 
 # What two numbers in a row are to each other, by the text between them.
@@ -230,9 +234,15 @@ def read_final_number(text: str) -> tuple[Rational, ...]:
             if not statement.is_denied and (numbers := find_numbers(statement.text)):
                 values = _read_statement(statement.text, numbers)
                 if values is not None:
-                    return values
+                    return _read_correction(text, statements[-1].start + len(statements[-1].cue)) or values
         text = cut_denied(text, statements)
     return _read_last(text)
+
+
+def _read_correction(text: str, start: int) -> tuple[Rational, ...]:
+    """Read the number of what takes the last statement back, as "Wait, it is 7" does; none if nothing does."""
+    correction = _RETRACTION_PATTERN.search(text, start)
+    return _read_last(text[correction.end() :]) if correction else ()
 
 
 def _has_cue(text: str) -> bool:

@@ -127,6 +127,12 @@ class Contains(_CheckerBase):
     type: Literal["contains"] = "contains"
     values: Annotated[list[Annotated[str, TextRule(MAX_CONTAINED_CHARS)]], Field(min_length=1, max_length=20)]
 
+    @model_validator(mode="after")
+    def _check_values(self) -> "Contains":
+        if not all(map(normalize_text, self.values)):  # every text has an empty one
+            raise make_rule_error("values", "must not be invisible characters alone; write the text to look for")
+        return self
+
     def _accepts(self, text: str) -> bool:
         return all(normalize_text(value) in text for value in self.values)
 

@@ -1,6 +1,7 @@
 """Tensor files: read tensors one at a time from safetensors or pickles, and write shards of bounded size."""
 
 import json
+import pickle
 import zipfile
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
@@ -288,7 +289,14 @@ class DamageReporter:
             raise ValueError(f"{self._path} cannot be read ({error.strerror or error}); correct it") from None
         if _is_lfs_pointer(self._path):
             raise ValueError(f"{self._path} {LFS_POINTER_REASON}") from None
-        reason = make_printable(str(error).partition("\n")[0] or type(error).__name__)
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            raise ValueError(
+                f"{self._path} holds objects other than tensors, or code, which is never run; "
+                "save the model's state_dict alone"
+            ) from None
+        is_pickle = isinstance(error, pickle.UnpicklingError)  # torch's text advises to load it without protection
+        reason = "it is no pickle of tensors" if is_pickle else make_printable(str(error).partition("\n")[0])
+        reason = reason or type(error).__name__
         raise ValueError(f"{self._path} is damaged ({reason}); fetch the model again") from None
 
 
