@@ -12,6 +12,14 @@ def test_known_classes_need_only_a_count():
     assert (group.memory_gib, group.peak_tflops, group.count) == (79.1, 312, 8)
 
 
+def test_pool_of_too_many_device_classes_is_refused():
+    """The search would take hours, and all memory."""
+    groups = [{"device_class": f"d{n}", "count": 1, "memory_gib": 40, "sustained_tflops": 100} for n in range(11)]
+    assert len(parse_pool({"name": "p", "group": groups[:10]}).groups) == 10
+    with pytest.raises(ValueError, match="may have at most 10 device classes, got 11"):
+        parse_pool({"name": "p", "group": groups})
+
+
 def test_pool_files_are_read_by_name(tmp_path):
     file = tmp_path / "pools.toml"
     group = '[[pool.group]]\ndevice_class = "A100-80"\ncount = 8\n'

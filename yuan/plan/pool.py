@@ -15,6 +15,7 @@ from yuan.plan.json_fields import show_value
 
 LauncherName = Literal["local", "slurm", "kubernetes"]
 
+MAX_DEVICE_CLASSES = 10  # the search takes time and memory exponential in it: 5 s with 10, more than 35 s with 16
 MAX_SHOWN_NAMES = 12
 CPU_POOL_NAME = "cpu-2"
 DEFAULT_RESERVE_GIB = 2.0
@@ -123,7 +124,8 @@ class Pool:
         launch: its settings, by name.
 
     Raises:
-        ValueError: if there is no group, two have the same device class, or the launcher is unknown.
+        ValueError: if there is no group, there are too many, two have the same device class, or the launcher is
+            unknown.
     """
 
     name: str
@@ -139,6 +141,11 @@ class Pool:
             raise ValueError(
                 f"launcher of pool {show_value(self.name)} must be one of {', '.join(get_args(LauncherName))}, "
                 f"got {show_value(self.launcher)}; leave it out for local"
+            )
+        if len(classes) > MAX_DEVICE_CLASSES:
+            raise ValueError(
+                f"pool {show_value(self.name)} may have at most {MAX_DEVICE_CLASSES} device classes, "
+                f"got {len(classes)}; plan a part of the pool"
             )
         if len(set(classes)) < len(classes):
             raise ValueError(
