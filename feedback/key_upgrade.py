@@ -112,7 +112,7 @@ def upgrade_report_keys(session: Session) -> int:
 
     disputed = select(Feedback).where(Feedback.state == ReportState.DISPUTED, Feedback.disputed_key.is_not(None))
     for report in session.scalars(disputed.with_for_update()):
-        report.disputed_key = make_prompt_key(str(report.body.get("prompt", "")))
+        report.disputed_key = make_prompt_key(str(report.fields.get("prompt", "")))
     return process_each(session, cases, upgrade, record_failure)
 
 

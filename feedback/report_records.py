@@ -71,7 +71,7 @@ def _list_first_events(report: Feedback) -> list[Event]:
 
 
 def _describe_receipt(report: Feedback) -> str:
-    version = report.body.get("model_version")
+    version = report.fields.get("model_version")
     if version is None:
         # Show the report without it: one malformed record must not hide an account's whole list.
         log.warning("the stored report %s names no model version", report.id)

@@ -73,7 +73,7 @@ def make_reproduction_prompt(report: Feedback) -> ReproductionPrompt:
             recorded_tokens = min(recorded_tokens, MAX_RECORDED_RESPONSE_TOKENS)
             needed_tokens = max(needed_tokens + EXPLANATION_TOKENS, recorded_tokens)
             limits = (min(needed_tokens, MAX_COMPLETION_TOKENS), False)
-    return ReproductionPrompt(report.id, str(report.body.get("prompt", "")), *limits)
+    return ReproductionPrompt(report.id, str(report.fields.get("prompt", "")), *limits)
 
 
 def reproduce_answers(

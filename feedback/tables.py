@@ -117,6 +117,12 @@ class Feedback(Created, Base):
     case_id: Mapped[str | None] = mapped_column(ForeignKey("case.id"), index=True)
     case: Mapped["Case | None"] = relationship()
     disputed_key: Mapped[str | None] = mapped_column(comment="while disputed: the prompt key of the other's case")
+
+    @property
+    def fields(self) -> JsonbObject:
+        """Return the body; empty if a damaged record holds no object, which must not fail the others."""
+        return self.body if isinstance(self.body, dict) else {}
+
     __table_args__ = (
         Index("feedback_in_order", "contributor_id", "created_at", "id"),
         Index("disputed_feedback", "disputed_key", postgresql_where=text(f"state = '{ReportState.DISPUTED}'")),

@@ -13,6 +13,7 @@ from feedback.accounts import audit
 from feedback.api.app import make_app
 from feedback.client import Client
 from feedback.items import record_fault_reason
+from feedback.reproduce import make_reproduction_prompt
 from feedback.tables import Case, CaseResult, Dataset, Feedback, Outbox, new_id
 from feedback.withdrawal import WITHDRAWN_ACTION
 from infra.database import make_session_factory
@@ -155,8 +156,9 @@ def test_list_has_the_first_20_bad_rows_of_a_dataset_and_its_record_has_all(port
     assert [row["row"] for row in whole["bad_rows"]] == list(range(1, 301))
 
 
-def test_stored_report_without_a_model_version_does_not_hide_the_others(session, reporter, caplog):
-    bodies = ({"model_version": 1}, {})
+@pytest.mark.parametrize("damaged", [{}, [], 3, "x", None])
+def test_stored_report_without_a_model_version_does_not_hide_the_others(session, reporter, caplog, damaged):
+    bodies = ({"model_version": 1}, damaged)
     reports = [Feedback(contributor_id=reporter.id, kind="rating", body=body, state="received") for body in bodies]
     session.add_all(reports)
     session.flush()
@@ -165,6 +167,7 @@ def test_stored_report_without_a_model_version_does_not_hide_the_others(session,
     texts = [record.timeline[0].text for record in records]
     assert texts == ["received: rating about v1", "received: rating"]
     assert f"the stored report {reports[1].id} names no model version" in caplog.text
+    assert make_reproduction_prompt(reports[1]).prompt == ""
 
 
 def test_malformed_stored_bad_row_does_not_hide_other_rows_and_datasets(session, reporter, caplog):

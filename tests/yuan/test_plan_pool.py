@@ -12,6 +12,11 @@ def test_known_classes_need_only_a_count():
     assert (group.memory_gib, group.peak_tflops, group.count) == (79.1, 312, 8)
 
 
+def test_endless_pool_file_is_refused():
+    with pytest.raises(ValueError, match="more than 1048576 bytes"):
+        load_pool("/dev/zero")
+
+
 def test_pool_of_too_many_device_classes_is_refused():
     """The search would take hours, and all memory."""
     groups = [{"device_class": f"d{n}", "count": 1, "memory_gib": 40, "sustained_tflops": 100} for n in range(11)]

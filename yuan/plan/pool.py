@@ -5,7 +5,6 @@ import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any, Literal, TypeGuard, get_args
 
 import tomli_w
@@ -15,6 +14,7 @@ from yuan.plan.json_fields import show_value
 
 LauncherName = Literal["local", "slurm", "kubernetes"]
 
+MAX_POOL_FILE_BYTES = 2**20
 MAX_DEVICE_CLASSES = 10  # the search takes time and memory exponential in it: 5 s with 10, more than 35 s with 16
 MAX_SHOWN_NAMES = 12
 CPU_POOL_NAME = "cpu-2"
@@ -195,7 +195,11 @@ def load_pool(spec: str) -> Pool:
     if not file:
         raise ValueError(f"a pool file is needed, got {spec!r}; name one as FILE or FILE:NAME")
     try:
-        text = Path(file).read_bytes().decode("utf-8-sig")
+        with open(file, "rb") as stream:
+            content = stream.read(MAX_POOL_FILE_BYTES + 1)
+        if len(content) > MAX_POOL_FILE_BYTES:
+            raise ValueError(f"it has more than {MAX_POOL_FILE_BYTES} bytes")
+        text = content.decode("utf-8-sig")
         data = tomllib.loads(text.replace("\r\n", "\n"))
     except UnicodeDecodeError as error:
         raise ValueError(f"the pool file {file} must be UTF-8, byte {error.start} is not; save it as UTF-8") from None
