@@ -13,23 +13,19 @@ computed, and those that the bound leaves open are simulated.
 import random
 import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from itertools import combinations, pairwise, product
 
-import numpy as np
 from pairs import load_deepspeed_partitions, make_line, print_lines
 
 from yuan.config import ModelConfig
+from yuan.plan.even_split import find_best_even_split
 from yuan.plan.layout import make_layout
 from yuan.plan.memory_costs import DOES_NOT_FIT
-from yuan.plan.memory_model import IntArray
 from yuan.plan.planner import make_plan, predict_plan
 from yuan.plan.pool import Pool, parse_pool
 from yuan.plan.search import PlanCandidate, SizeLimits, iter_grids
-from yuan.plan.solver import solve
-from yuan.plan.stage_costs import NO_CAPACITY, StageCosts, build_stage_costs
+from yuan.plan.stage_costs import StageCosts, build_stage_costs
 from yuan.plan.workload import Grid, Workload, compute_default_loss_block
 
 partition_balanced, _ = load_deepspeed_partitions()
@@ -63,56 +59,14 @@ def draw_case(draw: random.Random, number: int) -> tuple[Workload, Pool]:
     return work, parse_pool({"name": f"random-{number}", "group": groups})
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class EvenSplitCosts(StageCosts):
-    """Costs of the layers that an even split leaves: none or one on each stage, beside those that all stages have.
-
-    Attributes:
-        fewest_recompute_layers: of all layers of a stage without and with one of them, (P, C, 2).
-    """
-
-    fewest_recompute_layers: IntArray
-
-    @cached_property
-    def recompute_layers(self) -> IntArray:
-        recompute_layers = np.full((self.num_stages, self.num_classes, len(self.places)), DOES_NOT_FIT)
-        num_known = min(2, len(self.places))
-        recompute_layers[..., :num_known] = self.fewest_recompute_layers[..., :num_known]
-        return np.where(self.memory.capacity[..., None] == NO_CAPACITY, DOES_NOT_FIT, recompute_layers)
-
-    def fix_classes(self, classes: Sequence[int]) -> StageCosts:
-        selected = self.fewest_recompute_layers[np.arange(len(classes)), np.asarray(classes)][:, None]
-        return replace(super().fix_classes(classes), fewest_recompute_layers=selected)
-
-
-def find_best_even_split(work: Workload, pool: Pool, plan: PlanCandidate) -> PlanCandidate | None:
+def find_fastest_even_split(work: Workload, pool: Pool, plan: PlanCandidate) -> PlanCandidate | None:
     """Return the fastest even split by the time model with the plan's stages and replicas; None if none fits."""
     best: PlanCandidate | None = None
     limits = SizeLimits(pipeline_size=plan.grid.pipeline_size, data_size=plan.grid.data_size)
     for grid in iter_grids(work, pool, limits):
-        costs = build_stage_costs(work, grid, pool.groups)
-        num_each, num_more = divmod(costs.num_layers, costs.num_stages)
-        memory, times = costs.memory, costs.time
-        first = np.array([num_each - 1 + extra for extra in costs.may_be_empty])
-        indices = np.minimum(first[:, None, None] + np.arange(2), len(costs.places) - 1)
-        even = EvenSplitCosts(
-            num_layers=num_more,
-            grad_accum_steps=costs.grad_accum_steps,
-            may_be_empty=(True,) * costs.num_stages,
-            slots=costs.slots,
-            memory=replace(memory, fixed_bytes=memory.fixed_bytes + num_each * memory.layer_bytes),
-            time=replace(
-                times,
-                fixed_s=times.fixed_s + num_each * times.layer_s,
-                forward_fixed_s=times.forward_fixed_s + num_each * times.forward_layer_s,
-                finish_fixed_s=times.finish_fixed_s + num_each * times.finish_layer_s,
-            ),
-            fewest_recompute_layers=np.take_along_axis(costs.recompute_layers, indices, axis=2),
-        )
-        layout = solve(even)
+        layout = find_best_even_split(build_stage_costs(work, grid, pool.groups), plan.layout.classes)
         if layout is not None and (best is None or layout.seconds < best.layout.seconds):
-            layers = tuple(num_each + more for more in layout.layers)
-            best = PlanCandidate(grid, replace(layout, layers=layers), pool.groups)
+            best = PlanCandidate(grid, layout, pool.groups)
     return best
 
 
@@ -170,7 +124,7 @@ class PoolResults:
     def add(self, work: Workload, pool: Pool, plan: PlanCandidate, lower_bound: float) -> None:
         """Compare the returned plan of a pool with the baselines, the bound, every layout and the time model."""
         layout, simulated = plan.layout, plan.simulate_step_seconds(work)
-        even = find_best_even_split(work, pool, plan)
+        even = find_fastest_even_split(work, pool, plan)
         costs = build_stage_costs(work, plan.grid, pool.groups)
         balanced_layers = split_by_parameters(work, plan.grid.pipeline_size)
         by_parameters = None

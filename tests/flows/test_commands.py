@@ -145,7 +145,7 @@ def test_plan_uses_measured_rates_of_the_calibrated_pool(tmp_path):
         (["plan", "--model", "tiny", "--current", "docs"], 1, "--current docs cannot be read: Is a directory"),
         (["plan", "--model", "tiny", "--current", "Makefile"], 1, "--current Makefile: must be JSON"),
         (["plan", "--model", "tiny", "--objective", "speed"], 2, "'speed' is not one of 'time', 'memory'"),
-        (["plan", "--model", "tiny", "--pipeline-size", "4"], 1, "use at most 3 stages"),
+        (["plan", "--model", "tiny", "--pipeline-size", "5"], 1, "use at most 4 stages"),
         (["plan", "--model", "3b"], 2, "choose one of tiny, 2b, 51b, 102b"),
         (["plan", "--model", "tiny", "--pool", "nowhere.toml"], 1, "cannot read the pool file"),
         (["submit", "--prompt", "p", "--response", "r", "--model-version", "x"], 2, "a version must be 7 or v7"),

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
-from yuan.data.checkers import Checker
+from yuan.data.checkers import Checker, Choice, Contains, Exact, Numeric
+from yuan.data.text import MAX_TEXT_CHARS
 
 CHECKERS = TypeAdapter(Checker)
 ENTRIES = [
@@ -78,3 +79,12 @@ def test_longest_repetitive_answers_are_judged(fields):
     checker = CHECKERS.validate_python(fields)
     for part in REPEATED:
         assert checker.check((part * 20_000)[:20_000]) in (True, False)
+
+
+@pytest.mark.parametrize(
+    "checker", [Exact(value="x"), Numeric(value="5"), Choice(value="B"), Contains(values=["x"])], ids=lambda c: c.type
+)
+def test_answer_beyond_the_limit_is_wrong(checker):
+    right = {"exact": "x", "numeric": "5", "choice": "B", "contains": "x"}[checker.type]
+    assert checker.check(right + " " * (MAX_TEXT_CHARS - 1))
+    assert not checker.check(right + " " * MAX_TEXT_CHARS)

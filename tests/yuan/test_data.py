@@ -23,7 +23,7 @@ def tokenizer():
     [
         ({"type": "exact", "value": "abc"}, [" abc\n", "ａｂｃ"], ["ab c", "ABC", ""]),
         ({"type": "numeric", "value": 1234}, ["1,234", "it is 1234.0", "7 then 1234"], ["1234 or 5", "none", "1235"]),
-        ({"type": "numeric", "value": "0.5", "tolerance": "0.01"}, ["0.505"], ["0.52", "-0.5"]),
+        ({"type": "numeric", "value": "0.5", "tolerance": "0.01"}, ["0.505", "0.51", "0.49"], ["0.5101", "-0.5"]),
         ({"type": "choice", "value": "B"}, ["B", "b", "the answer is B."], ["A or B", "Bad"]),
         ({"type": "contains", "values": ["red", "blue"]}, ["blue and red"], ["red"]),
     ],

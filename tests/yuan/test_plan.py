@@ -138,7 +138,7 @@ def test_fp32_plan_names_device_classes_without_an_fp32_rate():
 @pytest.mark.parametrize(
     ("limits", "reason"),
     [
-        ({"pipeline_size": 7}, "use at most 6 stages"),
+        ({"pipeline_size": 8}, "use at most 7 stages"),
         ({"pipeline_size": 3, "data_size": 2}, "need 6 devices"),
         ({"data_size": 3}, "must divide the global batch"),
         ({"micro_batch_size": 0}, "must be at least 1"),

@@ -42,7 +42,7 @@ class Case:
         for data, micro in product(range(1, 7), MICRO_BATCH_SIZES):
             if self.work.global_batch_size % (data * micro) == 0:
                 slots = sum(group.count // data for group in self.pool.groups)
-                for pipeline in range(1, min(slots, self.work.model.num_layers) + 1):
+                for pipeline in range(1, min(slots, self.work.model.num_layers + 1) + 1):
                     yield pipeline, data, micro, self.work.global_batch_size // (data * micro)
 
     def compute_bytes(self, grid, stage, group, layers, recomputed):

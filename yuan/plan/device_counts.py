@@ -13,7 +13,7 @@ from yuan.plan.memory_costs import DOES_NOT_FIT, MemoryCosts, build_memory_costs
 from yuan.plan.memory_model import IntArray
 from yuan.plan.pool import DeviceGroup
 from yuan.plan.search import SizeLimits
-from yuan.plan.workload import Grid, Workload
+from yuan.plan.workload import Grid, Workload, compute_max_stages
 
 MAX_SUGGESTED_DEVICES = 4096
 
@@ -71,7 +71,7 @@ class CountSearch:
         sizes = []
         for data in data_sizes:
             if work.global_batch_size % (data * micro) == 0:
-                largest = min(work.model.num_layers, MAX_SUGGESTED_DEVICES // data)
+                largest = min(compute_max_stages(work.model), MAX_SUGGESTED_DEVICES // data)
                 pipeline_sizes = [limits.pipeline_size] if limits.pipeline_size else range(1, largest + 1)
                 sizes += [(pipeline * data, data, pipeline) for pipeline in pipeline_sizes]
         for _, data, pipeline in sorted(sizes):

@@ -52,6 +52,8 @@ def find_best_even_split(costs: StageCosts, classes: Sequence[int], objective: s
     Returns:
         The layout, with the fewest recomputed layers with which it fits; None if no even split fits.
     """
+    if costs.num_layers < costs.num_stages:  # one layer on each stage but the last
+        return solve(costs, objective)
     even = _EvenSplitCosts(**{field.name: getattr(costs, field.name) for field in fields(costs)})
     if is_exact(even):
         return solve(even, objective)

@@ -18,7 +18,7 @@ from yuan.plan.time_model import (
     predict_longest_finish_seconds,
     predict_transfer_seconds,
 )
-from yuan.plan.workload import Grid, Workload
+from yuan.plan.workload import Grid, Workload, compute_max_stages
 
 MAX_SIMULATED_CANDIDATES = 10  # candidates returned for simulation
 # Candidates slower than the first by more than this factor are not simulated.
@@ -107,18 +107,19 @@ def check_limits(work: Workload, pool: Pool, limits: SizeLimits) -> None:
     """Reject sizes that no layout can have.
 
     Raises:
-        ValueError: if a size is not positive, there are more stages than layers, more processes than devices, or the
-            batch does not divide.
+        ValueError: if a size is not positive, there are too many stages for the layers, more processes than devices,
+            or the batch does not divide.
     """
     for name in ("pipeline_size", "data_size", "micro_batch_size"):
         value = getattr(limits, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}; leave it out to search all sizes")
     pipeline, data, micro = limits.pipeline_size or 1, limits.data_size or 1, limits.micro_batch_size or 1
-    if pipeline > work.model.num_layers:
+    max_stages = compute_max_stages(work.model)
+    if pipeline > max_stages:
         raise ValueError(
-            f"every stage needs a layer, got {pipeline} stages and {work.model.num_layers} layers; "
-            f"use at most {work.model.num_layers} stages"
+            f"every stage but the last needs a layer, got {pipeline} stages and {work.model.num_layers} layers; "
+            f"use at most {max_stages} stages"
         )
     slots = sum(group.count // data for group in pool.groups)
     if pipeline > slots:
@@ -311,7 +312,7 @@ def iter_grids(work: Workload, pool: Pool, limits: SizeLimits) -> Iterator[Grid]
         if work.global_batch_size % data:
             continue
         slots = sum(group.count // data for group in pool.groups)
-        possible = range(1, min(slots, work.model.num_layers) + 1)  # each stage needs a slot and a layer
+        possible = range(1, min(slots, compute_max_stages(work.model)) + 1)
         pipeline_sizes = [limits.pipeline_size] if limits.pipeline_size else possible
         for micro in micro_sizes:
             grad_accum_steps, remainder = divmod(work.global_batch_size, data * micro)

@@ -75,6 +75,11 @@ def compute_default_loss_block(model: ModelConfig) -> int:
     return max(1, LOSS_BLOCK_BYTES // (4 * model.vocab_size))
 
 
+def compute_max_stages(model: ModelConfig) -> int:
+    """Return the most stages of a model: one for each layer, and a last one for norm and head alone."""
+    return model.num_layers + 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """P stages by D replicas, B samples in a micro-batch, A micro-batches a step in each replica."""
