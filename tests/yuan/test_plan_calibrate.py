@@ -29,6 +29,8 @@ TRUE = DeviceGroup(
         embedding_gb_s=3.0,
         optimizer_gb_s=4.0,
         overhead_us=3000.0,
+        layer_forward_overhead_us=700.0,
+        layer_backward_overhead_us=4000.0,
     ),
 )
 
@@ -41,9 +43,12 @@ def predict_step_seconds(group, grad_accum_steps):
 def test_calibration_recovers_the_true_rates_from_timings():
     tokens, true = 2 * 512, TRUE.measured
     forward, head = tokens * count_layer_forward_flops(MODEL, 512), tokens * count_head_forward_flops(MODEL)
+    forward_s, backward_s = forward / true.forward_tflops / 1e12, 2 * forward / true.backward_tflops / 1e12
     timings = DeviceTimings(
-        forward_s=forward / true.forward_tflops / 1e12,
-        backward_s=2 * forward / true.backward_tflops / 1e12,
+        forward_s=forward_s + 700e-6,
+        backward_s=backward_s + 4000e-6,
+        double_forward_s=2 * forward_s + 700e-6,
+        double_backward_s=2 * backward_s + 4000e-6,
         head_s=3 * head / true.head_tflops / 1e12,
         embedding_s=count_embedding_bytes(WORK, tokens) / 3e9,
         latency_s=150e-6,

@@ -54,9 +54,13 @@ class Case:
         ends = model.vocab_size * model.hidden_size * (is_first or is_last) + model.hidden_size * is_last
         parameters = layers * model.layer_parameters + ends
 
-        # 8 bytes a parameter, and the optimizer's share: 12 bytes, or 8 in fp32 without replicas.
+        # Weights, fp32 gradients, and the optimizer's share: 12 bytes, or 8 in fp32 without replicas. In bf16 also the
+        # gradients of one layer, and without block-wise loss those of the head.
         states = 8 if size == 4 and data == 1 else 12
-        total = 8 * parameters + states * (layers * -(-model.layer_parameters // data) + -(-ends // data))
+        total = (size + 4) * parameters + (2 * model.layer_parameters if size == 2 else 0)
+        if size == 2 and is_last and self.work.loss_block is None:
+            total += 2 * model.vocab_size * model.hidden_size
+        total += states * (layers * -(-model.layer_parameters // data) + -(-ends // data))
 
         kept = int(26.5 * size * values)
         total += live * ((layers - recomputed) * kept + recomputed * size * values) + (kept if recomputed else 0)
@@ -88,6 +92,7 @@ class Case:
         head = tokens * 2 * model.vocab_size * model.hidden_size / rate if stage == pipeline - 1 else 0.0
         forward = layers * layer + head * (1 if self.work.loss_block is None else 3)
         compute = (3 * layers + recomputed) * layer + 3 * head
+        compute += layers * model.layer_parameters * (size + 8) / (group.memory_gb_s * 1e9)
         ends = model.vocab_size * model.hidden_size * (stage in (0, pipeline - 1))
         parameters = layers * model.layer_parameters + ends + model.hidden_size * (stage == pipeline - 1)
         if stage == 0:

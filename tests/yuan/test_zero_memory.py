@@ -30,14 +30,14 @@ from yuan.train.zero.pipeline import PlannedPipeline
 MODEL = ModelConfig(name="m", num_layers=2, hidden_size=64, num_heads=2, vocab_size=512, seq_len=16)
 
 
-def make_recipe(replicas):
+def make_recipe(replicas, precision="fp32"):
     return Recipe(
         max_steps=2,
         learning_rate=1e-3,
         seq_len=16,
         micro_batch_size=1,
         global_batch_size=2 * replicas,
-        precision="fp32",
+        precision=precision,
         warmup_steps=1,
     )
 
@@ -63,18 +63,32 @@ def test_full_precision_keeps_nothing_twice_as_the_planner_counts(replicas, tmp_
         assert first_rank["gradients"] == pytest.approx(int(terms["gradients"]), rel=0.01)
 
 
-def train_and_release(replicas):
+@pytest.mark.parametrize("replicas", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_bf16_gradients_are_summed_in_fp32_and_freed_at_once(replicas, tmp_path):
+    command = build_torchrun_command(replicas, __file__, tmp_path, "bf16")
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert result.returncode == 0, result.stderr[-2000:]
+    for rank in range(replicas):
+        report = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert report["kept"] == []
+        assert report["most_at_once"] <= 2 * max(report["sizes"])  # bytes of the largest gradient in bf16
+        assert report["error"] < 1e-6
+        assert report["released"]
+
+
+def train_and_release(replicas, precision="fp32"):
     """Train with an engine and release it; return a reference to its module, which does not keep it alive."""
-    module, engine = start_training(replicas)
+    module, engine = start_training(replicas, precision)
     engine.train_batch(iter([make_batch()] * 2))
     reference = weakref.ref(module)
     release_engine(engine)
     return reference
 
 
-def start_training(replicas):
+def start_training(replicas, precision="fp32"):
     module = PlannedPipeline(MODEL, [0, MODEL.num_layers], 0, loss_block=64)
-    engine, _ = start_engine(module, make_recipe(replicas), build_deepspeed_config(make_recipe(replicas), replicas))
+    recipe = make_recipe(replicas, precision)
+    engine, _ = start_engine(module, recipe, build_deepspeed_config(recipe, replicas))
     return module, engine
 
 
@@ -118,10 +132,54 @@ def measure_memory(folder):
     stop_distributed()
 
 
+def observe_bf16_gradients(folder):
+    """Return the gradients that a step keeps, the bytes that exist at once, and how exact the fp32 sums are."""
+    replicas = int(os.environ["WORLD_SIZE"])
+    start_distributed(replicas)
+    released = train_and_release(replicas, "bf16")
+    gc.collect()
+    is_released = released() is None
+    module, engine = start_training(replicas, "bf16")
+    layers = [p for name, p in module.named_parameters() if "embedding" not in name]
+    seen, counts = [[] for _ in layers], []
+
+    def observe(parameter):
+        counts.append(count_storage_bytes([p.grad for p in layers if p.grad is not None]))
+        seen[next(n for n, p in enumerate(layers) if p is parameter)].append(parameter.grad.float())
+
+    optimizer, errors = engine.optimizer, []
+    add, step = optimizer._update_hp_grad, optimizer.step
+
+    def observe_and_add(parameter, *arguments, **named):
+        if any(p is parameter for p in layers):
+            observe(parameter)
+        add(parameter, *arguments, **named)
+
+    def compare_and_step(*arguments):
+        if replicas == 1:
+            for parameter, gradients in zip(layers, seen, strict=True):
+                total = parameter._hp_grad.view_as(parameter)
+                errors.append(((total - sum(gradients)).norm() / total.norm().clamp_min(1e-12)).item())
+        step(*arguments)
+
+    optimizer._update_hp_grad, optimizer.step = observe_and_add, compare_and_step
+    engine.train_batch(iter([make_batch(), make_batch()]))
+    assert all(len(gradients) == 2 for gradients in seen)
+    report = {
+        "kept": [name for name, parameter in module.named_parameters() if parameter.grad is not None],
+        "most_at_once": max(counts),
+        "sizes": [p.numel() for p in layers],
+        "error": max(errors, default=0.0),
+        "released": is_released,
+    }
+    (Path(folder) / f"{os.environ['RANK']}.json").write_text(json.dumps(report))
+    stop_distributed()
+
+
 def count_storage_bytes(tensors):
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
 if __name__ == "__main__":
-    measure_memory(sys.argv[1])
+    (observe_bf16_gradients if "bf16" in sys.argv else measure_memory)(sys.argv[1])

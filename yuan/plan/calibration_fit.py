@@ -21,7 +21,8 @@ class DeviceTimings:
 
     Attributes:
         forward_s: forward pass of a layer.
-        backward_s: backward pass of a layer.
+        backward_s: backward pass of a layer, which adds its gradient to the sum.
+        double_forward_s, double_backward_s: the same for a micro-batch of twice as many samples.
         head_s: both passes of the head with loss.
         embedding_s: both passes of the embedding.
         latency_s: of a message between two devices; None with a single device.
@@ -30,6 +31,8 @@ class DeviceTimings:
 
     forward_s: float
     backward_s: float
+    double_forward_s: float
+    double_backward_s: float
     head_s: float
     embedding_s: float
     latency_s: float | None
@@ -54,7 +57,8 @@ def calibrate_group(
 ) -> DeviceGroup:
     """Return the group with measured rates.
 
-    Layers, head and links are used as measured. Two steps of different length give the overhead of a stage per
+    Head and links are used as measured. A layer's times of two micro-batch sizes give its rates and what it takes
+    whatever the size. Two steps of different length give the overhead of a stage per
     micro-batch (measured minus predicted slope) and the optimizer's rate (the remaining time of the shorter step).
 
     Args:
@@ -64,10 +68,14 @@ def calibrate_group(
     """
     stages, tokens = work.model.num_layers, micro_batch_size * work.seq_len
     forward = tokens * count_layer_forward_flops(work.model, work.seq_len)
+    forward_overhead_s = fit_overhead(timings.forward_s, timings.double_forward_s)
+    backward_overhead_s = fit_overhead(timings.backward_s, timings.double_backward_s)
     measured = MeasuredRates(
         what=description,
-        forward_tflops=forward / timings.forward_s / TERA,
-        backward_tflops=BACKWARD_FLOPS_RATIO * forward / timings.backward_s / TERA,
+        forward_tflops=forward / (timings.forward_s - forward_overhead_s) / TERA,
+        backward_tflops=BACKWARD_FLOPS_RATIO * forward / (timings.backward_s - backward_overhead_s) / TERA,
+        layer_forward_overhead_us=forward_overhead_s / MICRO,
+        layer_backward_overhead_us=backward_overhead_s / MICRO,
         head_tflops=(1 + BACKWARD_FLOPS_RATIO) * tokens * count_head_forward_flops(work.model) / timings.head_s / TERA,
         embedding_gb_s=count_embedding_bytes(work, tokens) / timings.embedding_s / GIGA,
         optimizer_gb_s=UNLIMITED_OPTIMIZER_GB_S,
@@ -100,6 +108,17 @@ def calibrate_group(
         group,
         measured=replace(measured, optimizer_gb_s=min(rate, UNLIMITED_OPTIMIZER_GB_S), overhead_us=overhead / MICRO),
     )
+
+
+def fit_overhead(single_s: float, double_s: float) -> float:
+    """Compute the part of a pass that does not grow with the micro-batch, from the seconds of one size and its double.
+
+    At most half of the smaller time, since other load during one of the measurements can make it any number.
+
+    >>> fit_overhead(5.0, 8.0), fit_overhead(5.0, 10.5), fit_overhead(5.0, 4.0)
+    (2.0, 0.0, 2.5)
+    """
+    return min(max(2 * single_s - double_s, 0.0), single_s / 2)
 
 
 def _compute_sustained_tflops(group: DeviceGroup, measured: MeasuredRates) -> float:

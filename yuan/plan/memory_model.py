@@ -31,10 +31,11 @@ def compute_memory_terms(
 ) -> dict[str, IntArray]:
     """Compute the terms of a stage's peak memory under 1F1B with ZeRO-1; each is affine in (recomputed) layers.
 
-    Weights, gradients and optimizer follow DeepSpeed's bf16 mode with fp32 accumulation: 2 + 2 + 4 + 12/D bytes per
-    parameter; the fp32 gradients are not sharded. In fp32, weights are their own masters: 4 + 4 + 8/D, and with several
-    replicas 4/D more for the copy of a replica's share that the optimizer receives. Stage s of P holds the activations
-    of min(P - s, A) micro-batches, and the input of each twice (the pipeline keeps the received tensor and a clone).
+    Weights, gradients and optimizer follow DeepSpeed's bf16 mode with fp32 accumulation: 2 + 4 + 12/D bytes per
+    parameter, and the bf16 gradients of one layer; the fp32 sums are not sharded. In fp32, weights are their own
+    masters: 4 + 4 + 8/D, and with several replicas 4/D more for the copy of a replica's share that the optimizer
+    receives. Stage s of P holds the activations of min(P - s, A) micro-batches, and the input of each twice (the
+    pipeline keeps the received tensor and a clone).
 
     Args:
         stage, layers, recompute_layers: numbers, or arrays that broadcast together.
@@ -58,6 +59,14 @@ def compute_memory_terms(
     layer_states = layers * -(-model.layer_parameters // grid.data_size)
     end_states = -(-end_parameters // grid.data_size)
 
+    # Gradients that exist at once. In bf16 each is added to its fp32 sum as soon as its layer's backward pass ends.
+    # The block-wise loss and the embedding add to the sum themselves.
+    gradients = parameters
+    if work.precision == "bf16":
+        gradients = zero + model.layer_parameters
+        if work.loss_block is None:
+            gradients = gradients + is_last * model.vocab_size * model.hidden_size
+
     # S·B·H values, the bytes that a layer keeps of a micro-batch, and the micro-batches kept at a time.
     values = work.seq_len * grid.micro_batch_size * model.hidden_size
     kept_bytes = int(size * ACTIVATION_VALUES_PER_LAYER * values)
@@ -72,7 +81,7 @@ def compute_memory_terms(
         head_gradient_bytes = 4 * model.vocab_size * model.hidden_size
     return {
         "weights": size * parameters,
-        "gradients": size * parameters,
+        "gradients": size * gradients,
         "gradient_buffer": 4 * parameters if work.precision == "bf16" else zero,
         "optimizer": states * (layer_states + end_states),
         "activations": live * (kept_bytes * (layers - recompute_layers) + size * values * recompute_layers),

@@ -140,7 +140,7 @@ def build_plan(
         bubble_fraction=1 - compute_seconds / (grid.pipeline_size * layout.seconds),
         peak_memory_bytes=layout.peak_bytes,
         lower_bound=lower_bound,
-        gap=None if lower_bound is None else layout.seconds / lower_bound - 1,
+        gap=None if lower_bound is None else _compute_gap(layout.seconds, lower_bound),
         feasible=True,
         binding="",
         explanation="",
@@ -176,6 +176,12 @@ def predict_plan(work: Workload, pool: Pool, plan: PipelinePlan) -> PlanCandidat
 def draw_plan(work: Workload, pool: Pool, plan: PipelinePlan) -> str:
     """Draw the memory of each stage and a simulated step, as SVG."""
     return draw_plan_svg(plan, pool, predict_plan(work, pool, plan).simulate(work))
+
+
+def _compute_gap(seconds: float, lower_bound: float) -> float:
+    """Return the distance to the bound as a share of it; 0 if only rounding tells them apart."""
+    gap = seconds / lower_bound - 1
+    return gap if gap > CANDIDATE_TIE_TOLERANCE else 0.0
 
 
 def _build_stage(work: Workload, grid: Grid, assignment: StageAssignment, layout: Layout) -> Stage:

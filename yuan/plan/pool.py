@@ -36,9 +36,11 @@ class MeasuredRates:
         head_tflops: of both passes of the head with loss.
         embedding_gb_s, optimizer_gb_s: GB/s of the bytes that embedding and optimizer read and write.
         overhead_us: microseconds of a stage per micro-batch.
+        layer_forward_overhead_us, layer_backward_overhead_us: microseconds of a layer's passes per micro-batch that do
+            not depend on its size, such as adding a gradient to the sum.
 
     Raises:
-        ValueError: if a rate is not positive.
+        ValueError: if a rate is not positive, or an overhead is negative.
     """
 
     what: str
@@ -48,11 +50,14 @@ class MeasuredRates:
     embedding_gb_s: float
     optimizer_gb_s: float
     overhead_us: float = 0.0
+    layer_forward_overhead_us: float = 0.0
+    layer_backward_overhead_us: float = 0.0
 
     def __post_init__(self) -> None:
         for field in ("forward_tflops", "backward_tflops", "head_tflops", "embedding_gb_s", "optimizer_gb_s"):
             _check_positive(f"the measured {field}", getattr(self, field))
-        _check_not_negative("the measured overhead_us", self.overhead_us)
+        for field in ("overhead_us", "layer_forward_overhead_us", "layer_backward_overhead_us"):
+            _check_not_negative(f"the measured {field}", getattr(self, field))
 
 
 @dataclass(frozen=True, kw_only=True)

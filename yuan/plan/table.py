@@ -37,7 +37,7 @@ def _format_optimality(plan: PipelinePlan) -> str:
         return "does not fit"
     if plan.gap is None:
         return "minimum memory" if plan.objective == "memory" else "no bound"
-    return "proven optimal" if plan.gap < 1e-9 else f"at most {plan.gap:.2%} above the optimum"
+    return "proven optimal" if plan.gap == 0 else f"at most {plan.gap:.2%} above the optimum"
 
 
 def _format_stage_line(number: int, stage: Stage, fullest: int, class_width: int) -> str:

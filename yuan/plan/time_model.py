@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from yuan.plan.flops import count_head_forward_flops, count_layer_forward_flops
+from yuan.plan.flops import BACKWARD_FLOPS_RATIO, count_head_forward_flops, count_layer_forward_flops
 from yuan.plan.memory_model import IntArray, count_stage_parameters
 from yuan.plan.pool import DeviceGroup
 from yuan.plan.workload import Grid, Workload
@@ -39,6 +39,7 @@ class DeviceRates:
         forward, backward, head: FLOP/s of a layer's passes and of the head.
         embedding, optimizer: bytes per second.
         overhead_s: seconds of a stage per micro-batch.
+        layer_forward_s, layer_backward_s: seconds of a layer's passes per micro-batch, whatever its size.
     """
 
     forward: float
@@ -47,12 +48,15 @@ class DeviceRates:
     embedding: float
     optimizer: float
     overhead_s: float
+    layer_forward_s: float
+    layer_backward_s: float
 
 
 def get_device_rates(group: DeviceGroup, work: Workload) -> DeviceRates:
     """Return the measured rates of a class, else those from data sheets.
 
-    In fp32, a class without `fp32_tflops` gets its bf16 rate; see `lacks_rate`.
+    In fp32, a class without `fp32_tflops` gets its bf16 rate; see `lacks_rate`. From data sheets, what a layer takes
+    whatever the micro-batch's size is the time to add its gradient to the fp32 sum.
     """
     if group.measured is not None:
         m = group.measured
@@ -63,6 +67,8 @@ def get_device_rates(group: DeviceGroup, work: Workload) -> DeviceRates:
             embedding=m.embedding_gb_s * GIGA,
             optimizer=m.optimizer_gb_s * GIGA,
             overhead_s=m.overhead_us * MICRO,
+            layer_forward_s=m.layer_forward_overhead_us * MICRO,
+            layer_backward_s=m.layer_backward_overhead_us * MICRO,
         )
     rate = group.sustained_tflops
     if work.precision == "fp32" and group.fp32_tflops is not None:
@@ -75,6 +81,8 @@ def get_device_rates(group: DeviceGroup, work: Workload) -> DeviceRates:
         embedding=memory,
         optimizer=memory,
         overhead_s=0.0,
+        layer_forward_s=0.0,
+        layer_backward_s=(work.bytes_per_value + 2 * 4) * work.model.layer_parameters / memory,
     )
 
 
@@ -104,8 +112,10 @@ def predict_compute_seconds(
 
     # Recomputation is a second forward pass; the backward pass has twice the FLOPs of the forward pass.
     layers, recompute_layers = np.asarray(layers), np.asarray(recompute_layers)
-    per_layer = (layers + recompute_layers) / rates.forward + 2 * layers / rates.backward
-    seconds: FloatArray = layer * per_layer + head * last + embedding * first + rates.overhead_s
+    forward = layer / rates.forward + rates.layer_forward_s
+    backward = BACKWARD_FLOPS_RATIO * layer / rates.backward + rates.layer_backward_s
+    in_layers = (layers + recompute_layers) * forward + layers * backward
+    seconds: FloatArray = in_layers + head * last + embedding * first + rates.overhead_s
     return seconds
 
 
@@ -123,7 +133,7 @@ def predict_forward_seconds(
     """
     rates, tokens = get_device_rates(group, work), work.seq_len * grid.micro_batch_size
     last, passes = np.asarray(stage) == grid.pipeline_size - 1, 1 if work.loss_block is None else 3
-    layer = tokens * count_layer_forward_flops(work.model, work.seq_len) / rates.forward
+    layer = tokens * count_layer_forward_flops(work.model, work.seq_len) / rates.forward + rates.layer_forward_s
     head = passes * tokens * count_head_forward_flops(work.model) / rates.head
     seconds: FloatArray = np.asarray(layers) * layer + head * last + rates.overhead_s / 2
     return seconds

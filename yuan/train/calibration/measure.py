@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from yuan.config import Recipe
 from yuan.model.attention_inputs import make_packed_inputs
@@ -54,7 +54,9 @@ def measure(folder: Path) -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     torch.manual_seed(0)
     latency, bandwidth = _measure_link(device) if dist.get_world_size() > 1 else (None, None)
-    forward, backward = _measure_layer_seconds(request, device)
+    micro_batch_size = request.recipe.micro_batch_size
+    forward, backward = _measure_layer_seconds(request, micro_batch_size, device)
+    double_forward, double_backward = _measure_layer_seconds(request, 2 * micro_batch_size, device)
     head, embedding = _measure_head_seconds(request, device), _measure_embedding_seconds(request, device)
     steps = []
     for trial in request.trials:
@@ -65,6 +67,8 @@ def measure(folder: Path) -> None:
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             forward_s=forward,
             backward_s=backward,
+            double_forward_s=double_forward,
+            double_backward_s=double_backward,
             head_s=head,
             embedding_s=embedding,
             latency_s=latency,
@@ -74,14 +78,20 @@ def measure(folder: Path) -> None:
         write_json(folder / CALIBRATION_RESULT_FILE, asdict(result))
 
 
-def _measure_layer_seconds(request: CalibrationRequest, device: torch.device) -> tuple[float, float]:
+def _measure_layer_seconds(
+    request: CalibrationRequest, micro_batch_size: int, device: torch.device
+) -> tuple[float, float]:
+    """Return the seconds of a layer's forward and backward pass."""
     model, recipe, dtype = request.model, request.recipe, _get_dtype(request.recipe)
     layers = [Layer(model).to(device, dtype) for _ in range(NUM_MEASURED_LAYERS)]
     if can_compile(device):  # as in training
         keep_compilation_in_process()
         for layer in layers:
             layer.compile()
-    shape = (recipe.micro_batch_size, recipe.seq_len)
+    if dtype != torch.float32:
+        for parameter in (parameter for layer in layers for parameter in layer.parameters()):
+            _sum_gradients_in_fp32(parameter)
+    shape = (micro_batch_size, recipe.seq_len)
     x_BSH = torch.randn(*shape, model.hidden_size, device=device, dtype=dtype, requires_grad=True)
     rows = make_packed_inputs(model, _make_documents(*shape).to(device), x_BSH, isolated=recipe.isolate_documents)
     grad_BSH = torch.randn_like(x_BSH)
@@ -95,6 +105,18 @@ def _measure_layer_seconds(request: CalibrationRequest, device: torch.device) ->
     forward = _time_calls(run, device)
     both = _time_calls(lambda: run().backward(grad_BSH), device)
     return forward / NUM_MEASURED_LAYERS, max(both - forward, 0.1 * forward) / NUM_MEASURED_LAYERS
+
+
+def _sum_gradients_in_fp32(parameter: nn.Parameter) -> None:
+    """Add each gradient to an fp32 sum and free it, as the training engine does."""
+    total = torch.zeros_like(parameter, dtype=torch.float32)
+
+    def add(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        total.add_(parameter.grad)
+        parameter.grad = None
+
+    parameter.register_post_accumulate_grad_hook(add)
 
 
 def _measure_head_seconds(request: CalibrationRequest, device: torch.device) -> float:

@@ -22,9 +22,10 @@ deepspeed.runtime.pipe.module.PipelineModule
 
 deepspeed.runtime.bf16_optimizer.BF16_Optimizer
     bf16_groups  read: group and index of the tied weight (tied_embedding)
-    fp32_groups_gradients  added to in place, instead of one gradient per micro-batch (tied_embedding)
-    fp32_groups_has_gradients  set, since DeepSpeed does not see those additions (tied_embedding)
-    _hp_grad  set on the tied weight: the engine sums the first and last stage's there (tied_embedding)
+    fp32_groups_gradients  added to in place, instead of one gradient per micro-batch (tied_embedding, memory)
+    fp32_groups_has_gradients  set, since DeepSpeed does not see those additions (tied_embedding, memory)
+    _update_hp_grad  replaced: add a gradient to its sum without a copy in fp32 (memory)
+    _hp_grad  set on weights: the engine sums the first and last stage's of the tied weight (tied_embedding, memory)
     _global_grad_norm  read before the update (step)
 
 deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer

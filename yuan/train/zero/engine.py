@@ -66,7 +66,8 @@ def build_deepspeed_config(recipe: Recipe, data_size: int) -> dict[str, Any]:
         # Gradients are reduced once, after the last micro-batch, so a contiguous buffer would not help.
         # fp32 replicas copy gradients in buckets of this size to reduce them; the planner counts memory for one bucket.
         "zero_optimization": {"stage": 1, "contiguous_gradients": False, "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS},
-        "bf16": {"enabled": bf16},
+        # Each gradient is added to the sum and freed as soon as it is computed, not after the micro-batch.
+        "bf16": {"enabled": bf16, "immediate_grad_update": bf16},
         # Without this, gradients of the micro-batches would be accumulated in bf16.
         "data_types": {"grad_accum_dtype": "fp32"},
         # Without this, the sums would be rounded to bf16 before the all-reduce over replicas.
