@@ -42,9 +42,12 @@ def count_states(costs: StageCosts) -> int:
 
 
 def _select_counted_classes(costs: StageCosts) -> tuple[int, ...]:
-    """Return the classes whose stages are counted: all but the one with the most slots, which takes the others."""
+    """Return the classes whose stages are counted: those that could run out of slots, but not the largest class.
+
+    The largest class takes the stages that no other one takes, so their number follows from the other counts.
+    """
     largest = max(range(costs.num_classes), key=costs.slots.__getitem__)
-    return tuple(c for c in range(costs.num_classes) if c != largest)
+    return tuple(c for c in range(costs.num_classes) if c != largest and costs.slots[c] < costs.num_stages)
 
 
 def _compute_axis_size(costs: StageCosts, c: int) -> int:
@@ -272,27 +275,6 @@ class DynamicProgram:
         size_index, next_class = divmod(int(reaches_minimum.argmax()), self.costs.num_classes)
         return int(sizes[size_index]), next_class
 
-    def find_max_place_classes(self, place_sums: list[FloatArray], max_places: IntArray) -> tuple[int, ...]:
-        """Return the classes of the sequence of stages that takes the most places.
-
-        Args:
-            place_sums: the result of `compute_max_place_sums` for `max_places`.
-        """
-        state = self._make_first_state(int(self._read_first_stage(place_sums[0], -np.inf).argmax()))
-        classes = [state.stage_class]
-        for stage in range(self.costs.num_stages - 1):
-            sums = np.full(self.costs.num_classes, -np.inf)  # places of this stage and the later ones, by next class
-            for next_class in self._iter_classes():
-                next_counts = self._add_stage(state.counts, next_class)
-                if next_counts is None:
-                    continue
-                next_index = (*next_counts, self.previous_indices[state.stage_class], next_class)
-                stage_max = max_places[stage, state.previous_index, state.stage_class, next_class]
-                sums[next_class] = stage_max + place_sums[stage + 1][next_index]
-            state = self._advance_state(state, int(np.argmax(sums)))
-            classes.append(state.stage_class)
-        return tuple(classes)
-
     def _iter_classes(self) -> range:
         return range(self.costs.num_classes)
 
@@ -345,7 +327,7 @@ class DynamicProgram:
     def _mask_impossible_counts(
         self, table: FloatArray, stage: int, num_other_axes: int = 2, fill_value: float = -np.inf
     ) -> FloatArray:
-        """Mask impossible counts: more stages than there are so far, or too many of the class that is not counted."""
+        """Mask impossible counts: more stages than so far, or too many of the classes that are not counted."""
         num_uncounted = stage + 1 - self.num_counted
         is_impossible = (num_uncounted < 0) | (num_uncounted > max(self.costs.slots))
         return np.where(is_impossible[(...,) + (None,) * num_other_axes], fill_value, table)

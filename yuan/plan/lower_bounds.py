@@ -7,8 +7,6 @@ Letters: P stages, C device classes; c, x, x', u, f, w and q of a stage as in `c
 stages, and μ the time that the bottleneck stage adds to it. Places of a stage are explained in `stage_costs`.
 """
 
-from bisect import bisect_left
-
 import numpy as np
 import numpy.typing as npt
 
@@ -21,6 +19,7 @@ BoolArray = npt.NDArray[np.bool_]
 NUM_WAIT_INTERVALS = 24  # intervals of μ
 WAIT_INTERVAL_GROWTH = 1.02  # of μ from one interval to the next
 WAIT_BOUND_TOLERANCE = 1e-3  # relative precision of the minimum μ
+PEAK_BOUND_TOLERANCE = 1e-3  # relative precision of the minimum memory
 FIRST_WAIT_DIVISOR = 64  # of the largest μ; the search for the minimum μ starts at the quotient and doubles it
 NUM_TIGHTENING_PASSES = 2  # passes that lower max. places, since fewer places in early stages mean more in later ones
 
@@ -33,7 +32,7 @@ def bound_step_seconds(costs: StageCosts, cutoff: float = float("inf")) -> float
     """
     if not costs.has_places:
         return float("inf")
-    relaxed = _RelaxedProblem(costs)
+    relaxed = RelaxedProblem(costs)
 
     # Every stage has at least one place, and some stage at least the mean number of places.
     mean_places = -(-costs.num_places // costs.num_stages)
@@ -46,7 +45,7 @@ def bound_step_seconds(costs: StageCosts, cutoff: float = float("inf")) -> float
         return float("inf")
 
     # Intervals of μ: geometric from its minimum, and the last one unbounded.
-    min_wait = relaxed.find_minimum_wait()
+    min_wait = relaxed.find_minimum_wait(max_wait)
     num_intervals = NUM_WAIT_INTERVALS if min_wait else 1
     lower_edges = [min_wait * WAIT_INTERVAL_GROWTH**n for n in range(num_intervals)]
     upper_edges = [*lower_edges[1:], float("inf")]
@@ -59,20 +58,23 @@ def bound_peak_bytes(costs: StageCosts, cutoff: float = float("inf")) -> int | N
     costs = costs if cutoff == float("inf") else costs.cap_memory(int(cutoff))
     if not may_fit(costs):
         return None
-    return bisect_left(
-        range(int(costs.memory.capacity.max())),
-        True,
-        key=lambda num_bytes: _RelaxedProblem(costs.cap_memory(num_bytes)).is_feasible(),
-    )
+    low, high = 0, int(costs.memory.capacity.max())
+    while high - low > PEAK_BOUND_TOLERANCE * high:
+        middle = (low + high) // 2
+        if RelaxedProblem(costs.cap_memory(middle)).is_feasible():
+            high = middle
+        else:
+            low = middle
+    return low
 
 
 def may_fit(costs: StageCosts) -> bool:
     """Return True if a layout may fit; only False is certain."""
-    return costs.has_places and _RelaxedProblem(costs).is_feasible()
+    return costs.has_places and RelaxedProblem(costs).is_feasible()
 
 
-class _RelaxedProblem:
-    """The solver's problem without couplings between stages.
+class RelaxedProblem:
+    """The solver's problem without couplings between stages; without limits on time it is the problem itself.
 
     Attributes:
         fits: True where a stage fits its device, (P, C, places).
@@ -106,20 +108,25 @@ class _RelaxedProblem:
 
         self.later_wait_offset = steady + (next_link_s + costs.time.return_s[:, None])[..., None]
 
-    def is_feasible(self, wait: float = np.inf) -> bool:
+    def is_feasible(self, wait: float = np.inf, finish: float = np.inf) -> bool:
         """Return True if stages and classes may be assigned so that they take all layers, by a bound from the dual."""
-        max_places = self._compute_max_places(wait)
+        max_places = self.compute_max_places(wait, finish)
         stage_max = max_places.max(axis=1, where=self.slots > 0, initial=0)
         if not (stage_max > 0).all():
             return False
         return _bound_assigned_places(max_places, self.slots, self.costs.num_places) >= self.costs.num_places
 
-    def find_minimum_wait(self) -> float:
-        """Return a lower bound on μ over all layouts that fit, by bisection."""
+    def find_minimum_wait(self, max_wait: float) -> float:
+        """Return a lower bound on μ over all layouts that fit, by bisection.
+
+        Args:
+            max_wait: a wait under which layouts may fit. The bound on assignments does not rise steadily with the wait,
+                so a larger one can look infeasible.
+        """
         largest = float(self.pass_wait.max(where=self.fits, initial=0.0))
-        low, high = 0.0, largest / FIRST_WAIT_DIVISOR
-        while not self.is_feasible(high):
-            low, high = high, 2 * high
+        low, high = 0.0, min(largest / FIRST_WAIT_DIVISOR, max_wait)
+        while high < max_wait and not self.is_feasible(high):
+            low, high = high, min(2 * high, max_wait)
         while high - low > WAIT_BOUND_TOLERANCE * high:
             middle = (low + high) / 2
             if self.is_feasible(middle):
@@ -130,7 +137,7 @@ class _RelaxedProblem:
 
     def compute_minimum_sum(self, wait: float) -> float:
         """Return a lower bound on Σ for μ <= `wait`: layers go to the cheapest classes, first those not recomputed."""
-        costs, max_places = self.costs, self._compute_max_places(wait)
+        costs, max_places = self.costs, self.compute_max_places(wait)
         has_slots = self.slots > 0
         extra_places = np.array(costs.may_be_empty, np.int64)
 
@@ -154,9 +161,10 @@ class _RelaxedProblem:
             remaining -= min(remaining, num_layers)
         return total
 
-    def _compute_max_places(self, wait: float) -> IntArray:
-        """Return the most places of each stage under a limit on μ, for any later stages, (P, C)."""
-        return compute_max_places(self.costs, self.fits & (self.pass_wait <= wait), self.later_wait_offset, wait)
+    def compute_max_places(self, wait: float, finish: float = np.inf) -> IntArray:
+        """Return the most places of each stage under limits on μ and the finish, for any later stages, (P, C)."""
+        allowed = self.fits & (self.pass_wait <= wait) & (self.costs.finish <= finish)
+        return compute_max_places(self.costs, allowed, self.later_wait_offset, wait)
 
 
 def compute_max_places(costs: StageCosts, allowed: BoolArray, later_wait_offset: FloatArray, wait: float) -> IntArray:

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from yuan.plan.dynamic_program import DynamicProgram
+from yuan.plan.class_assignment import fits
 from yuan.plan.layout import Layout
-from yuan.plan.lower_bounds import bound_peak_bytes, bound_step_seconds, may_fit
+from yuan.plan.lower_bounds import bound_peak_bytes, bound_step_seconds
 from yuan.plan.pool import DeviceGroup, Pool
 from yuan.plan.simulate import Timeline, simulate, simulate_seconds
 from yuan.plan.solver import is_exact, minimize_peak_memory, solve
@@ -176,7 +176,7 @@ def has_feasible_layout(work: Workload, pool: Pool, limits: SizeLimits = SizeLim
     smallest = replace(limits, micro_batch_size=limits.micro_batch_size or 1)
     for grid in sorted(iter_grids(work, pool, smallest), key=lambda grid: -grid.pipeline_size):
         costs = build_stage_costs(work, grid, pool.groups)
-        if may_fit(costs) and DynamicProgram(costs).is_feasible():
+        if fits(costs):
             return True
     return False
 

@@ -11,10 +11,12 @@ Letters: P stages, C device classes, L layers.
 
 from bisect import bisect_left
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 
 import numpy as np
 
+from yuan.plan.class_assignment import assign_classes, fits
 from yuan.plan.dynamic_program import TIE_TOLERANCE, DynamicProgram, count_states
 from yuan.plan.layout import (
     Layout,
@@ -24,6 +26,7 @@ from yuan.plan.layout import (
     compute_total_seconds,
     make_layout,
 )
+from yuan.plan.lower_bounds import RelaxedProblem, bound_step_seconds
 from yuan.plan.memory_costs import DOES_NOT_FIT
 from yuan.plan.memory_model import IntArray
 from yuan.plan.stage_costs import StageCosts
@@ -133,10 +136,11 @@ def _fix_all_ends(costs: StageCosts) -> list[StageCosts]:
 
 def _find_minimum_peak(costs: StageCosts) -> int | None:
     """Return the minimum memory of the fullest device, with any recomputation."""
-    if not DynamicProgram(costs).is_feasible():
+    if not fits(costs):
         return None
-    sizes = range(int(costs.memory.capacity.max()))
-    return bisect_left(sizes, True, key=lambda num_bytes: DynamicProgram(costs.cap_memory(num_bytes)).is_feasible())
+    return bisect_left(
+        range(int(costs.memory.capacity.max())), True, key=lambda num_bytes: fits(costs.cap_memory(num_bytes))
+    )
 
 
 @dataclass(frozen=True)
@@ -165,11 +169,15 @@ class _LayoutSearch:
     """Search over both limits for a layout faster than `cutoff`; exact only for layouts faster than `other_seconds`."""
 
     def __init__(self, costs: StageCosts, cutoff: float = float("inf"), other_seconds: float = float("inf")) -> None:
-        self.costs, self.program = costs, DynamicProgram(costs)
+        self.costs = costs
         self.cutoff, self.other_seconds = cutoff, other_seconds
         self.is_exact = is_exact(costs)
         # (limit on the wait, minimum sum under it); remains valid when the limit on the finish falls
         self.solved_waits: list[tuple[float, float]] = []
+
+    @cached_property
+    def program(self) -> DynamicProgram:
+        return DynamicProgram(self.costs)
 
     def find_best(self) -> Layout | None:
         """Lower the limit on the finish step by step, as long as that can give a faster layout."""
@@ -196,6 +204,8 @@ class _LayoutSearch:
             max_finish = np.nextafter(finish, 0)
         if best is None or best.seconds >= self.cutoff:
             return None
+        if not self.is_exact:
+            bound = max(bound, bound_step_seconds(self.costs))
         return replace(best, lower_bound=min(best.seconds, self.other_seconds if self.is_exact else bound))
 
     def _compute_target(self, best_seconds: float, bound: float) -> float:
@@ -204,9 +214,14 @@ class _LayoutSearch:
         return best_seconds * (1 - tolerance)
 
     def _find_minimum_finish(self) -> float | None:
-        """Return a lower bound on the finish over all layouts; None if nothing fits."""
+        """Return the least finish over all layouts; None if nothing fits."""
         values = np.unique(self.costs.finish)
-        index = bisect_left(values, True, key=lambda value: self.program.is_feasible(finish=value))
+        relaxed = RelaxedProblem(self.costs)
+
+        def is_feasible(finish: float) -> bool:
+            return assign_classes(self.costs, relaxed.compute_max_places(np.inf, finish)) is not None
+
+        index = bisect_left(values, True, key=is_feasible)
         return float(values[index]) if index < len(values) else None
 
     def _search_under_finish(
@@ -216,7 +231,7 @@ class _LayoutSearch:
         if self.is_exact:
             point = self._minimize_over_waits(cutoff - min_finish, max_finish, min_finish)
             return None if point is None else (point, point.before_finish)
-        return self._search_max_place_classes(cutoff - min_finish - self.costs.bound_minimum_sum(), max_finish)
+        return self._search_assigned_classes(cutoff - min_finish - self.costs.bound_minimum_sum(), max_finish)
 
     def _minimize_over_waits(self, cutoff: float, max_finish: float, min_finish: float = 0.0) -> _SearchPoint | None:
         """Return the point with the minimum Σ + wait below the cutoff, by bisection over ranges of waits.
@@ -288,20 +303,30 @@ class _LayoutSearch:
                 min_total = max(min_total, total)
         return _WaitRange(low, wait_range.high, min_total)
 
-    def _search_max_place_classes(self, max_wait: float, max_finish: float) -> tuple[_SearchPoint, float] | None:
-        """Choose the classes with the most places near the minimum wait; return the best layout on them and a bound."""
-        bracket = self._bracket_minimum_wait(max_wait, max_finish)
-        if bracket is None:
+    def _search_assigned_classes(self, max_wait: float, max_finish: float) -> tuple[_SearchPoint, float] | None:
+        """Assign the classes with the most places near the minimum wait; return the best layout on them and a bound."""
+        relaxed = RelaxedProblem(self.costs)
+
+        def assign(wait: float) -> tuple[int, ...] | None:
+            return assign_classes(self.costs, relaxed.compute_max_places(wait, max_finish))
+
+        classes = assign(max_wait)
+        if classes is None:
             return None
-        min_wait, feasible_wait = bracket
-        max_places = self.program.compute_max_places(feasible_wait, max_finish)
-        place_sums = self.program.compute_max_place_sums(max_places)
-        classes = self.program.find_max_place_classes(place_sums, max_places)
+        # Double from a lower bound, then bisect.
+        low = high = 0.0 if self.costs.grad_accum_steps == 1 else relaxed.find_minimum_wait(max_wait)
+        while (found := assign(high)) is None:
+            low, high = high, min(max_wait, 2 * high)
+        classes = found
+        while high - low > MIN_WAIT_TOLERANCE * high:
+            middle = (low + high) / 2
+            found = assign(middle)
+            low, high, classes = (middle, high, classes) if found is None else (low, middle, found)
 
         point = _LayoutSearch(self.costs.fix_classes(classes))._minimize_over_waits(np.inf, max_finish)
         if point is None:
             return None
-        return self._make_point(point.layout.layers, classes), self.costs.bound_minimum_sum() + min_wait
+        return self._make_point(point.layout.layers, classes), self.costs.bound_minimum_sum() + low
 
     def _solve_under_limits(self, wait: float, finish: float) -> _SearchPoint | None:
         """Return the point with the minimum Σ under both limits; None if there is none."""
