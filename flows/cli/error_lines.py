@@ -15,6 +15,12 @@ STORE_ERROR_NAMES = {
 }
 MLFLOW_ERROR_NAMES = {"mlflow.exceptions.MlflowException"}
 RECORD_ERROR_NAMES = {"feedback.accounts.NotFound", "feedback.leases.NoCapacity"}
+OWN_PACKAGES = ("flows", "feedback", "yuan", "infra")
+# Packages of the smaller extras, by the names of their modules; any other that is missing is of [platform].
+EXTRA_BY_PACKAGE = {
+    **dict.fromkeys(("deepspeed", "numpy", "safetensors", "sentencepiece", "torch"), "train"),
+    "kubernetes": "kubernetes",
+}
 
 
 def describe_failure(error: Exception) -> str | None:
@@ -31,6 +37,8 @@ def describe_failure(error: Exception) -> str | None:
         return f"{_name_server(error)} does not answer ({_get_first_line(error)}); check --url, or see `cotrain status`"
     if isinstance(error, ValidationError):
         return describe_errors(error)
+    if isinstance(error, ModuleNotFoundError):
+        return _describe_missing_package(error)
 
     names = {f"{ancestor.__module__}.{ancestor.__qualname__}" for ancestor in type(error).__mro__}
     if names & DATABASE_ERROR_NAMES:
@@ -43,6 +51,15 @@ def describe_failure(error: Exception) -> str | None:
     if names & RECORD_ERROR_NAMES or isinstance(error, ValueError | OSError | RuntimeError):
         return str(error).strip() or type(error).__name__
     return None
+
+
+def _describe_missing_package(error: ModuleNotFoundError) -> str | None:
+    """Return how to install a package of an extra; None for a module of the platform itself."""
+    package = (error.name or "").partition(".")[0]
+    if not package or package in OWN_PACKAGES:
+        return None
+    extra = EXTRA_BY_PACKAGE.get(package, "platform")
+    return f"this command needs {package}, which the base package lacks; run `pip install 'cotrain[{extra}]'`"
 
 
 def _name_server(error: httpx.TransportError) -> str:

@@ -72,14 +72,6 @@ def test_the_list_of_commands_has_each_commands_own_help():
         assert " ".join(command.help.split("\n\n")[0].split()) == help
 
 
-def test_a_command_whose_library_is_not_installed_says_what_to_install():
-    code = "import sys; sys.modules['pydantic_settings'] = None; from flows.cli.app import main; main()"
-    result = subprocess.run([sys.executable, "-c", code, "status"], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 1 and result.stderr == (
-        "cotrain: `cotrain status` needs pydantic_settings, of the extra [platform]: pip install 'cotrain[platform]'\n"
-    )
-
-
 def test_the_portal_loads_no_torch():
     code = "import feedback.run, sys; print(sorted({'torch', 'deepspeed', 'prefect', 'mlflow'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -127,6 +119,33 @@ def test_plan_uses_measured_rates_of_the_calibrated_pool(tmp_path):
     assert "measured rates" in json.loads(planned.stdout)["explanation"]
 
 
+def test_an_unknown_version_is_refused_before_torch_is_imported(tmp_path):
+    code = """
+import sys
+from flows.cli.app import app
+try:
+    app(["generate", "999", "--prompt", "p"])
+except SystemExit as error:
+    print(error.code, "torch" in sys.modules)
+"""
+    env = {**os.environ, "COTRAIN_HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env)
+    assert result.stdout == "1 False\n", result.stderr
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "p"], ["export", "--out", "out"]])
+def test_a_folder_of_the_published_layout_is_to_be_imported_first(tmp_path, command):
+    (tmp_path / "config.json").write_text('{"model_type": "yuan", "hidden_size": 64}')
+    result = run_cotrain(*command, str(tmp_path))
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert f"import it first: `cotrain import {tmp_path} --out FOLDER`" in result.stderr
+
+
+def test_doctor_reports_that_no_stack_was_ever_started(tmp_path):
+    result = run_cotrain("doctor", home=tmp_path / "home")
+    assert result.returncode == 1 and f"the stack in {tmp_path / 'home'} is not up" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("argv", "status", "message"),
     [
@@ -153,6 +172,9 @@ def test_plan_uses_measured_rates_of_the_calibrated_pool(tmp_path):
         (["round", "status"], 1, "run `cotrain up`"),
         (["logs", "nothing"], 1, "there is no log of 'nothing'"),
         (["status"], 1, "is not up"),
+        (["generate", "./typo"], 1, "there is no folder ./typo; give a model folder"),
+        (["export", "~/typo", "--out", "out"], 1, "there is no folder ~/typo; give a model folder"),
+        (["generate", "Makefile"], 1, "Makefile is a file; give the model folder"),
         (["demo", "--skills", "nowhere.py"], 2, "does not exist"),
         (["logs", "keeper", "-n", "4000000000"], 2, "less than or equal to 1000000"),
         (["dataset", "push", "/dev/zero", "--token", "t"], 2, "must be a regular file, got /dev/zero"),
