@@ -91,9 +91,8 @@ def add_error_handlers(app: FastAPI) -> None:
             {"Allow": find_allowed_methods(request)} if error.status_code == 405 else {}
         )
         kind = "invalid" if error.status_code == 422 else "http"
-        return make_error_response(
-            error.status_code, kind, str(error.detail), getattr(error, "param", None), None, headers
-        )
+        message = describe_missing_route(request) if error.status_code == 404 else str(error.detail)
+        return make_error_response(error.status_code, kind, message, getattr(error, "param", None), None, headers)
 
     def handle_store(request: Request, error: Exception) -> JSONResponse:
         log.warning("a store does not respond: %s", describe_error(error))
@@ -105,6 +104,15 @@ def add_error_handlers(app: FastAPI) -> None:
         app.add_exception_handler(fault, handle_store)
     app.add_exception_handler(RequestValidationError, handle_invalid)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, handle_http)  # type: ignore[arg-type]
+
+
+def describe_missing_route(request: Request) -> str:
+    """Return what a caller of a path that the portal does not have can call instead."""
+    path = make_printable(request.scope["path"])
+    return (
+        f"there is no route {path}; the paths of the API begin with /api/v1, those of the OpenAI API with /v1, "
+        "so an OpenAI client's base_url is this address and /v1; /docs lists all routes"
+    )
 
 
 def describe_body_error(request: Request, error: dict[str, Any]) -> tuple[str, str | None]:

@@ -3,7 +3,7 @@
 import httpx
 from pydantic import ValidationError
 
-from feedback.client import PortalError
+from feedback.client import UNUSABLE_RESPONSE, PortalError
 from yuan.data.text import describe_errors
 
 # Errors of servers and records, compared by the names of their classes, since importing their modules takes seconds.
@@ -15,6 +15,14 @@ STORE_ERROR_NAMES = {
 }
 MLFLOW_ERROR_NAMES = {"mlflow.exceptions.MlflowException"}
 RECORD_ERROR_NAMES = {"feedback.accounts.NotFound", "feedback.leases.NoCapacity"}
+# Parts of OpenSSL's messages about a server whose first bytes are not TLS.
+TLS_FAULTS = (
+    "WRONG_VERSION_NUMBER",
+    "WRONG VERSION NUMBER",
+    "RECORD LAYER FAILURE",
+    "RECORD_LAYER_FAILURE",
+    "HTTP_REQUEST",
+)
 OWN_PACKAGES = ("flows", "feedback", "yuan", "infra")
 # Packages of the smaller extras, by the names of their modules; any other that is missing is of [platform].
 EXTRA_BY_PACKAGE = {
@@ -26,6 +34,8 @@ EXTRA_BY_PACKAGE = {
 def describe_failure(error: Exception) -> str | None:
     """Return the line, with further lines where the error's own message has them; None for a fault of the program."""
     if isinstance(error, PortalError):
+        if error.body.type == UNUSABLE_RESPONSE:
+            return error.body.message
         field = f" ({error.body.param})" if error.body.param else ""
         fix = "; check --token, COTRAIN_TOKEN or the operator's COTRAIN_OPERATOR_TOKEN" if error.status == 401 else ""
         return f"refused with {error.status}: {error.body.message}{field}{fix}"
@@ -34,7 +44,7 @@ def describe_failure(error: Exception) -> str | None:
     if isinstance(error, httpx.LocalProtocolError):
         return f"the request cannot be sent ({error}); remove line breaks from token and URL"
     if isinstance(error, httpx.TransportError):
-        return f"{_name_server(error)} does not answer ({_get_first_line(error)}); check --url, or see `cotrain status`"
+        return _describe_transport_error(error)
     if isinstance(error, ValidationError):
         return describe_errors(error)
     if isinstance(error, ModuleNotFoundError):
@@ -60,6 +70,16 @@ def _describe_missing_package(error: ModuleNotFoundError) -> str | None:
         return None
     extra = EXTRA_BY_PACKAGE.get(package, "platform")
     return f"this command needs {package}, which the base package lacks; run `pip install 'cotrain[{extra}]'`"
+
+
+def _describe_transport_error(error: httpx.TransportError) -> str:
+    """Return which server does not answer, and the other protocol if that is the reason."""
+    server, reason = _name_server(error), _get_first_line(error)
+    if any(fault in reason.upper() for fault in TLS_FAULTS):
+        return f"{server} speaks no HTTPS ({reason}); write the address with http://, or check its port"
+    if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError) and server.startswith("the server at http:"):
+        return f"{server} closes the connection without a response ({reason}); if it speaks HTTPS, write https://"
+    return f"{server} does not answer ({reason}); check --url, or see `cotrain status`"
 
 
 def _name_server(error: httpx.TransportError) -> str:

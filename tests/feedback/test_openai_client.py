@@ -36,6 +36,15 @@ def portal_url(stores, engine, objects, served):
             yield url
 
 
+@pytest.mark.parametrize("suffix", ["", "/", "/api/v1", "/v1/v1"])
+def test_the_404_for_a_base_url_without_v1_names_the_right_one(portal_url, account, suffix):
+    with openai.OpenAI(base_url=portal_url + suffix, api_key=account.token, max_retries=0) as client:
+        with pytest.raises(openai.NotFoundError, match="an OpenAI client's base_url is this address and /v1"):
+            client.models.list()
+        with pytest.raises(openai.NotFoundError, match=r"there is no route .*/chat/completions"):
+            client.chat.completions.create(model="yuan", messages=QUESTION)
+
+
 class AsyncCaller:
     """Call the async client from a test that is not async; streams are read to their end."""
 

@@ -127,7 +127,7 @@ def test_client_reports_responses_that_no_portal_gives():
         with Client(f"http://127.0.0.1:{server.server_port}", "t") as client:
             with pytest.raises(PortalError, match=r"leads back to an earlier one.*check the address"):
                 client.all_feedback()
-            with pytest.raises(PortalError, match=r"Invalid JSON.*check the address"):
+            with pytest.raises(PortalError, match=r"it is not JSON.*<html>.*check the address"):
                 client.notices()
     finally:
         server.shutdown()
