@@ -263,7 +263,9 @@ def _record_dataset(
         audit(session, contributor.id, "dataset pushed", dataset_id)
     dataset = datasets.get_dataset(session, contributor, dataset_id)
     if dataset.bad_rows or not dataset.num_rows:
-        message = f"dataset {dataset.id}: {dataset.reason}; no row was accepted, correct the file and push it again"
+        # The reason for refusing the file as a whole says itself what to do.
+        advice = ", correct the file and push it again" if dataset.bad_rows else ""
+        message = f"dataset {dataset.id}: {dataset.reason}; no row was accepted{advice}"
         bad_rows = datasets.read_bad_rows(dataset.id, dataset.bad_rows)
         return make_error_response(422, "malformed", message, rows=bad_rows)
     return datasets.describe_dataset(session, dataset)

@@ -19,7 +19,7 @@ from feedback.contracts import ErrorBody, ErrorOut
 from infra.error_text import describe_error
 from infra.faults import DATABASE_ERRORS, OBJECT_STORE_ERRORS
 from yuan.data.rows import BadRow
-from yuan.data.text import get_field_path, make_printable
+from yuan.data.text import describe_rule, get_field_path, make_printable
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def add_error_handlers(app: FastAPI) -> None:
             return make_error_response(422, "invalid", *describe_body_error(request, first))
         # The first part of loc is the location: body, query, path or header.
         param = get_field_path({**first, "loc": first["loc"][1:]})
-        return make_error_response(422, "invalid", first["msg"], param=param or None)
+        return make_error_response(422, "invalid", describe_rule(first), param=param or None)
 
     def handle_http(request: Request, error: HTTPException) -> JSONResponse:
         headers = dict(error.headers or {}) | (
@@ -126,7 +126,7 @@ def describe_body_error(request: Request, error: dict[str, Any]) -> tuple[str, s
     if not is_json_content_type(content_type):
         got = make_printable(content_type) or "no such header"
         return f"must be application/json, got {got}; send the header Content-Type: application/json", "Content-Type"
-    return str(error["msg"]), get_field_path({**error, "loc": ()}) or None
+    return describe_rule(error), get_field_path({**error, "loc": ()}) or None
 
 
 def is_json_content_type(content_type: str) -> bool:

@@ -1,10 +1,13 @@
 """Describe an error that the user of a command can fix in one line with the way out; all commands use this table."""
 
+import os
+
 import httpx
+import typer
 from pydantic import ValidationError
 
 from feedback.client import UNUSABLE_RESPONSE, PortalError
-from yuan.data.text import describe_errors
+from yuan.data.text import describe_errors, make_printable
 
 # Errors of servers and records, compared by the names of their classes, since importing their modules takes seconds.
 DATABASE_ERROR_NAMES = {"sqlalchemy.exc.SQLAlchemyError", "psycopg.Error"}
@@ -23,6 +26,9 @@ TLS_FAULTS = (
     "RECORD_LAYER_FAILURE",
     "HTTP_REQUEST",
 )
+# The class of all errors of the parser, which Typer exports by some of its subclasses only.
+USAGE_ERROR: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "UsageError")
+MAX_USAGE_CHARACTERS = 400
 OWN_PACKAGES = ("flows", "feedback", "yuan", "infra")
 # Packages of the smaller extras, by the names of their modules; any other that is missing is of [platform].
 EXTRA_BY_PACKAGE = {
@@ -58,9 +64,23 @@ def describe_failure(error: Exception) -> str | None:
         return f"the object store cannot be used ({_get_first_line(error)}); see `cotrain status`"
     if names & MLFLOW_ERROR_NAMES:
         return f"MLflow refused the request: {_get_first_line(error)}; see `cotrain doctor`"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fsdecode(error.filename)} cannot be used: {error.strerror}; check the path and its permissions"
     if names & RECORD_ERROR_NAMES or isinstance(error, ValueError | OSError | RuntimeError):
         return str(error).strip() or type(error).__name__
     return None
+
+
+def describe_usage_error(error: Exception) -> str | None:
+    """Return the line for arguments that the parser refuses; None if the error only shows the help of a group."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return None
+    message: str = error.format_message()  # type: ignore[attr-defined]
+    message = message.replace("Input should be", "must be").replace(". Did you mean", "; did you mean")
+    context = error.ctx  # type: ignore[attr-defined]
+    help_text = f"see `{context.command_path} --help`" if context is not None else "see `cotrain --help`"
+    shown = make_printable(message.strip().rstrip("."), MAX_USAGE_CHARACTERS)
+    return f"{shown[:1].lower()}{shown[1:]}; {help_text}"
 
 
 def _describe_missing_package(error: ModuleNotFoundError) -> str | None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from flows.cli.output import JsonOption, show
-from yuan.config import Precision
+from yuan.config import Precision, format_count
 
 ModelFormatOption = Annotated[Literal["hf"], typer.Option(help="hf: the published Hugging Face layout")]
 WeightsDtypeOption = Annotated[Precision | None, typer.Option(help="default: as stored")]
@@ -61,7 +61,7 @@ def export(
     manifest = export_hf(folder, out, dtype=dtype)
     show(
         {"out": str(out), **manifest.to_json()},
-        f"wrote {len(manifest.files)} files and their manifest to {out}",
+        f"wrote {format_count(len(manifest.files), 'file')} and their manifest to {out}",
         as_json,
     )
 
