@@ -137,7 +137,7 @@ def test_report_about_an_unknown_version_claims_no_key(portal, account):
 @pytest.mark.parametrize(
     ("content", "reason"), [(b"1\n", "1 of 1 row is malformed; no row"), (b"[1]", "one JSON array"), (b"", "no rows")]
 )
-def test_a_refused_file_is_told_once_what_to_do(portal, account, content, reason):
+def test_the_refusal_of_a_file_has_its_advice_once(portal, account, content, reason):
     refusal = portal.post("/api/v1/datasets?name=bad", content=content, headers=account.headers).json()["error"]
     assert reason in refusal["message"] and refusal["message"].count("push it again") <= 1
 
