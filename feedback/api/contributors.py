@@ -21,18 +21,17 @@ from feedback.api.access import (
     IdempotencyKeyHeader,
     IdempotentRequest,
     RecordIdPath,
-    SessionDep,
     StorageQuotaExceeded,
     StrictRoute,
     SubmissionRequestDep,
     TooManyRequests,
-    get_transactions,
     make_token_error,
     require_known_query,
     require_known_query_without_session,
 )
 from feedback.api.arrival import ReceivedBody, open_scratch_file, receive_body
 from feedback.api.errors import document_errors, make_error_response
+from feedback.api.transactions import SessionDep, get_transactions
 from feedback.contracts import DatasetOut, FeedbackIn, FeedbackOut, NoticeOut
 from feedback.paging import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE
 from feedback.states import AccountRole, DatasetPurpose

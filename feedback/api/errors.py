@@ -14,7 +14,8 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from feedback.accounts import Conflict, InvalidField, NotFound
-from feedback.api.access import Forbidden, PortalBusy, StorageQuotaExceeded, TooManyRequests, Unauthorized
+from feedback.api.access import Forbidden, StorageQuotaExceeded, TooManyRequests, Unauthorized
+from feedback.api.transactions import PortalBusy
 from feedback.contracts import ErrorBody, ErrorOut
 from infra.error_text import describe_error
 from infra.faults import DATABASE_ERRORS, OBJECT_STORE_ERRORS
