@@ -117,7 +117,10 @@ def describe_regressions(decision: PromotionDecision) -> list[str]:
 def _show_round(training_round: RoundOut, as_json: bool, expected_state: RoundState = RoundState.PROMOTED) -> None:
     """Show a round; the exit status is 1 if it ended in another state than the expected one."""
     text = f"round {training_round.number} ({training_round.id}) is {training_round.state}"
-    text += f" at {training_round.step}" if training_round.state == RoundState.RUNNING else f": {training_round.reason}"
+    if training_round.state == RoundState.RUNNING:
+        text += f" at {training_round.step}"
+    elif training_round.reason:
+        text += f": {training_round.reason}"
     failed = sum(training_round.failed_items.values())
     text += f"; {format_count(failed, 'item')} could not be processed, see failed_items with --json" if failed else ""
     if training_round.decision is not None:

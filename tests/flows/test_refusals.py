@@ -97,6 +97,18 @@ def test_version_with_too_many_digits_is_rejected_without_a_query():
         resolve_version(None, "v" + "9" * 30)
 
 
+@pytest.mark.parametrize(
+    ("aliases", "names"), [({}, "none yet"), ({"previous": 3, "champion": 7}, r"champion \(v7\), previous \(v3\)")]
+)
+def test_the_refusal_of_an_alias_lists_those_that_exist(aliases, names):
+    class Registry:
+        def read_aliases(self):
+            return aliases
+
+    with pytest.raises(ValueError, match=f"'latest' is neither a version nor an alias, of which there are {names}; "):
+        resolve_version(Registry(), "latest")
+
+
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9", "http://no-such-host.invalid"])
 def test_wrong_address_of_the_portal_fails_at_the_first_attempt_with_its_name(address, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("the client waited before a retry"))
