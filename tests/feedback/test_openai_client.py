@@ -4,6 +4,8 @@ import asyncio
 import inspect
 import math
 import operator
+import re
+from pathlib import Path
 
 import httpx
 import openai
@@ -43,6 +45,15 @@ def test_the_404_for_a_base_url_without_v1_names_the_right_one(portal_url, accou
             client.models.list()
         with pytest.raises(openai.NotFoundError, match=r"there is no route .*/chat/completions"):
             client.chat.completions.create(model="yuan", messages=QUESTION)
+
+
+def test_the_example_of_the_documentation_runs(portal_url, account, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "contributors.md").read_text()
+    (example,) = (code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "from openai" in code)
+    names = {"url": portal_url, "token": account.token}
+    exec(example, names)
+    names["client"].close()
+    assert re.match(rf"{VERSION} .* {names['choice'].response_id}\n", capsys.readouterr().out, re.DOTALL)
 
 
 class AsyncCaller:
