@@ -19,6 +19,7 @@ from feedback.paging import read_page
 from feedback.states import DatasetPurpose, DatasetState
 from feedback.tables import BASE_SUITE, DATASETS_SUITE, REPORTS_SUITE, Contributor, Dataset, IdempotencyKey
 from feedback.withdrawal import find_withdrawal_events
+from yuan.config import format_count
 from yuan.data.file_formats import HEAD_BYTES, describe_foreign_format
 from yuan.data.rows import BadRow, Row, parse_rows
 from yuan.data.text import describe_errors, make_printable
@@ -115,7 +116,9 @@ def check_file(file: BinaryIO) -> FileCheckResult:
             return FileCheckResult(num_bytes, num_rows, bad, reason)
 
     if bad:
-        return FileCheckResult(num_bytes, num_rows, bad, f"{len(bad)} of {num_rows} rows are malformed")
+        rows = format_count(num_rows, "row")
+        reason = f"{len(bad):,} of {rows} {'is' if num_rows == 1 else 'are'} malformed"
+        return FileCheckResult(num_bytes, num_rows, bad, reason)
     return FileCheckResult(num_bytes, num_rows, bad, None if num_rows else "the file has no rows")
 
 
@@ -198,7 +201,8 @@ def _build_dataset_records(
         # Of events at the same time, as of one transaction, the cause comes first: the sort below keeps this order.
         # A file with bad rows is rejected on arrival, without decided_at.
         decided_at = dataset.decided_at or dataset.created_at
-        events = [Event(at=dataset.created_at, text=f"uploaded: {dataset.num_rows} rows, {dataset.num_bytes} bytes")]
+        size = f"{format_count(dataset.num_rows, 'row')}, {format_count(dataset.num_bytes, 'byte')}"
+        events = [Event(at=dataset.created_at, text=f"uploaded: {size}")]
         if dataset.state == DatasetState.ACCEPTED:
             events.append(Event(at=decided_at, text=f"accepted, {dataset.num_duplicates} duplicates left out"))
         events += faults[dataset.id]

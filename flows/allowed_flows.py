@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from feedback.contracts import RoundParameters
+from yuan.data.text import describe_rule
 
 if TYPE_CHECKING:
     from prefect import Flow
@@ -109,7 +110,7 @@ def parse_form(name: str, parameters: Mapping[str, Any]) -> BaseModel:
     try:
         return find_flow(name).form.model_validate(parameters)
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, e['loc']))[:80] or 'together'}: {e['msg']}" for e in error.errors()]
+        faults = [f"{'.'.join(map(str, e['loc']))[:80] or 'together'}: {describe_rule(e)}" for e in error.errors()]
         num_hidden = len(faults) - MAX_SHOWN_PARAMETER_ERRORS
         hidden_hint = f"; and {num_hidden} more" if num_hidden > 0 else ""
         raise ValueError(

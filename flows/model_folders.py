@@ -1,6 +1,5 @@
 """Find the model folder of a version: on this machine, or in the registry."""
 
-import json
 import re
 from pathlib import Path
 
@@ -21,9 +20,10 @@ def resolve_version(tracker: Tracker, version: str) -> int:
         return parse_version_number(version)
     aliases = tracker.read_aliases()
     if version not in aliases:
+        names = ", ".join(f"{alias} (v{number})" for alias, number in sorted(aliases.items()))
         raise ValueError(
-            f"{version!r} is neither a version nor one of the aliases {json.dumps(aliases)}; "
-            "give a version as 7 or v7, or an alias"
+            f"{version!r} is neither a version nor an alias, of which there are {names or 'none yet'}; give a version "
+            "as 7 or v7, an alias, or where a command takes it, the path of a model folder"
         )
     return aliases[version]
 

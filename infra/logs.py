@@ -5,7 +5,8 @@ from typing import Any
 
 from infra.error_text import format_redacted_traceback
 
-QUIET_LOGGERS = ("httpx", "httpx2", "botocore", "urllib3", "alembic")
+QUIET_LOGGERS = ("httpx", "httpx2", "botocore", "alembic")
+SILENT_LOGGERS = ("urllib3",)  # it warns of every retry; the caller reports the failure
 
 
 class RedactingFormatter(logging.Formatter):
@@ -22,3 +23,5 @@ def configure_logging(level: int = logging.INFO) -> None:
     logging.basicConfig(level=level, handlers=[handler], force=True)
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in SILENT_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)

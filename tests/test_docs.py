@@ -24,6 +24,7 @@ CLASS_MEMBER = re.compile(r"[A-Z][a-z]\w*\.[a-z]\w*")
 IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 TABLE_ROW = re.compile(r"^\| (?!---|I want)(.*) \| (.*) \| (.*) \|$", re.MULTILINE)
 LONG_MARK = " (long)"
+MAX_LINE_CHARACTERS = 120
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -36,6 +37,12 @@ def read_prose(page):
 def read_words(page):
     """Return the words of all code spans, without arguments in brackets."""
     return {word.split("(")[0].strip(",;:") for span in CODE_SPAN.findall(read_prose(page)) for word in span.split()}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: str(page.relative_to(ROOT)))
+def test_lines_outside_of_tables_and_code_have_at_most_120_characters(page):
+    lines = read_prose(page).splitlines()
+    assert [line for line in lines if len(line) > MAX_LINE_CHARACTERS and not line.startswith("|")] == []
 
 
 def make_anchor(heading):

@@ -208,6 +208,15 @@ def format_value(value: object) -> str:
     return text if len(text) <= MAX_FORMATTED_CHARS else f"{text[: MAX_FORMATTED_CHARS - 1]}…"
 
 
+def format_count(count: int, noun: str, plural: str = "") -> str:
+    """Format a number of things in words.
+
+    >>> format_count(1, "row"), format_count(2000, "row"), format_count(0, "batch", "batches")
+    ('1 row', '2,000 rows', '0 batches')
+    """
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
 def yuan_2b() -> ModelConfig:
     """Return the config of Yuan 2.0-2.1B. Source: examples/pretrain_yuan2.0_2.1B.sh of the official repository."""
     return _make_published_config("2b", num_layers=24, hidden_size=2048, num_heads=32, seq_len=8192)

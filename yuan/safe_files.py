@@ -152,6 +152,22 @@ def read_input_file(path: Path, limit: int = MAX_SMALL_FILE_BYTES) -> bytes:
     return data
 
 
+def read_regular_file(path: Path, limit: int) -> bytes:
+    """Read a file that a person names, anywhere; links are followed, and no FIFO or device blocks or is read.
+
+    Raises:
+        OSError: if it does not exist or cannot be read.
+        NotRegularFileError: if it is not a regular file, or larger than the limit.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise NotRegularFileError(path)
+        data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise NotRegularFileError(path, f"has more than {limit:,} bytes")
+    return data
+
+
 def read_file_end(root: Path, name: str, limit: int) -> bytes:
     """Read the last bytes of a file of any size.
 

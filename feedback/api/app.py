@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from sqlalchemy import Engine, QueuePool, text
 
 from feedback.api import contributors, openai, operators, pages
-from feedback.api.access import Transactions, UploadLimiter
+from feedback.api.access import UploadLimiter
 from feedback.api.errors import (
     COMMON_ERROR_STATUSES,
     BodyLimitMiddleware,
@@ -18,6 +18,7 @@ from feedback.api.errors import (
     add_error_handlers,
     document_errors,
 )
+from feedback.api.transactions import Transactions
 from infra.database import make_session_factory
 from infra.object_store import ObjectStore
 from infra.settings import PortalSettings

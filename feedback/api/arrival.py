@@ -11,7 +11,8 @@ from typing import BinaryIO
 
 from fastapi import Request
 
-from feedback.api.access import PortalBusy, begin_digest
+from feedback.api.access import begin_digest
+from feedback.api.transactions import PortalBusy
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 

@@ -21,18 +21,17 @@ from feedback.api.access import (
     IdempotencyKeyHeader,
     IdempotentRequest,
     RecordIdPath,
-    SessionDep,
     StorageQuotaExceeded,
     StrictRoute,
     SubmissionRequestDep,
     TooManyRequests,
-    get_transactions,
     make_token_error,
     require_known_query,
     require_known_query_without_session,
 )
 from feedback.api.arrival import ReceivedBody, open_scratch_file, receive_body
 from feedback.api.errors import document_errors, make_error_response
+from feedback.api.transactions import SessionDep, get_transactions
 from feedback.contracts import DatasetOut, FeedbackIn, FeedbackOut, NoticeOut
 from feedback.paging import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE
 from feedback.states import AccountRole, DatasetPurpose
@@ -263,7 +262,9 @@ def _record_dataset(
         audit(session, contributor.id, "dataset pushed", dataset_id)
     dataset = datasets.get_dataset(session, contributor, dataset_id)
     if dataset.bad_rows or not dataset.num_rows:
-        message = f"dataset {dataset.id}: {dataset.reason}; no row was accepted, correct the file and push it again"
+        # The reason for refusing the file as a whole says itself what to do.
+        advice = ", correct the file and push it again" if dataset.bad_rows else ""
+        message = f"dataset {dataset.id}: {dataset.reason}; no row was accepted{advice}"
         bad_rows = datasets.read_bad_rows(dataset.id, dataset.bad_rows)
         return make_error_response(422, "malformed", message, rows=bad_rows)
     return datasets.describe_dataset(session, dataset)

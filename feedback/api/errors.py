@@ -14,12 +14,13 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from feedback.accounts import Conflict, InvalidField, NotFound
-from feedback.api.access import Forbidden, PortalBusy, StorageQuotaExceeded, TooManyRequests, Unauthorized
+from feedback.api.access import Forbidden, StorageQuotaExceeded, TooManyRequests, Unauthorized
+from feedback.api.transactions import PortalBusy
 from feedback.contracts import ErrorBody, ErrorOut
 from infra.error_text import describe_error
 from infra.faults import DATABASE_ERRORS, OBJECT_STORE_ERRORS
 from yuan.data.rows import BadRow
-from yuan.data.text import get_field_path, make_printable
+from yuan.data.text import describe_rule, get_field_path, make_printable
 
 log = logging.getLogger(__name__)
 
@@ -84,16 +85,15 @@ def add_error_handlers(app: FastAPI) -> None:
             return make_error_response(422, "invalid", *describe_body_error(request, first))
         # The first part of loc is the location: body, query, path or header.
         param = get_field_path({**first, "loc": first["loc"][1:]})
-        return make_error_response(422, "invalid", first["msg"], param=param or None)
+        return make_error_response(422, "invalid", describe_rule(first), param=param or None)
 
     def handle_http(request: Request, error: HTTPException) -> JSONResponse:
         headers = dict(error.headers or {}) | (
             {"Allow": find_allowed_methods(request)} if error.status_code == 405 else {}
         )
         kind = "invalid" if error.status_code == 422 else "http"
-        return make_error_response(
-            error.status_code, kind, str(error.detail), getattr(error, "param", None), None, headers
-        )
+        message = describe_missing_route(request) if error.status_code == 404 else str(error.detail)
+        return make_error_response(error.status_code, kind, message, getattr(error, "param", None), None, headers)
 
     def handle_store(request: Request, error: Exception) -> JSONResponse:
         log.warning("a store does not respond: %s", describe_error(error))
@@ -107,6 +107,15 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, handle_http)  # type: ignore[arg-type]
 
 
+def describe_missing_route(request: Request) -> str:
+    """Return what a caller of a path that the portal does not have can call instead."""
+    path = make_printable(request.scope["path"])
+    return (
+        f"there is no route {path}; the paths of the API begin with /api/v1, those of the OpenAI API with /v1, "
+        "so an OpenAI client's base_url is this address and /v1; /docs lists all routes"
+    )
+
+
 def describe_body_error(request: Request, error: dict[str, Any]) -> tuple[str, str | None]:
     """Return the error message for a body as a whole, and the name of the faulty header or field, if any."""
     content_type = request.headers.get("content-type", "")
@@ -118,7 +127,7 @@ def describe_body_error(request: Request, error: dict[str, Any]) -> tuple[str, s
     if not is_json_content_type(content_type):
         got = make_printable(content_type) or "no such header"
         return f"must be application/json, got {got}; send the header Content-Type: application/json", "Content-Type"
-    return str(error["msg"]), get_field_path({**error, "loc": ()}) or None
+    return describe_rule(error), get_field_path({**error, "loc": ()}) or None
 
 
 def is_json_content_type(content_type: str) -> bool:

@@ -16,14 +16,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from feedback import tables
-from feedback.api.access import (
-    CurrentAccount,
-    PortalBusy,
-    StrictRoute,
-    Transactions,
-    require_known_query_without_session,
-)
+from feedback.api.access import CurrentAccount, StrictRoute, require_known_query_without_session
 from feedback.api.errors import STORE_UNAVAILABLE_ERRORS, ModelServerUnavailable, document_errors
+from feedback.api.transactions import PortalBusy, Transactions
 from feedback.tables import new_id
 from yuan.data.text import make_storable
 from yuan.serve.disconnect import run_until_disconnect

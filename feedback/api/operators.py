@@ -10,11 +10,11 @@ from feedback.api.access import (
     IdempotentRequestDep,
     RecordIdPath,
     RoundIdPath,
-    SessionDep,
     StrictRoute,
     require_known_query,
 )
 from feedback.api.errors import document_errors
+from feedback.api.transactions import SessionDep
 from feedback.contracts import (
     AccountWithdrawalIn,
     AccountWithdrawalOut,

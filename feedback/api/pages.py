@@ -13,7 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session, defer
 
 from feedback.accounts import NotFound
-from feedback.api.access import SessionDep
+from feedback.api.transactions import SessionDep
 from feedback.promotion import find_champion
 from feedback.promotion_decision import SuiteComparison
 from feedback.rounds import describe_round_end, find_planned_run, make_plan_picture_key, read_decision

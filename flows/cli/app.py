@@ -99,6 +99,11 @@ class CommandGroup(TyperGroup):
         for name, place, help in COMMANDS:
             self.add_command(LazyCommand(name, place, help))
 
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """Parse the name of a command; `invoke` parses its arguments."""
+        with explain_errors():
+            return super().make_context(*arguments, **options)
+
     def invoke(self, ctx: Any) -> Any:
         """Parse and run a command; an error that the user can fix becomes one line, wherever it is raised."""
         with explain_errors():
@@ -117,7 +122,7 @@ def prepare_environment() -> None:
 def main() -> None:
     if fault := find_undecoded(sys.argv[1:], os.environ):
         sys.exit(fail(fault, EXIT_USAGE).exit_code)
-    app()
+    app(prog_name="cotrain")
 
 
 def find_undecoded(arguments: Sequence[str], environment: Mapping[str, str]) -> str | None:

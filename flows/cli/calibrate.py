@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from flows.calibrate_pool import measure_rates
-from flows.cli.output import JsonOption, show, stderr_console
-from flows.cli.plan import (
+from flows.cli.output import JsonOption, show, stderr_console, write_output_file
+from flows.cli.plan_options import (
     ModelNameOption,
     PoolFileOption,
     PrecisionOption,
@@ -46,7 +46,7 @@ def calibrate(
         report=lambda activity: stderr_console.print(f"{activity} ..."),
     )
     groups = tuple(measured_group if other is group else other for other in loaded_pool.groups)
-    out.write_text(dump_pool(replace(loaded_pool, groups=groups)))
+    write_output_file("--out", out, dump_pool(replace(loaded_pool, groups=groups)))
     rates = asdict(measured_group)["measured"]
     lines = [f"{name:>15}  {value if isinstance(value, str) else f'{value:.4g}'}" for name, value in rates.items()]
     text = "\n".join([*lines, f"written: {out}; next: cotrain plan --model {model} --pool {out}"])

@@ -19,6 +19,7 @@ from flows.cli.output import (
     read_version_option,
     show,
 )
+from yuan.config import format_count
 
 PortalUrlOption = Annotated[
     str,
@@ -96,7 +97,8 @@ def push(
         raise fail(f"a dataset must be a regular file, got {file}; write it to a regular file first", EXIT_USAGE)
     with Client(url := url or find_portal_url(), token) as client:
         pushed = client.push_dataset(file, name=name, purpose=purpose, idempotency_key=idempotency_key)
-        text = f"dataset {pushed.id} is {pushed.state} with {pushed.num_rows} rows; the next round processes it"
+        rows = format_count(pushed.num_rows, "row")
+        text = f"dataset {pushed.id} is {pushed.state} with {rows}; the next round processes it"
         show(pushed.model_dump(mode="json"), text, as_json)
 
 

@@ -19,6 +19,7 @@ from flows.demo.scenario import DemoAccess, DemoFigures, run_demo
 from flows.stack.stack_control import bring_up, take_down
 from flows.stack.stack_status import get_public_urls
 from infra.settings import HOME_VARIABLE, Settings, load_settings
+from yuan.config import format_count
 
 DEMO_HOME = Path(".cotrain/demo")
 
@@ -88,8 +89,9 @@ def _show_figures(figures: DemoFigures, seconds: float) -> None:
         )
     console = _make_console()
     console.print(table)
-    verdicts = f"{figures.reports} reports accepted: {figures.fixed} fixed, {figures.still_failing} still failing"
-    console.print(f"{verdicts}; {figures.notices} notices on the reporter's timeline")
+    verdicts = f"{figures.fixed} fixed, {figures.still_failing} still failing"
+    notices = f"{format_count(figures.notices, 'notice')} on the reporter's timeline"
+    console.print(f"{format_count(figures.reports, 'report')} accepted: {verdicts}; {notices}")
     for refusal in figures.refused:
         console.print(f"refused as expected: {refusal.request} with {refusal.status}: {refusal.reason}")
     console.print("  ".join(f"{name} {part_seconds:.0f} s" for name, part_seconds in figures.parts.items()))

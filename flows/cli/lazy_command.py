@@ -7,10 +7,6 @@ import typer
 from typer.core import TyperCommand
 from typer.main import get_group
 
-from flows.cli.output import fail
-
-OWN_PACKAGES = ("flows", "feedback", "yuan", "infra")
-
 
 class LazyCommand(TyperCommand):
     """Stand for a command, or a group of commands, that another module defines.
@@ -29,18 +25,8 @@ class LazyCommand(TyperCommand):
         return self.load().make_context(*arguments, **options)
 
     def load(self) -> TyperCommand:
-        """Import the command.
-
-        Raises:
-            Exit: with one line and status 1, if a library is not installed.
-        """
-        try:
-            definition = getattr(importlib.import_module(f"flows.cli.{self._module}"), self._attribute)
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.partition(".")[0] in OWN_PACKAGES:
-                raise
-            extra = "pip install 'cotrain[platform]'"
-            raise fail(f"`cotrain {self.name}` needs {error.name}, of the extra [platform]: {extra}") from None
+        """Import the command."""
+        definition = getattr(importlib.import_module(f"flows.cli.{self._module}"), self._attribute)
         app = typer.Typer()
         if isinstance(definition, typer.Typer):
             app.add_typer(definition, name=self.name)

@@ -1,5 +1,6 @@
 """`cotrain generate | export | import`: use and convert model folders."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -7,11 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from flows.cli.output import JsonOption, show
-from yuan.config import Precision
-from yuan.generate.answers import generate as generate_answers
-from yuan.generate.sampling import Sampling
-from yuan.model.convert import export_hf, import_hf
-from yuan.model.weights import load, load_tokenizer
+from yuan.config import Precision, format_count
 
 ModelFormatOption = Annotated[Literal["hf"], typer.Option(help="hf: the published Hugging Face layout")]
 WeightsDtypeOption = Annotated[Precision | None, typer.Option(help="default: as stored")]
@@ -31,6 +28,11 @@ def generate(
 ) -> None:
     """Generate a completion of one prompt. A model folder needs no running stack."""
     folder = _find_model_folder(version)
+    # Imported here, as in the other commands: torch takes seconds, and no model may be there.
+    from yuan.generate.answers import generate as generate_answers
+    from yuan.generate.sampling import Sampling
+    from yuan.model.weights import load, load_tokenizer
+
     text = prompt or sys.stdin.read().strip()
     sampling = Sampling(
         max_tokens=max_tokens,
@@ -53,10 +55,13 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write a model in a format that other tools read. A model folder needs no running stack."""
-    manifest = export_hf(_find_model_folder(version), out, dtype=dtype)
+    folder = _find_model_folder(version)
+    from yuan.model.convert import export_hf
+
+    manifest = export_hf(folder, out, dtype=dtype)
     show(
         {"out": str(out), **manifest.to_json()},
-        f"wrote {len(manifest.files)} files and their manifest to {out}",
+        f"wrote {format_count(len(manifest.files), 'file')} and their manifest to {out}",
         as_json,
     )
 
@@ -73,6 +78,8 @@ def import_(
     as_json: JsonOption = False,
 ) -> None:
     """Convert published weights, safetensors or pickles, to a model folder; no code in them is executed."""
+    from yuan.model.convert import import_hf
+
     manifest = import_hf(folder, out, dtype=dtype, rope_precision=rope_precision)
     text = f"wrote {out}; next: cotrain generate {out} --prompt ..."
     show({"out": str(out), **manifest.to_json()}, text, as_json)
@@ -83,8 +90,10 @@ def _find_model_folder(version: str) -> Path:
     folder = Path(version)
     if folder.is_dir():
         return folder
-    if len(folder.parts) > 1:
-        raise ValueError(f"there is no folder {folder}; give a model folder, a version as 7 or v7, or an alias")
+    if folder.exists():
+        raise ValueError(f"{version} is a file; give the model folder itself, a version as 7 or v7, or an alias")
+    if os.sep in version or version.startswith((".", "~")):
+        raise ValueError(f"there is no folder {version}; give a model folder, a version as 7 or v7, or an alias")
     # Imported here, since a model folder needs no registry, and the import of MLflow takes a second.
     from flows.model_folders import fetch_model_folder
 

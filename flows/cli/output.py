@@ -1,9 +1,11 @@
 """Command output: one JSON object on stdout with --json, readable lines otherwise; errors in one line on stderr."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -12,13 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from feedback.client import PortalError
-from flows.cli.error_lines import describe_failure
+from flows.cli.error_lines import USAGE_ERROR, describe_failure, describe_usage_error
 from yuan.data.text import BadJson, describe_errors, find_unstorable, make_printable, parse_json
 from yuan.version_names import parse_version_number
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 MAX_LINE_CHARACTERS = 1000
+CONTROL_CODE_PATTERN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout; progress goes to stderr")]
 
 Form = TypeVar("Form", bound=BaseModel)
@@ -27,8 +30,17 @@ stderr_console = Console(stderr=True, highlight=False)
 
 
 def show(data: dict[str, Any], text: str, as_json: bool) -> None:
-    """Print a command's result, as JSON for a program or as text for a person."""
-    print(json.dumps(data, ensure_ascii=False, default=str) if as_json else text)
+    """Print a command's result, as JSON for a program or as text for a person, without control characters."""
+    print(json.dumps(data, ensure_ascii=False, default=str) if as_json else escape_control_codes(text))
+
+
+def escape_control_codes(text: str) -> str:
+    """Escape all control characters but line ends and tabs, so that text from outside cannot control the terminal.
+
+    >>> escape_control_codes("a\\n\\x1b[2J加")
+    'a\\n\\\\x1b[2J加'
+    """
+    return CONTROL_CODE_PATTERN.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def show_table(table: Table) -> None:
@@ -39,10 +51,14 @@ def show_table(table: Table) -> None:
     console.print(table)
 
 
-def fail(message: str, status: int = EXIT_FAILED) -> typer.Exit:
-    """Print an error message and return the exception to raise; text from outside is made printable."""
-    lines = (make_printable(line, MAX_LINE_CHARACTERS) for line in message.split("\n"))
-    print("cotrain: " + "\n".join(lines), file=sys.stderr)
+def fail(message: str, status: int = EXIT_FAILED, *, has_lines: bool = False) -> typer.Exit:
+    """Print an error message in one printable line, and return the exception to raise.
+
+    Args:
+        has_lines: the message has lines of its own, as the end of a log; each is printed as one.
+    """
+    lines = message.split("\n") if has_lines else [message]
+    print("cotrain: " + "\n".join(make_printable(line, MAX_LINE_CHARACTERS) for line in lines), file=sys.stderr)
     return typer.Exit(status)
 
 
@@ -59,7 +75,7 @@ def parse_json_option(name: str, text: str) -> Any:
     try:
         return parse_json(text)
     except BadJson as error:
-        raise fail(f"{name} {error.place}: {error}", EXIT_USAGE) from None
+        raise fail(f"{' '.join(filter(None, (name, error.place)))}: {error}", EXIT_USAGE) from None
 
 
 def check_text_option(value: str | None) -> str | None:
@@ -71,20 +87,25 @@ def check_text_option(value: str | None) -> str | None:
 
 @contextmanager
 def explain_errors() -> Iterator[None]:
-    """Turn an error that the user can fix into one line and status 1; `flows.cli.app` wraps every command in it.
+    """Turn an error that the user can fix into one line, and status 2 for wrong arguments, else 1.
 
+    `flows.cli.app` wraps the parsing and the run of every command in it.
     Other errors are faults of the program and keep their traceback.
     """
     try:
         yield
     except (typer.Exit, typer.Abort, BrokenPipeError):  # the first two are subclasses of RuntimeError
         raise
+    except USAGE_ERROR as error:
+        if (message := describe_usage_error(error)) is None:
+            raise
+        raise fail(message, EXIT_USAGE) from None
     except Exception as error:
         if (message := describe_failure(error)) is None:
             raise
         for row in (error.body.rows or []) if isinstance(error, PortalError) else []:
             print(f"  row {row.row}: {make_printable(row.reason, MAX_LINE_CHARACTERS)}", file=sys.stderr)
-        raise fail(message) from None
+        raise fail(message, has_lines=isinstance(error, RuntimeError)) from None
 
 
 def read_version_option(text: str) -> int:
@@ -93,3 +114,15 @@ def read_version_option(text: str) -> int:
         return parse_version_number(text)
     except ValueError as error:
         raise fail(str(error), EXIT_USAGE) from None
+
+
+def write_output_file(option: str, file: Path, text: str) -> None:
+    """Write the file that an option names.
+
+    Raises:
+        ValueError: if it cannot be written.
+    """
+    try:
+        file.write_text(text)
+    except OSError as error:
+        raise ValueError(f"{option} {file} cannot be written: {error.strerror}; name another file") from None

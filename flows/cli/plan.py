@@ -1,35 +1,33 @@
 """`cotrain plan`: plan the parallel layout of a model on a pool."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from flows.cli.output import EXIT_FAILED, EXIT_USAGE, JsonOption, fail, show
-from yuan.config import MODEL_PRESETS, ModelConfig, Precision
-from yuan.data.text import BadJson, parse_json
-from yuan.plan.current_plan import parse_current_plan
+from flows.cli.output import EXIT_FAILED, JsonOption, show, write_output_file
+from flows.cli.plan_options import (
+    DeviceChangesOption,
+    ModelNameOption,
+    PoolFileOption,
+    PrecisionOption,
+    SeqLenOption,
+    change_pool,
+    get_model_option,
+    load_pool_option,
+    read_current_plan_option,
+)
+from yuan.plan.json_fields import escape_text
 from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import Objective, draw_plan, make_plan
-from yuan.plan.pool import Pool, load_pool, make_cpu_pool
-from yuan.plan.pool_changes import apply_pool_change
+from yuan.plan.pool import Pool
 from yuan.plan.replan import Replan, replan
 from yuan.plan.search import SizeLimits
 from yuan.plan.table import format_plan_table
 from yuan.plan.workload import PUBLISHED_BATCH_SIZES, Workload, compute_default_loss_block
 
-MAX_PLAN_BYTES = 16 * 2**20
 MAX_LOST_STEPS = 10**9
-
-ModelNameOption = Annotated[str, typer.Option(help="tiny, 2b, 51b or 102b")]
-PoolFileOption = Annotated[
-    str | None, typer.Option(help="FILE[:NAME] of a pool; default: two processes on this machine")
-]
-PrecisionOption = Annotated[Precision, typer.Option(help="number format of the model's computation")]
-SeqLenOption = Annotated[int | None, typer.Option(min=1, help="default: the model's")]
-DeviceChangesOption = Annotated[list[str] | None, typer.Option(help="CLASS:N, devices of a class; may be repeated")]
 
 
 def plan(
@@ -77,74 +75,24 @@ def plan(
         isolate_documents=not open_documents,
     )
     limits = SizeLimits(pipeline_size=pipeline_size, data_size=data_size, micro_batch_size=micro_batch_size)
-    changed_pool = change_pool(load_pool_option(pool), lost=lost or (), added=added or (), slow=slow or ())
+    loaded_pool = load_pool_option(pool)
+    changed_pool = change_pool(loaded_pool, lost=lost or (), added=added or (), slow=slow or ())
     move: Replan | None = None
-    if current is None:
-        new_plan = make_plan(work, changed_pool, limits, objective)
-    else:
-        current_plan = read_current_plan_option(current, work)
+    if current is not None:
+        current_plan = read_current_plan_option(current, work, (loaded_pool, changed_pool))
         move = replan(work, current_plan, changed_pool, limits, objective, lost_steps=lost_steps)
-        new_plan = move.plan
+    new_plan = make_plan(work, changed_pool, limits, objective) if move is None else move.plan
     if svg is not None:
-        svg.write_text(draw_plan(work, changed_pool, new_plan))
+        write_output_file("--svg", svg, draw_plan(work, changed_pool, new_plan))
+    show_plan(new_plan, changed_pool, move, as_json)
 
-    data = new_plan.to_json()
-    text = format_plan_table(new_plan)
+
+def show_plan(plan: PipelinePlan, pool: Pool, move: Replan | None, as_json: bool) -> None:
+    """Print a plan, and the move to it from the current one; the exit status is 1 if it does not fit."""
+    data, text = plan.to_json(), format_plan_table(plan, pool)
     if move is not None:
         data["move"] = {key: value for key, value in asdict(move).items() if key != "plan"}
-        text = f"{text}\n{move.explanation}"
+        text = f"{text}\n{escape_text(move.explanation)}"
     show(data, text, as_json)
-    if not new_plan.feasible:
+    if not plan.feasible:
         raise typer.Exit(EXIT_FAILED)
-
-
-def get_model_option(name: str) -> ModelConfig:
-    """Return the model of an option `--model`; an unknown one gives one line and status 2."""
-    if name not in MODEL_PRESETS:
-        raise fail(f"unknown model {name!r}; choose one of {', '.join(MODEL_PRESETS)}", EXIT_USAGE)
-    return MODEL_PRESETS[name]()
-
-
-def read_current_plan_option(file: Path, work: Workload) -> PipelinePlan:
-    """Read the plan of an option `--current`.
-
-    Raises:
-        ValueError: if the file cannot be read, or holds no plan of the given training.
-    """
-    try:
-        with file.open("rb") as stream:
-            content = stream.read(MAX_PLAN_BYTES + 1)
-        if len(content) > MAX_PLAN_BYTES:
-            raise ValueError(f"a plan has at most {MAX_PLAN_BYTES:,} bytes, and this file has more")
-        return parse_current_plan(parse_json(content), work)
-    except OSError as error:
-        raise ValueError(
-            f"--current {file} cannot be read: {error.strerror}; write it with `cotrain plan --json`"
-        ) from None
-    except BadJson as error:
-        place = f"{error.place} " if error.place else ""
-        raise ValueError(f"--current {file}: {place}{error}; write it with `cotrain plan --json`") from None
-    except ValueError as error:
-        raise ValueError(f"--current {file}: {error}") from None
-
-
-def change_pool(pool: Pool, *, lost: Sequence[str], added: Sequence[str], slow: Sequence[str]) -> Pool:
-    """Apply the options `--lost`, `--added` and `--slow` to a pool; an invalid one gives one line and status 2."""
-    kinds: tuple[tuple[Literal["lost", "added", "slow"], Sequence[str]], ...]
-    kinds = (("lost", lost), ("added", added), ("slow", slow))
-    for kind, changes in kinds:
-        for change in changes:
-            try:
-                pool = apply_pool_change(pool, kind, change)
-            except ValueError as error:
-                raise fail(f"--{kind}: {error}", EXIT_USAGE) from None
-    return pool
-
-
-def load_pool_option(spec: str | None) -> Pool:
-    """Load the pool of an option `--pool`; without one, two processes on this machine."""
-    if spec is None:
-        return make_cpu_pool()
-    if not spec.strip():
-        raise fail("--pool must name a pool file as FILE or FILE:NAME, got an empty text", EXIT_USAGE)
-    return load_pool(spec)

@@ -33,7 +33,8 @@ def show_(name: PoolNameOption = "", as_json: JsonOption = False) -> None:
         state = f"lost{host}: {device['lost_reason']}" if device["lost_reason"] else device["run_id"] or "free"
         lines.append(f"  {device['id']:24} {device['node']:24} {state}")
     for row in contents["waiting"]:
-        lines.append(f"  waiting: {row['run_id']} for {row['wanted']}, priority {row['priority']}")
+        devices = ", ".join(f"{count} {device_class}" for device_class, count in row["wanted"].items())
+        lines.append(f"  waiting: {row['run_id']} for {devices}, priority {row['priority']}")
     lines += [f"  {team}: {hours:.2f} device-hours" for team, hours in contents["hours"]["team"].items()]
     show(contents, "\n".join(lines), as_json)
 

@@ -15,6 +15,7 @@ from feedback.states import RoundState
 from flows.cli.field_options import add_field_options, parse_fields
 from flows.cli.output import EXIT_FAILED, JsonOption, build_form, show, stderr_console
 from flows.supervisor.status_line import describe_status
+from yuan.config import format_count
 from yuan.data.text import make_printable
 
 ROUND_POLL_S = 0.5
@@ -104,8 +105,9 @@ def describe_regressions(decision: PromotionDecision) -> list[str]:
         shown_reports = account.reports[:MAX_SHOWN_REPORTS]
         ellipsis = ", ..." if len(account.reports) > len(shown_reports) else ""
         gained = f"{account.num_gained} earlier ones pass now (p = {account.p_value:.2g})"
+        fails = f"{format_count(account.num_lost, 'report')} {'fails' if account.num_lost == 1 else 'fail'}"
         weight = "" if account.is_significant else ", which may be chance and does not count"
-        change = f"{account.num_lost} reports fail again, {gained}{weight}"
+        change = f"{fails} again, {gained}{weight}"
         lines.append(f"  {account.name}: {change}: {', '.join(shown_reports)}{ellipsis}")
     if lines and not decision.regressions_may_be_chance:
         lines.append("  if the reports of an account are invalid: cotrain withdraw account NAME --reason TEXT")
@@ -115,9 +117,12 @@ def describe_regressions(decision: PromotionDecision) -> list[str]:
 def _show_round(training_round: RoundOut, as_json: bool, expected_state: RoundState = RoundState.PROMOTED) -> None:
     """Show a round; the exit status is 1 if it ended in another state than the expected one."""
     text = f"round {training_round.number} ({training_round.id}) is {training_round.state}"
-    text += f" at {training_round.step}" if training_round.state == RoundState.RUNNING else f": {training_round.reason}"
+    if training_round.state == RoundState.RUNNING:
+        text += f" at {training_round.step}"
+    elif training_round.reason:
+        text += f": {training_round.reason}"
     failed = sum(training_round.failed_items.values())
-    text += f"; {failed} items could not be processed, see failed_items with --json" if failed else ""
+    text += f"; {format_count(failed, 'item')} could not be processed, see failed_items with --json" if failed else ""
     if training_round.decision is not None:
         text = "\n".join([text, *describe_regressions(training_round.decision)])
     show(training_round.model_dump(mode="json"), text, as_json)

@@ -10,6 +10,7 @@ from feedback.client import Client
 from flows.cli.contribute import PortalUrlOption, find_portal_url
 from flows.cli.output import JsonOption, check_text_option, show
 from flows.cli.rounds import open_operator_client
+from yuan.config import format_count
 from yuan.data.text import make_printable
 
 
@@ -89,7 +90,7 @@ def account(
     """Withdraw all records of an account, also from a running round; operators only. Idempotent."""
     with _open_client(url, token) as client:
         counts = client.withdraw_account(name_or_id, reason, kind.value if kind else None)
-        records = f"{counts.reports:,} reports, {counts.datasets:,} datasets"
+        records = f"{format_count(counts.reports, 'report')}, {format_count(counts.datasets, 'dataset')}"
         text = f"withdrawn of {counts.name} ({counts.account}): {records}"
         show(counts.model_dump(mode="json"), text, as_json)
 

@@ -139,9 +139,7 @@ def find_stack_faults(home: Path) -> list[Finding]:
     """Check for a lost config, missing heartbeats of keeper or services, and a kernel that cannot confine them."""
     findings = find_config_faults(home)
     if not is_keeper_running(home):
-        if not findings and (home / CONFIG_FILE).exists():
-            return [Finding("the stack", fault="the stack is not up", fix="run `cotrain up`")]
-        return findings
+        return findings or [Finding("the stack", fault=f"the stack in {home} is not up", fix="run `cotrain up`")]
 
     findings += find_keeper_faults(home)
     findings += [

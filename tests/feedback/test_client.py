@@ -56,6 +56,7 @@ DATASET = {
 CALLS = {
     "feedback": (REPORT, lambda client: client.feedback("a")),
     "all_feedback": ([REPORT], lambda client: client.all_feedback()),
+    "all_datasets": ([DATASET], lambda client: client.all_datasets()),
     "notices": ([NOTICE], lambda client: client.notices()),
     "round": (ROUND, lambda client: client.round()),
     "dataset": (DATASET, lambda client: client.dataset("a")),
@@ -113,6 +114,16 @@ def test_words_of_a_newer_portal_are_kept_or_none(server, client):
 def test_known_verdict_is_typed(server, client):
     server.answer = 200, json.dumps({**REPORT, "verdict": "fixed"}).encode()
     assert client.feedback("a").verdict.name == "FIXED"
+
+
+def test_the_text_of_a_refusal_has_the_field_and_the_first_bad_rows(server, client):
+    rows = [{"row": number, "reason": "no answer"} for number in range(1, 6)]
+    refusal = {"message": "malformed", "type": "invalid", "param": "checker", "rows": rows}
+    server.answer = 422, json.dumps({"error": refusal}).encode()
+    with pytest.raises(PortalError) as raised:
+        client.dataset("a")
+    shown = "; ".join(f"row {number}: no answer" for number in (1, 2, 3))
+    assert str(raised.value) == f"422: malformed (checker); {shown}; and 2 more in body.rows"
 
 
 def change_fields(draw, answer):

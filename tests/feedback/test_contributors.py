@@ -134,6 +134,14 @@ def test_report_about_an_unknown_version_claims_no_key(portal, account):
     assert portal.post("/api/v1/feedback", json=REPORT, headers=headers).status_code == 201
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"1\n", "1 of 1 row is malformed; no row"), (b"[1]", "one JSON array"), (b"", "no rows")]
+)
+def test_the_refusal_of_a_file_has_its_advice_once(portal, account, content, reason):
+    refusal = portal.post("/api/v1/datasets?name=bad", content=content, headers=account.headers).json()["error"]
+    assert reason in refusal["message"] and refusal["message"].count("push it again") <= 1
+
+
 def test_file_with_malformed_rows_is_refused_completely_and_listed(portal, account):
     data = b'{"prompt": "a", "answer": "b"}\n{"prompt": "c"}\noops\n'
     response = portal.post("/api/v1/datasets?name=bad", content=data, headers=account.headers)

@@ -145,6 +145,8 @@ def test_the_client_reads_every_page(stores, objects, portal, engine, account, m
     with serve_app(make_app(stores, engine, objects)) as url, Client(url, account.token) as account_client:
         assert [notice.text for notice in account_client.notices()] == list("01234")
         reports = [report.id for report in account_client.all_feedback()]
+        names = {dataset.name for dataset in account_client.all_datasets()}
+    assert names == set("01234")
     assert reports == [report["id"] for report in portal.get("/api/v1/feedback", headers=account.headers).json()]
 
 

@@ -4,6 +4,8 @@ import asyncio
 import inspect
 import math
 import operator
+import re
+from pathlib import Path
 
 import httpx
 import openai
@@ -34,6 +36,24 @@ def portal_url(stores, engine, objects, served):
         settings = stores.model_copy(update={"model_server_url": model_url, "model_server_token": token})
         with serve_app(make_app(settings, engine, objects)) as url:
             yield url
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/api/v1", "/v1/v1"])
+def test_the_404_for_a_base_url_without_v1_names_the_right_one(portal_url, account, suffix):
+    with openai.OpenAI(base_url=portal_url + suffix, api_key=account.token, max_retries=0) as client:
+        with pytest.raises(openai.NotFoundError, match="an OpenAI client's base_url is this address and /v1"):
+            client.models.list()
+        with pytest.raises(openai.NotFoundError, match=r"there is no route .*/chat/completions"):
+            client.chat.completions.create(model="yuan", messages=QUESTION)
+
+
+def test_the_example_of_the_documentation_runs(portal_url, account, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "contributors.md").read_text()
+    (example,) = (code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "from openai" in code)
+    names = {"url": portal_url, "token": account.token}
+    exec(example, names)
+    names["client"].close()
+    assert re.match(rf"{VERSION} .* {names['choice'].response_id}\n", capsys.readouterr().out, re.DOTALL)
 
 
 class AsyncCaller:

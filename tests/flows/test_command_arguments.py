@@ -204,7 +204,7 @@ def check_answer(arguments, status, out, err):
     assert status in (0, 1, 2), answer
     assert "Traceback" not in err and "Error:" not in err, answer
     assert not [letter for letter in err if not letter.isprintable() and letter != "\n"], answer
-    is_usage = "Usage: " in err or "Usage: " in out
+    is_usage = "Usage: " in out or (len(arguments) == 1 and "Usage: " in err)
     if "--help" in arguments and is_usage and status == 0:
         return
     if status == 2:

@@ -58,25 +58,46 @@ def run_at_once(arguments, **options):
 @pytest.mark.parametrize(
     ("status", "content_type", "body", "line"),
     [
-        (200, "text/html", b"<html>\x1b[2J", "the response is not that of a portal"),
-        (200, "application/json", b"[1", "the response is not that of a portal"),
-        (200, "application/json", b"[" * 5000, "the response is not that of a portal"),
-        (200, "application/json", b'{"id": 5}', "the response is not that of a portal"),
-        (404, "text/html", b"<html>no such page</html>", "refused with 404: <html>no such page"),
+        (200, "text/html", b"<html>\x1b[2J", "is not that of a portal"),
+        (200, "application/json", b"[1", "is not that of a portal"),
+        (200, "application/json", b"[" * 5000, "is not that of a portal"),
+        (200, "application/json", b'{"id": 5}', "is not that of a portal"),
+        (
+            404,
+            "text/html",
+            b"<html>no such page</html>",
+            "has no error object (status 404, text/html, begins with '<html>",
+        ),
+        (401, "text/html", b"You are not authenticated", "is not that of a portal: it has no error object (status 401"),
+        (404, "application/json", b'{"detail": "Not Found"}', "is not that of a portal: it has no error object"),
+        (400, "application/json", b'{"error_code": "BAD", "message": "m"}', "is not that of a portal"),
+        (
+            404,
+            "application/json",
+            b'{"error": {"message": "Not Found", "type": "http"}}',
+            "it has no route /api/v1/feedback/",
+        ),
         (
             401,
             "application/json",
             b'{"error": {"message": "no such token", "type": "x"}}',
             "no such token; check --token, COTRAIN_TOKEN",
         ),
-        (307, "text/plain", b"", "refused with 307"),
-        (500, "application/json", b'{"error": null}', "refused with 500"),
+        (307, "text/plain", b"", "is not that of a portal: it has no error object (status 307, text/plain, empty)"),
+        (500, "application/json", b'{"error": null}', "is not that of a portal"),
     ],
 )
 def test_answer_that_is_not_the_portals_is_one_line(status, content_type, body, line):
     with serve(make_handler(status, content_type, body)) as port:
         exit_code, error = run_at_once([*WITHDRAW, f"http://127.0.0.1:{port}"])
     assert exit_code == 1 and line in error and error.strip().isprintable()
+    assert ("check --token" in error) == ("no such token" in line) != ("check the address" in error)
+
+
+def test_an_address_with_the_path_of_the_api_is_named(tmp_path):
+    with serve(make_handler(404, "application/json", b'{"error": {"message": "m", "type": "http"}}')) as port:
+        _, error = run_at_once([*WITHDRAW, f"http://127.0.0.1:{port}/api/v1"])
+    assert "it has no route /api/v1/api/v1/feedback/" in error and "the portal's without /api/v1 or /v1" in error
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +109,17 @@ def tls_context(tmp_path_factory):
     return context
 
 
-@pytest.mark.parametrize("scheme", ["http", "https"])
-def test_port_of_another_protocol_or_unknown_certificate_is_one_line_at_once(scheme, tls_context):
+@pytest.mark.parametrize(
+    ("scheme", "reason"), [("http", "if it speaks HTTPS, write https://"), ("https", "certificate verify failed")]
+)
+def test_port_of_another_protocol_or_unknown_certificate_is_one_line_at_once(scheme, reason, tls_context):
     with serve(make_handler(200, "text/html", b""), tls_context) as port:
         exit_code, error = run_at_once([*WITHDRAW, f"{scheme}://127.0.0.1:{port}"])
-    assert exit_code == 1 and f"the server at {scheme}://127.0.0.1:{port} does not answer" in error
+    assert exit_code == 1 and f"the server at {scheme}://127.0.0.1:{port} " in error and reason in error
 
 
 def test_https_at_a_port_without_tls_is_one_line_at_once():
     with serve(make_handler(200, "text/html", b"")) as port:
         exit_code, error = run_at_once([*WITHDRAW, f"https://127.0.0.1:{port}"])
-    assert exit_code == 1 and f"the server at https://127.0.0.1:{port} does not answer" in error
+    assert exit_code == 1 and f"the server at https://127.0.0.1:{port} speaks no HTTPS" in error
+    assert "write the address with http://" in error

@@ -72,14 +72,6 @@ def test_the_list_of_commands_has_each_commands_own_help():
         assert " ".join(command.help.split("\n\n")[0].split()) == help
 
 
-def test_a_command_whose_library_is_not_installed_says_what_to_install():
-    code = "import sys; sys.modules['pydantic_settings'] = None; from flows.cli.app import main; main()"
-    result = subprocess.run([sys.executable, "-c", code, "status"], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 1 and result.stderr == (
-        "cotrain: `cotrain status` needs pydantic_settings, of the extra [platform]: pip install 'cotrain[platform]'\n"
-    )
-
-
 def test_the_portal_loads_no_torch():
     code = "import feedback.run, sys; print(sorted({'torch', 'deepspeed', 'prefect', 'mlflow'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -108,6 +100,31 @@ def test_replan_reports_the_cost_of_the_move(tmp_path):
     assert (tmp_path / "plan.svg").read_text().startswith("<svg")
 
 
+HOSTILE_POOL = '[[pool]]\nname = "a\\n\\u001b[31mb"\n[[pool.group]]\ndevice_class = "d\\u001b[2J"\ncount = 5\n'
+HOSTILE_POOL += "memory_gib = 40\nsustained_tflops = 100\n"
+
+
+def test_names_of_a_pool_are_printed_escaped_and_unused_devices_are_named(tmp_path):
+    (tmp_path / "pool.toml").write_text(HOSTILE_POOL)
+    arguments = ["plan", "--model", "tiny", "--pool", str(tmp_path / "pool.toml"), "--data-size", "4"]
+    result = run_cotrain(*arguments, "--pipeline-size", "1")
+    assert result.returncode == 0 and result.stdout.startswith("tiny on a\\n\\x1b[31mb: 1 stage x 4 replicas")
+    assert "The plan leaves 1 of 5 devices unused: 1 d\\x1b[2J." in result.stdout and "\x1b" not in result.stdout
+    for pool in ("no\nwhere\x1b[31m", f"{tmp_path / 'pool.toml'}:no\nwhere\x1b[31m"):
+        result = run_cotrain("plan", "--model", "tiny", "--pool", pool)
+        assert result.stderr.count("\n") == 1 and "\x1b" not in result.stderr
+
+
+def test_the_current_plan_may_have_a_byte_order_mark_but_no_devices_of_another_pool(tmp_path):
+    plan = run_cotrain("plan", "--model", "tiny", "--json").stdout
+    file = tmp_path / "plan.json"
+    file.write_text("\ufeff" + plan)
+    assert run_cotrain("plan", "--model", "tiny", "--current", str(file)).returncode == 0
+    file.write_text(plan.replace("cpu-process", "H200"))
+    result = run_cotrain("plan", "--model", "tiny", "--current", str(file))
+    assert result.returncode == 1 and "the plan uses devices of 'H200', and the pool has 'cpu-process'" in result.stderr
+
+
 def test_a_pool_with_slow_devices_alone_is_planned():
     normal, slow = (
         json.loads(run_cotrain("plan", "--model", "tiny", *change, "--json").stdout)
@@ -127,6 +144,33 @@ def test_plan_uses_measured_rates_of_the_calibrated_pool(tmp_path):
     assert "measured rates" in json.loads(planned.stdout)["explanation"]
 
 
+def test_an_unknown_version_is_refused_before_torch_is_imported(tmp_path):
+    code = """
+import sys
+from flows.cli.app import app
+try:
+    app(["generate", "999", "--prompt", "p"])
+except SystemExit as error:
+    print(error.code, "torch" in sys.modules)
+"""
+    env = {**os.environ, "COTRAIN_HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env)
+    assert result.stdout == "1 False\n", result.stderr
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "p"], ["export", "--out", "out"]])
+def test_a_folder_of_the_published_layout_is_to_be_imported_first(tmp_path, command):
+    (tmp_path / "config.json").write_text('{"model_type": "yuan", "hidden_size": 64}')
+    result = run_cotrain(*command, str(tmp_path))
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert f"import it first: `cotrain import {tmp_path} --out FOLDER`" in result.stderr
+
+
+def test_doctor_reports_that_no_stack_was_ever_started(tmp_path):
+    result = run_cotrain("doctor", home=tmp_path / "home")
+    assert result.returncode == 1 and f"the stack in {tmp_path / 'home'} is not up" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("argv", "status", "message"),
     [
@@ -136,7 +180,37 @@ def test_plan_uses_measured_rates_of_the_calibrated_pool(tmp_path):
         (["plan", "--model", "tiny", "--slow", "gpu:1:0.5"], 2, "--slow: pool 'cpu-2' has 2 cpu-process"),
         (["plan", "--model", "tiny", "--slow", "cpu-process:0:0.5"], 2, "N must be a whole number from 1"),
         (["plan", "--model", "tiny", "--slow", "cpu-process:1:nan"], 2, "must be above 0 and below 1, got nan"),
-        (["plan", "--model", "tiny", "--slow", "cpu-process:0.5"], 2, "a change is written CLASS:N:SHARE"),
+        (
+            ["plan", "--model", "tiny", "--slow", "cpu-process:1"],
+            2,
+            "CLASS:N:SHARE, got 'cpu-process:1'; write it as in",
+        ),
+        (
+            ["plan", "--model", "tiny", "--slow", "cpu-process:1:0.5", "--slow", "cpu-process:1:0.2"],
+            2,
+            "name all slow devices of a class in one change",
+        ),
+        (
+            ["plan", "--model", "tiny", "--svg", "nowhere/x.svg"],
+            1,
+            "--svg nowhere/x.svg cannot be written: No such file",
+        ),
+        (
+            ["plan", "--model", "tiny", "--current", "/dev/zero"],
+            1,
+            "--current /dev/zero cannot be read: is not a regular",
+        ),
+        (["plan"], 2, "cotrain: missing option '--model'; see `cotrain plan --help`"),
+        (
+            ["plan", "--model", "tiny", "--lost-steps", "x"],
+            2,
+            "invalid value for '--lost-steps': must be a valid integer",
+        ),
+        (
+            ["submit", "--prompt", "p", "--response", "r", "--model-version", "1", "--checker", "{"],
+            2,
+            "--checker: must be",
+        ),
         (["plan", "--model", "tiny", "--lost", "cpu-process:2"], 2, "remove fewer than 2"),
         (["plan", "--model", "tiny", "--added", "cpu-process:" + "9" * 5000], 2, "N must be a whole number from 1"),
         (["plan", "--model", "tiny", "--lost-steps", "9" * 400], 2, "--lost-steps"),
@@ -153,6 +227,9 @@ def test_plan_uses_measured_rates_of_the_calibrated_pool(tmp_path):
         (["round", "status"], 1, "run `cotrain up`"),
         (["logs", "nothing"], 1, "there is no log of 'nothing'"),
         (["status"], 1, "is not up"),
+        (["generate", "./typo"], 1, "there is no folder ./typo; give a model folder"),
+        (["export", "~/typo", "--out", "out"], 1, "there is no folder ~/typo; give a model folder"),
+        (["generate", "Makefile"], 1, "Makefile is a file; give the model folder"),
         (["demo", "--skills", "nowhere.py"], 2, "does not exist"),
         (["logs", "keeper", "-n", "4000000000"], 2, "less than or equal to 1000000"),
         (["dataset", "push", "/dev/zero", "--token", "t"], 2, "must be a regular file, got /dev/zero"),
@@ -173,8 +250,8 @@ def test_plan_uses_measured_rates_of_the_calibrated_pool(tmp_path):
 def test_invalid_command_prints_an_actionable_error(tmp_path, argv, status, message):
     result = run_cotrain(*argv, home=tmp_path)
     assert result.returncode == status
-    assert message in " ".join((result.stdout + result.stderr).replace("│", " ").split())
-    assert "Traceback" not in result.stderr
+    assert message in result.stdout + result.stderr
+    assert result.stderr.count("\n") == (0 if argv == ["status"] else 1)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Test pool files."""
 
+import os
+
 import pytest
 
 from yuan.plan.pool import dump_pool, load_pool, parse_pool
@@ -12,8 +14,17 @@ def test_known_classes_need_only_a_count():
     assert (group.memory_gib, group.peak_tflops, group.count) == (79.1, 312, 8)
 
 
+def test_a_fifo_for_a_pool_does_not_block_and_a_large_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ValueError, match="fifo: is not a regular file"):
+        load_pool(str(tmp_path / "fifo"))
+    (tmp_path / "large").write_bytes(b"#" * (2**20 + 1))
+    with pytest.raises(ValueError, match="has more than 1,048,576 bytes"):
+        load_pool(str(tmp_path / "large"))
+
+
 def test_endless_pool_file_is_refused():
-    with pytest.raises(ValueError, match="more than 1048576 bytes"):
+    with pytest.raises(ValueError, match="cannot read the pool file /dev/zero: is not a regular file"):
         load_pool("/dev/zero")
 
 
@@ -75,7 +86,11 @@ def test_pool_file_round_trips_with_special_characters_in_names(tmp_path, name):
         ({"device_class": "A100-8"}, "did you mean 'A100-80'"),
         ({"device_class": "T4"}, "cannot multiply bf16"),
         ({"measured": {"what": "x", "forward_tflop": 1}}, "did you mean 'forward_tflops'"),
-        ({"measured": {"what": "x", "forward_tflops": 1}}, "calibrate again"),
+        (
+            {"measured": {"what": "x", "forward_tflops": 1, "optimizer_gb_s": 1}},
+            "lacks backward_tflops, head_tflops, embedding_gb_s; calibrate again",
+        ),
+        ({"memory_gb": 80}, "use one of count, device_class, devices_per_node,"),
     ],
 )
 def test_error_for_an_invalid_device_group_names_the_rule(changes, reason):
@@ -102,6 +117,7 @@ def test_error_for_an_invalid_pool_names_the_rule(entry, reason):
     [
         (b'[pool]\nname = "p"\n', r"one table \[pool\]; write \[\[pool\]\]"),
         (b'[[pool]]\nname = "p"\n[pool.group]\ncount = 1\n', r"one table \[pool\.group\]; write \[\[pool\.group\]\]"),
+        (b"", r"pool\.toml has no \[\[pool\]\]; write one"),
         (b'pool = ["a"]\n', r"must be tables \[\[pool\]\]"),
         (b'pool = "a"\n', r"must be tables \[\[pool\]\]"),
         (b"[[pool]]\nname = 5\n", "needs a name, got 5"),

@@ -21,6 +21,12 @@ MAX_TEXT_CHARS = 20_000
 MAX_COMBINING_MARKS = 30  # marks on one letter; Unicode's stream-safe text format, UAX 15 section 13
 MAX_PRINTED_CHARS = 200
 MAX_DESCRIBED_ERRORS = 3
+_RULES_BY_TYPE = {  # rules whose sentence in pydantic does not fit behind the name of a field
+    "missing": "is missing; add it",
+    "extra_forbidden": "is unknown; leave it out",
+    "json_invalid": "must be JSON; correct it",
+}
+_PYDANTIC_SUBJECT_PATTERN = re.compile(r"^[A-Z][A-Za-z]+ should")  # "Input should", "String should", "List should"
 _UNSTORABLE_PATTERN = re.compile("[\0\ud800-\udfff]")
 # The characters that `str.strip` removes, as a class of ranges: `\s` differs between dialects of regular expressions
 # (that of JSON schema, ECMA 262, does not contain U+001C to U+001F, and contains U+FEFF).
@@ -102,8 +108,24 @@ def describe_errors(error: ValidationError) -> str:
     """Format a validation error as one printable line: field and rule of the first three entries."""
     entries = error.errors(include_url=False, include_input=False)[:MAX_DESCRIBED_ERRORS]
     return "; ".join(
-        f"{make_printable(get_field_path(entry)) or 'line'}: {make_printable(entry['msg'])}" for entry in entries
+        f"{make_printable(get_field_path(entry)) or 'line'}: {make_printable(describe_rule(entry))}"
+        for entry in entries
     )
+
+
+def describe_rule(entry: Any) -> str:
+    """Return the rule of an entry of `ValidationError.errors()` in the words of the platform's own errors.
+
+    >>> describe_rule({"type": "missing", "msg": "Field required"})
+    'is missing; add it'
+    >>> describe_rule({"type": "less_than_equal", "msg": "Input should be less than or equal to 5"})
+    'must be less than or equal to 5'
+    >>> describe_rule({"type": "value_error", "msg": "Value error, there is no such day"})
+    'there is no such day'
+    """
+    if entry["type"] in _RULES_BY_TYPE:
+        return _RULES_BY_TYPE[entry["type"]]
+    return _PYDANTIC_SUBJECT_PATTERN.sub("must", str(entry["msg"]).removeprefix("Value error, "), count=1)
 
 
 def get_field_path(error: Any) -> str:

@@ -16,7 +16,7 @@ from yuan.data.text import BadJson, make_printable, parse_json
 from yuan.model import hf_layout
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
 from yuan.model.shards import MAX_SHARD_BYTES, TensorReader, write_shards
-from yuan.model.weights import read_config, verify_folder, write_manifest
+from yuan.model.weights import read_config, refuse_published_layout, verify_folder, write_manifest
 from yuan.safe_files import has_input_file, read_input_file
 
 DTYPES_BY_NAME = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -41,6 +41,7 @@ def export_hf(
     Raises:
         ValueError: if the folder is damaged, a tensor does not fit, or `out` has files.
     """
+    refuse_published_layout(folder)
     manifest = verify_folder(folder)
     config, source, torch_dtype = read_config(folder), TensorReader(folder), _get_dtype(dtype)
     if config.local_filter != "two_convs_norm":

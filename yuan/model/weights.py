@@ -17,6 +17,8 @@ from yuan.model.transformer import Yuan
 from yuan.safe_files import hash_stream, read_input_file
 from yuan.tokenizer import Tokenizer
 
+PUBLISHED_CONFIG_FIELDS = {"model_type", "architectures"}  # of config.json in the Hugging Face layout, and not in ours
+
 
 def save(
     folder: Path, config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer, about: dict[str, Any]
@@ -49,9 +51,11 @@ def load(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None =
     Tensors keep their stored dtype, or are cast to `dtype` one at a time, so peak memory stays near the model's size.
 
     Raises:
-        ValueError: if a file is missing or damaged, or the tensors do not fit the configuration.
+        ValueError: if a file is missing or damaged, the tensors do not fit the configuration, or the folder has the
+            published layout.
     """
     folder = Path(folder)
+    refuse_published_layout(folder)
     verify_folder(folder)
     config, source = read_config(folder), TensorReader(folder)
     source.check_num_layers(config.num_layers)
@@ -62,6 +66,22 @@ def load(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None =
     tensors = {name: source.read_tensor(name).to(device, dtype) for name in expected}
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_().eval()
+
+
+def refuse_published_layout(folder: Path) -> None:
+    """Refuse a folder of published weights, which `config.json` tells from a model folder.
+
+    Raises:
+        ValueError: if the configuration is of the Hugging Face layout; every other fault is left to the readers.
+    """
+    try:
+        fields = parse_json(read_input_file(folder / MODEL_CONFIG_FILE))
+    except (OSError, ValueError):
+        return
+    if isinstance(fields, dict) and not PUBLISHED_CONFIG_FIELDS.isdisjoint(fields):
+        raise ValueError(
+            f"{folder} has the published Hugging Face layout; import it first: `cotrain import {folder} --out FOLDER`"
+        )
 
 
 def read_config(folder: Path) -> ModelConfig:

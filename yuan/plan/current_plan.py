@@ -16,10 +16,18 @@ def parse_current_plan(data: object, work: Workload) -> PipelinePlan:
     if "plan" in data and "recipe" in data:
         raise ValueError("this is the run.json of a run; pass the object in its field plan, in a file of its own")
     plan: PipelinePlan = PipelinePlan.from_json({key: value for key, value in data.items() if key != "move"})
-    requested = (work.model.name, work.seq_len, work.global_batch_size, work.precision)
-    planned = (plan.model, plan.sequence_length, plan.global_batch_size, plan.precision)
-    if requested != planned:
-        raise ValueError(f"this is a plan for {planned}, got a request for {requested}; request the same training")
+    requested = {
+        "model": work.model.name,
+        "sequence_length": work.seq_len,
+        "global_batch_size": work.global_batch_size,
+        "precision": work.precision,
+    }
+    for name, value in requested.items():
+        if getattr(plan, name) != value:
+            raise ValueError(
+                f"{name} of the plan must be the requested {value}, got {show_value(getattr(plan, name))}; "
+                "request the same training"
+            )
     if plan.bounds[-1] != work.model.num_layers:
         raise ValueError(
             f"layers of all stages must add up to {work.model.num_layers}, those of {plan.model}, got "

@@ -40,6 +40,15 @@ def show_value(value: object) -> str:
     return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[: MAX_SHOWN_CHARACTERS - 1]}…"
 
 
+def escape_text(text: str) -> str:
+    """Escape what cannot be printed in a name from a file, so that it can neither break a line nor control a terminal.
+
+    >>> escape_text("机房 1"), escape_text("a\\n\\x1b[2J")
+    ('机房 1', 'a\\\\n\\\\x1b[2J')
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def _has_type(value: object, hint: Any) -> bool:
     if get_origin(hint) is UnionType:
         return any(_has_type(value, option) for option in get_args(hint))

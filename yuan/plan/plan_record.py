@@ -8,6 +8,7 @@ from typing import Any
 from yuan.plan.json_fields import check_fields, show_value
 
 PLAN_SCHEMA = 1
+PLAN_WORDS = {"objective": ("time", "memory"), "binding": ("compute", "memory")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +113,15 @@ class PipelinePlan:
         for name in ("sequence_length", "pipeline_size", "data_size", "micro_batch_size", "grad_accum_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.step_seconds <= 0:
-            raise ValueError(f"step_seconds must be positive, got {self.step_seconds}")
+        for name in ("step_seconds", "tokens_per_s", "lower_bound"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if not 0 <= self.bubble_fraction <= 1:
+            raise ValueError(f"bubble_fraction must be from 0 to 1, got {self.bubble_fraction}")
+        for name, values in PLAN_WORDS.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be {' or '.join(values)}, got {show_value(getattr(self, name))}")
         batch_sizes = (self.data_size, self.micro_batch_size, self.grad_accum_steps)
         if math.prod(batch_sizes) != self.global_batch_size:
             raise ValueError(

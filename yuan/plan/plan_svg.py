@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Iterator
-from html import escape
+from html import escape as escape_html
 
+from yuan.plan.json_fields import escape_text
 from yuan.plan.memory_model import GIB
 from yuan.plan.plan_record import PipelinePlan, Stage
 from yuan.plan.pool import Pool
@@ -53,7 +54,7 @@ def draw_plan_svg(plan: PipelinePlan, pool: Pool, timeline: Timeline) -> str:
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {PICTURE_WIDTH_PX} {height}" '
             'font-family="sans-serif" font-size="11" role="img">',
-            f"<title>{escape(plan.model)} on {escape(plan.pool)}</title>",
+            f"<title>{_escape(plan.model)} on {_escape(plan.pool)}</title>",
             f'<rect width="{PICTURE_WIDTH_PX}" height="{height}" fill="white"/>',
             *_draw_memory(plan, pool),
             f'<g transform="translate(0 {timeline_px})">',
@@ -98,7 +99,7 @@ def _draw_legend(names: list[str]) -> Iterator[str]:
         if x + width > PICTURE_WIDTH_PX:
             x, y = 4, y + 16
         yield f'<rect x="{x}" y="{y}" width="9" height="9" fill="{color}"/>'
-        yield f'<text x="{x + 12}" y="{y + 8}" font-size="9">{escape(name)}</text>'
+        yield f'<text x="{x + 12}" y="{y + 8}" font-size="9">{_escape(name)}</text>'
         x += width
 
 
@@ -185,9 +186,10 @@ def _draw_label(y: float, stage: Stage, number: int) -> str:
     layers = f"{stage.layers} layer{'s' if stage.layers != 1 else ''}" if stage.layers else "head only"
     recomputation = f", {stage.recompute_layers} recomputed" if stage.recompute_layers else ""
     head, tail = f"{number + 1}: ", f", {layers}{recomputation}"
-    name = shorten_name(stage.device_class, max(MIN_CLASS_CHARS, MAX_LABEL_CHARS - len(head) - len(tail)))
-    title = "" if name == stage.device_class else f"<title>{escape(stage.device_class)}</title>"
-    return f'<text x="4" y="{y + 11}" font-size="10">{title}{escape(head + name + tail)}</text>'
+    device_class = escape_text(stage.device_class)
+    name = shorten_name(device_class, max(MIN_CLASS_CHARS, MAX_LABEL_CHARS - len(head) - len(tail)))
+    title = "" if name == device_class else f"<title>{_escape(device_class)}</title>"
+    return f'<text x="4" y="{y + 11}" font-size="10">{title}{_escape(head + name + tail)}</text>'
 
 
 def shorten_name(name: str, max_chars: int) -> str:
@@ -202,5 +204,10 @@ def shorten_name(name: str, max_chars: int) -> str:
 def _draw_box(x: float, y: float, width: float, color: str, title: str) -> str:
     return (
         f'<rect x="{x:.1f}" y="{y}" width="{width:.2f}" height="{ROW_HEIGHT_PX - ROW_GAP_PX}" fill="{color}">'
-        f"<title>{escape(title)}</title></rect>"
+        f"<title>{_escape(title)}</title></rect>"
     )
+
+
+def _escape(text: str) -> str:
+    """Escape a text for XML, which cannot hold control characters in any form."""
+    return escape_html(escape_text(text))

@@ -4,13 +4,15 @@ import difflib
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, TypeGuard, get_args
 
 import tomli_w
 
 from yuan.plan.devices import DEVICE_SPECS, DEVICES_WITHOUT_BF16
 from yuan.plan.json_fields import show_value
+from yuan.safe_files import read_regular_file
 
 LauncherName = Literal["local", "slurm", "kubernetes"]
 
@@ -200,19 +202,21 @@ def load_pool(spec: str) -> Pool:
     if not file:
         raise ValueError(f"a pool file is needed, got {spec!r}; name one as FILE or FILE:NAME")
     try:
-        with open(file, "rb") as stream:
-            content = stream.read(MAX_POOL_FILE_BYTES + 1)
-        if len(content) > MAX_POOL_FILE_BYTES:
-            raise ValueError(f"it has more than {MAX_POOL_FILE_BYTES} bytes")
-        text = content.decode("utf-8-sig")
+        text = read_regular_file(Path(file), MAX_POOL_FILE_BYTES).decode("utf-8-sig")
         data = tomllib.loads(text.replace("\r\n", "\n"))
     except UnicodeDecodeError as error:
         raise ValueError(f"the pool file {file} must be UTF-8, byte {error.start} is not; save it as UTF-8") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ValueError(
+            f"cannot read the pool file {file}: {error.strerror}; pass a TOML file with [[pool]]"
+        ) from None
+    except (ValueError, RecursionError) as error:
         reason = " ".join((str(error) or type(error).__name__).split())[:200]
         raise ValueError(f"cannot read the pool file {file}: {reason}; pass a TOML file with [[pool]]") from None
     _check_keys(data, {"pool"}, f"{file}")
     entries = _get_tables(data, "pool", file)
+    if not entries:
+        raise ValueError(f"the pool file {file} has no [[pool]]; write one, with a name and a [[pool.group]]")
     names = [show_value(entry.get("name")) for entry in entries]
     matches = [entry for entry in entries if not name or entry.get("name") == name]
     if len(matches) != 1:
@@ -315,12 +319,13 @@ def _parse_group(entry: Mapping[str, Any]) -> DeviceGroup:
                 f"{show_value(values['measured'])}; calibrate again"
             )
         _check_keys(values["measured"], {field.name for field in fields(MeasuredRates)}, "[pool.group.measured]")
-        try:
-            values["measured"] = MeasuredRates(**values["measured"])
-        except TypeError as error:
+        rates = [field.name for field in fields(MeasuredRates) if field.default is MISSING]
+        missing_rates = [rate for rate in rates if rate not in values["measured"]]
+        if missing_rates:
             raise ValueError(
-                f"[pool.group.measured] of {show_value(name)} lacks a rate ({error}); calibrate again"
-            ) from None
+                f"[pool.group.measured] of {show_value(name)} lacks {', '.join(missing_rates)}; calibrate again"
+            )
+        values["measured"] = MeasuredRates(**values["measured"])
     return DeviceGroup(**values)
 
 
@@ -333,7 +338,8 @@ def _check_keys(table: Mapping[str, Any], known_keys: set[str], table_name: str)
         if key not in known_keys:
             suggestion = _suggest_nearest(key, sorted(known_keys))
             raise ValueError(
-                f"{table_name} has the unknown key {show_value(key)}{suggestion}; use one of {sorted(known_keys)}"
+                f"{table_name} has the unknown key {show_value(key)}{suggestion}; "
+                f"use one of {', '.join(sorted(known_keys))}"
             )
 
 

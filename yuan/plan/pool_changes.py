@@ -5,7 +5,7 @@ from typing import Literal
 
 from yuan.plan.json_fields import show_value
 from yuan.plan.pool import MAX_DEVICES, Pool
-from yuan.plan.replan import resize_pool, split_slow_devices
+from yuan.plan.replan import make_slow_class_name, resize_pool, split_slow_devices
 
 COUNT_PATTERN = re.compile(r"[0-9]{1,7}")
 
@@ -22,8 +22,8 @@ def apply_pool_change(pool: Pool, kind: Literal["lost", "added", "slow"], change
     num_parts = 3 if kind == "slow" else 2
     parts = change.rsplit(":", num_parts - 1)
     if len(parts) != num_parts:
-        form = "CLASS:N:SHARE" if kind == "slow" else "CLASS:N"
-        raise ValueError(f"a change is written {form}, got {show_value(change)}; write N as digits")
+        form, example = ("CLASS:N:SHARE", "A100-80:4:0.5") if kind == "slow" else ("CLASS:N", "A100-80:4")
+        raise ValueError(f"a change is written {form}, got {show_value(change)}; write it as in {example}")
     name, count = parts[0], _parse_count(parts[1])
     if kind != "slow":
         return resize_pool(pool, {name: count if kind == "added" else -count})
@@ -33,6 +33,11 @@ def apply_pool_change(pool: Pool, kind: Literal["lost", "added", "slow"], change
         raise ValueError(
             f"SHARE must be a number between 0 and 1, got {show_value(parts[2])}; 0.5 is half the speed"
         ) from None
+    if make_slow_class_name(name) in (group.device_class for group in pool.groups):
+        raise ValueError(
+            f"the pool has slow devices of {show_value(name)} already, got {show_value(change)}; name all slow devices "
+            "of a class in one change, with the SHARE of the slowest"
+        )
     return split_slow_devices(pool, name, count, share)
 
 

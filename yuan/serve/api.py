@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from yuan.data.text import get_field_path, make_printable
+from yuan.data.text import describe_rule, get_field_path, make_printable
 from yuan.generate.decoder import NonFiniteLogits
 from yuan.generate.sampling import Sampling
 from yuan.serve.admission import AdmissionMiddleware
@@ -282,7 +282,7 @@ def _add_error_handlers(app: FastAPI, service: ModelService) -> None:
         assert isinstance(error, RequestValidationError), "registered for it"
         first = error.errors()[0]
         field_path = get_field_path({**first, "loc": first["loc"][1:]})
-        return refuse(call, status=422, kind="invalid", message=first["msg"], param=make_printable(field_path))
+        return refuse(call, status=422, kind="invalid", message=describe_rule(first), param=make_printable(field_path))
 
     for kind in (QueueFull, EngineStopped, LookupError, AnswerTimeout, DecodingFailed, ValueError, Exception):
         app.add_exception_handler(kind, answer_known_error)

@@ -1,0 +1,89 @@
+"""Options of `cotrain plan` and `calibrate`: models, pools and their changes, plans."""
+
+import codecs
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from flows.cli.output import EXIT_USAGE, fail
+from yuan.config import MODEL_PRESETS, ModelConfig, Precision
+from yuan.data.text import BadJson, parse_json
+from yuan.plan.current_plan import parse_current_plan
+from yuan.plan.json_fields import show_value
+from yuan.plan.plan_record import PipelinePlan
+from yuan.plan.pool import Pool, load_pool, make_cpu_pool
+from yuan.plan.pool_changes import apply_pool_change
+from yuan.plan.workload import Workload
+from yuan.safe_files import read_regular_file
+
+MAX_PLAN_BYTES = 16 * 2**20
+
+ModelNameOption = Annotated[str, typer.Option(help="tiny, 2b, 51b or 102b")]
+PoolFileOption = Annotated[
+    str | None, typer.Option(help="FILE[:NAME] of a pool; default: two processes on this machine")
+]
+PrecisionOption = Annotated[Precision, typer.Option(help="number format of the model's computation")]
+SeqLenOption = Annotated[int | None, typer.Option(min=1, help="default: the model's")]
+DeviceChangesOption = Annotated[list[str] | None, typer.Option(help="CLASS:N, devices of a class; may be repeated")]
+
+
+def get_model_option(name: str) -> ModelConfig:
+    """Return the model of an option `--model`; an unknown one gives one line and status 2."""
+    if name not in MODEL_PRESETS:
+        raise fail(f"unknown model {name!r}; choose one of {', '.join(MODEL_PRESETS)}", EXIT_USAGE)
+    return MODEL_PRESETS[name]()
+
+
+def read_current_plan_option(file: Path, work: Workload, pools: Sequence[Pool]) -> PipelinePlan:
+    """Read the plan of an option `--current`.
+
+    Args:
+        pools: the pool before and after its changes.
+
+    Raises:
+        ValueError: if the file cannot be read, or holds no plan of the given training on devices of the pools.
+    """
+    try:
+        content = read_regular_file(file, MAX_PLAN_BYTES)
+        plan = parse_current_plan(parse_json(content.removeprefix(codecs.BOM_UTF8)), work)
+    except OSError as error:
+        raise ValueError(
+            f"--current {file} cannot be read: {error.strerror}; write it with `cotrain plan --json`"
+        ) from None
+    except BadJson as error:
+        place = f"{error.place} " if error.place else ""
+        raise ValueError(f"--current {file}: {place}{error}; write it with `cotrain plan --json`") from None
+    except ValueError as error:
+        raise ValueError(f"--current {file}: {error}") from None
+    classes = {group.device_class for pool in pools for group in pool.groups}
+    if foreign := [name for name in plan.device_counts if name not in classes]:
+        raise ValueError(
+            f"--current {file}: the plan uses devices of {', '.join(map(show_value, foreign))}, and the pool has "
+            f"{', '.join(map(show_value, sorted(classes)))}; pass the pool that it was planned for, and name what "
+            "changed with --lost or --added"
+        )
+    return plan
+
+
+def change_pool(pool: Pool, *, lost: Sequence[str], added: Sequence[str], slow: Sequence[str]) -> Pool:
+    """Apply the options `--lost`, `--added` and `--slow` to a pool; an invalid one gives one line and status 2."""
+    kinds: tuple[tuple[Literal["lost", "added", "slow"], Sequence[str]], ...]
+    kinds = (("lost", lost), ("added", added), ("slow", slow))
+    for kind, changes in kinds:
+        for change in changes:
+            try:
+                pool = apply_pool_change(pool, kind, change)
+            except ValueError as error:
+                raise fail(f"--{kind}: {error}", EXIT_USAGE) from None
+    return pool
+
+
+def load_pool_option(spec: str | None) -> Pool:
+    """Load the pool of an option `--pool`; without one, two processes on this machine."""
+    if spec is None:
+        return make_cpu_pool()
+    if not spec.strip():
+        raise fail("--pool must name a pool file as FILE or FILE:NAME, got an empty text", EXIT_USAGE)
+    return load_pool(spec)
