@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -278,6 +279,16 @@ def test_index_that_names_a_file_outside_of_its_folder_is_refused(published_fold
         import_hf(tmp_path, tmp_path / "ours")
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "model.safetensors.index.json", "weights.bin"])
+def test_index_that_names_another_file_than_weights_is_refused_and_not_that_file(write_published, tmp_path, name):
+    folder = write_published()
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    index = {"weight_map": {"model.norm.weight": name, "lm_head.weight": "a.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"index\.json names '{name}' as a file of weights.*fetch the index again"):
+        import_hf(folder, tmp_path / "ours")
+
+
 @pytest.mark.parametrize("name", ["../config.json", "/etc/passwd", ".."])
 def test_manifest_that_names_a_file_outside_of_its_folder_is_refused(write_published, tmp_path, name):
     folder = write_published()
@@ -331,12 +342,71 @@ def test_tensors_of_different_dtypes_stay_as_stored(write_published, tmp_path):
     [
         (torch.full((32,), torch.nan), "norm.weight has values that are not finite"),
         (torch.full((32,), torch.inf), "norm.weight has values that are not finite"),
-        (torch.ones(32, dtype=torch.int8), "norm.weight must have floating-point numbers"),
+        (torch.ones(32, dtype=torch.int8), "norm.weight must be a dense tensor of floating-point numbers"),
     ],
 )
 def test_weights_that_are_not_finite_or_integers_are_refused_by_name(write_published, tmp_path, tensor, message):
     with pytest.raises(ValueError, match=message):
         import_hf(write_published(**{hf_layout.HF_NORM: tensor}), tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "value"), [(torch.float32, "bf16", 3.4e38), (torch.float64, "fp32", 1e300)]
+)
+def test_cast_that_makes_a_number_infinite_is_refused_by_name(write_published, tmp_path, stored, dtype, value):
+    norm = torch.full((32,), value, dtype=stored)
+    folder = write_published(cast=stored, **{hf_layout.HF_NORM: norm})
+    with pytest.raises(ValueError, match=r"norm\.weight .* which is infinite in .*; keep the stored dtype, float"):
+        import_hf(folder, tmp_path / "ours", dtype=dtype)
+    import_hf(folder, tmp_path / "ours")
+    with pytest.raises(ValueError, match=r"norm\.weight .* is infinite in float16"):
+        weights.load(tmp_path / "ours", dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight .* which is infinite in .*"):
+        export_hf(tmp_path / "ours", tmp_path / "again", dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "place", ["model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.lf_gate.conv1.bias"]
+)
+@pytest.mark.parametrize(("cast", "other"), [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)])
+def test_weights_of_several_dtypes_are_refused_with_the_cast_that_runs(write_published, tmp_path, place, cast, other):
+    shape = load_hf_tensors(write_published())[place].shape
+    folder = write_published(cast=cast, **{place: torch.zeros(shape, dtype=other)})
+    with pytest.raises(ValueError, match=rf"must have one dtype.*{place} in .*; give --dtype fp32"):
+        import_hf(folder, tmp_path / "ours")
+    import_hf(folder, tmp_path / "ours", dtype="fp32")
+    assert weights.load(tmp_path / "ours")(torch.tensor([[1, 2]])).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("norm_dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_imported_model_whose_norms_have_another_dtype_runs(write_published, tmp_path, cast, norm_dtype):
+    import_hf(write_published(cast=cast, **{hf_layout.HF_NORM: torch.ones(32, dtype=norm_dtype)}), tmp_path / "ours")
+    assert weights.load(tmp_path / "ours")(torch.tensor([[1, 2]])).dtype == cast
+
+
+def test_not_finite_weights_blame_the_download_at_import_and_the_version_at_export(write_published, folder, tmp_path):
+    bad = {hf_layout.HF_NORM: torch.full((32,), torch.nan)}
+    with pytest.raises(ValueError, match=r"not finite in .*; fetch the model again"):
+        import_hf(write_published(**bad), tmp_path / "ours")
+    model = weights.load(folder)
+    state = model.state_dict() | {"norm.weight": torch.full((32,), torch.nan)}
+    weights.save(tmp_path / "bad", model.config, state, weights.load_tokenizer(folder), {})
+    with pytest.raises(ValueError, match=r"not finite in .*; export another version"):
+        export_hf(tmp_path / "bad", tmp_path / "hf")
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_all_files_of_a_folder_have_the_mode_of_the_umask(folder, tmp_path, umask, mode):
+    previous = os.umask(umask)
+    try:
+        export_hf(folder, tmp_path / "hf", max_shard_bytes=60_000)
+        import_hf(tmp_path / "hf", tmp_path / "ours")
+    finally:
+        os.umask(previous)
+    files = [file for name in ("hf", "ours") for file in (tmp_path / name).iterdir()]
+    assert {file.stat().st_mode & 0o777 for file in files} == {mode} and len(files) > 9
 
 
 def test_export_without_a_tokenizer_has_token_ids_within_its_vocabulary(write_published, tmp_path):
@@ -398,10 +468,10 @@ def test_tied_tensors_of_different_dtypes_are_compared_by_value_and_nan_is_named
 ):
     embedding = load_hf_tensors(published_folder)[hf_layout.HF_EMBEDDING].bfloat16()
     tied = {hf_layout.HF_EMBEDDING: embedding, hf_layout.HF_HEAD: embedding.float()}
-    import_hf(write_published(**tied), tmp_path / "ours")
+    import_hf(write_published(**tied), tmp_path / "ours", dtype="fp32")
     embedding[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"embedding\.weight has values that are not finite"):
-        import_hf(write_published(**tied | {hf_layout.HF_HEAD: embedding.float()}), tmp_path / "other")
+        import_hf(write_published(**tied | {hf_layout.HF_HEAD: embedding.float()}), tmp_path / "other", dtype="fp32")
 
 
 def test_number_of_layers_far_above_the_tensors_is_refused_at_once(write_published, tmp_path):
@@ -417,7 +487,9 @@ def test_number_of_layers_far_above_the_tensors_is_refused_at_once(write_publish
     [(torch.ones(32).to(torch.float8_e4m3fn), "F8_E4M3"), (torch.ones(32, dtype=torch.complex64), "C64")],
 )
 def test_weights_of_8_bits_or_complex_numbers_are_refused_by_name(write_published, tmp_path, tensor, stored):
-    with pytest.raises(ValueError, match=rf"model\.norm\.weight must have floating-point numbers .* {stored}"):
+    with pytest.raises(
+        ValueError, match=rf"model\.norm\.weight must be a dense tensor of floating-point numbers .* {stored}"
+    ):
         import_hf(write_published(**{hf_layout.HF_NORM: tensor}), tmp_path / "ours")
 
 
@@ -434,11 +506,26 @@ def test_pickle_that_holds_fewer_numbers_than_its_tensors_is_refused(published_f
         import_hf(tmp_path, tmp_path / "ours")
 
 
-def test_pickled_tensor_that_is_sparse_is_refused_by_name(published_folder, tmp_path):
-    tensors = load_hf_tensors(published_folder) | {hf_layout.HF_NORM: torch.ones(32).to_sparse()}
-    torch.save(tensors, tmp_path / "pytorch_model.bin")
+def quantize(tensor):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch advises another library
+        return torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "form"),
+    [
+        (torch.Tensor.to_sparse, "float32 in the sparse_coo layout"),
+        (lambda tensor: tensor.to("meta"), "float32 on the device meta, without numbers"),
+        (quantize, "qint8, quantized"),
+    ],
+)
+def test_pickled_tensor_without_ordinary_numbers_is_refused_by_its_form(published_folder, tmp_path, change, form):
+    torch.save(
+        load_hf_tensors(published_folder) | {hf_layout.HF_NORM: change(torch.ones(32))}, tmp_path / "pytorch_model.bin"
+    )
     (tmp_path / "config.json").write_bytes((published_folder / "config.json").read_bytes())
-    with pytest.raises(ValueError, match=r"model\.norm\.weight must have floating-point numbers"):
+    with pytest.raises(ValueError, match=rf"model\.norm\.weight must be a dense tensor .* got {form}"):
         import_hf(tmp_path, tmp_path / "ours")
 
 

@@ -15,7 +15,7 @@ from yuan.config import MODEL_CONFIG_FILE, ModelConfig, Precision
 from yuan.model import hf_layout
 from yuan.model.hf_config import build_hf_config, read_config_fields, read_hf_config
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
-from yuan.model.shards import MAX_SHARD_BYTES, TensorReader, write_shards
+from yuan.model.shards import MAX_SHARD_BYTES, TensorReader, cast_tensor, format_dtype, write_shards
 from yuan.model.weights import read_config, verify_folder, write_manifest
 from yuan.safe_files import has_input_file
 
@@ -50,8 +50,10 @@ def export_hf(
     tokenizer = _load_tokenizer(folder, config)
     with _fill_folder(out):
         tensors = hf_layout.convert_to_hf(config, source.read_tensor)
-        files = _write_tensors(out, hf_layout.get_hf_shapes(config), tensors, source, torch_dtype, max_shard_bytes)
-        hf_config = build_hf_config(config, tokenizer, torch_dtype or source.dtype("norm.weight"))
+        shapes = hf_layout.get_hf_shapes(config)
+        fix = "export another version or checkpoint"
+        files = _write_tensors(out, shapes, tensors, source, torch_dtype, max_shard_bytes, fix)
+        hf_config = build_hf_config(config, tokenizer, torch_dtype or source.dtype("embedding.weight"))
         generation_config = {name: hf_config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         json_files: dict[str, Any] = {MODEL_CONFIG_FILE: hf_config, GENERATION_CONFIG_FILE: generation_config}
         if tokenizer is not None:
@@ -73,7 +75,8 @@ def import_hf(
 ) -> ModelManifest:
     """Import a published folder, safetensors or pickles, into our layout; peak memory stays near one shard.
 
-    A tokenizer beside the weights is copied, if there is one. Tensors keep their stored dtypes unless `dtype` is given.
+    A tokenizer beside the weights is copied, if there is one. Tensors keep their stored dtype unless `dtype` is given;
+    norms may have another one than the rest.
 
     Args:
         dtype: "bf16" or "fp32"; default: as stored.
@@ -86,7 +89,8 @@ def import_hf(
 
     Raises:
         ValueError: if a file is missing or damaged, the configuration is not of a Yuan model, a tensor is missing,
-            unknown, of another shape, of integers or not finite (the message names it), or `out` has files.
+            unknown, of another shape, of integers, not finite or too large for `dtype` (the message names it), the
+            weights have several dtypes and no `dtype` is given, or `out` has files.
     """
     if has_input_file(folder / MODEL_MANIFEST_FILE):
         _verify_manifest(folder)
@@ -101,6 +105,8 @@ def import_hf(
             f"{hf_layout.HF_HEAD} in {folder} is not equal to {hf_layout.HF_EMBEDDING}, and Yuan 2.0 ties the two; "
             "fetch the model again"
         )
+    if torch_dtype is None:
+        _check_one_dtype(source, (name for name in hf_layout.get_hf_shapes(config) if name not in tied))
     config = replace(config, rope_precision=rope_precision or _find_rope_precision(folder, source, config.num_layers))
     tokenizer = _load_tokenizer(folder, config)
 
@@ -110,7 +116,8 @@ def import_hf(
     with _fill_folder(out):
         tensors = hf_layout.convert_from_hf(config, read)
         shapes = hf_layout.get_yuan_shapes(config)
-        files = _write_tensors(out, shapes, tensors, source, torch_dtype, max_shard_bytes)
+        fix = "fetch the model again, or another one if its publisher's file is so"
+        files = _write_tensors(out, shapes, tensors, source, torch_dtype, max_shard_bytes, fix)
         (out / MODEL_CONFIG_FILE).write_text(json.dumps(config.to_json(), indent=2))
         if tokenizer is not None:
             tokenizer.save(out)
@@ -157,17 +164,32 @@ def _find_rope_precision(folder: Path, source: TensorReader, num_layers: int) ->
     stored = read_config_fields(folder).get("rope_precision")
     if stored is not None:
         return read_hf_config(folder).rope_precision
-    names = [
-        f"model.layers.{n}.{name}" for n in range(num_layers) for name in (hf_layout.HF_Q_PROJ, hf_layout.HF_K_PROJ)
-    ]
-    dtypes = {source.dtype(name): name for name in reversed(names)}
+    names = (hf_layout.HF_Q_PROJ, hf_layout.HF_K_PROJ)
+    dtypes = source.find_dtypes(f"model.layers.{n}.{name}" for n in range(num_layers) for name in names)
     if len(dtypes) > 1:
-        stored_as = " and ".join(f"{name} in {_format_dtype(dtype)}" for dtype, name in dtypes.items())
         raise ValueError(
-            f"the precision of the rotary angles does not follow from {folder}, which has {stored_as}; "
+            f"the precision of the rotary angles does not follow from {folder}, which has {_list_dtypes(dtypes)}; "
             "give --rope-precision bf16 if the model was trained in bf16, else fp32"
         )
     return "bf16" if torch.bfloat16 in dtypes else "fp32"
+
+
+def _check_one_dtype(source: TensorReader, names: Iterable[str]) -> None:
+    """Check that the network can compute with the weights as they are stored; only norms may have another dtype.
+
+    Raises:
+        ValueError: if they are of several dtypes.
+    """
+    dtypes = source.find_dtypes(name for name in names if not name.endswith("norm.weight"))
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"the weights in {source.folder} must have one dtype, except those of norms, got {_list_dtypes(dtypes)}; "
+            "give --dtype fp32 or --dtype bf16 to cast them"
+        )
+
+
+def _list_dtypes(dtypes: dict[torch.dtype, str]) -> str:
+    return " and ".join(f"{name} in {format_dtype(dtype)}" for dtype, name in dtypes.items())
 
 
 def _build_tokenizer_config(config: ModelConfig) -> dict[str, Any]:
@@ -192,32 +214,27 @@ def _write_tensors(
     source: TensorReader,
     dtype: torch.dtype | None,
     max_bytes: int,
+    fix: str,
 ) -> list[str]:
-    """Write tensors, cast to a dtype, or each as it is stored."""
+    """Write tensors, cast to a dtype, or each as it is stored; `fix` ends the message of one with NaN or infinity."""
     itemsize = dtype.itemsize if dtype else source.max_itemsize
     sizes = {name: itemsize * int(torch.Size(shape).numel()) for name, shape in shapes.items()}
-    return write_shards(out, sizes, _cast_tensors(tensors, dtype, source.folder), max_bytes=max_bytes)
+    return write_shards(out, sizes, _cast_tensors(tensors, dtype, source.folder, fix), max_bytes=max_bytes)
 
 
 def _cast_tensors(
-    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, folder: Path
+    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, folder: Path, fix: str
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors in a dtype, or in their own if it is None.
 
     Raises:
-        ValueError: if a tensor has values that are not finite.
+        ValueError: if a tensor has values that are not finite, or not in the dtype.
     """
     for name, tensor in tensors:
         if not bool(tensor.isfinite().all()):
-            raise ValueError(
-                f"{name} has values that are not finite in {folder}; export the model again from a good checkpoint"
-            )
+            raise ValueError(f"{name} has values that are not finite in {folder}; {fix}")
         # Clone: parts of one matrix would share memory, which safetensors rejects.
-        yield name, tensor.to(dtype or tensor.dtype).contiguous().clone()
-
-
-def _format_dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        yield name, cast_tensor(name, tensor, dtype, folder).contiguous().clone()
 
 
 def _get_dtype(dtype_name: str | None) -> torch.dtype | None:

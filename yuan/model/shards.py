@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import stat
+import warnings
 import zipfile
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
 PICKLED_WEIGHTS_FILE = "pytorch_model.bin"
 PICKLED_WEIGHTS_INDEX_FILE = "pytorch_model.bin.index.json"
+PICKLE_ENDINGS = (".bin", ".pt", ".pth")
 MAX_SHARD_BYTES = 4 * 10**9
 MAX_LISTED_PROBLEMS = 8
 MAX_TENSOR_NAME_CHARS = 100  # in a message
@@ -38,8 +41,9 @@ class TensorHeader:
     """The shape and dtype of a stored tensor.
 
     Attributes:
-        dtype: None for integers, and for numbers that no computation here uses, such as those with 8 bits.
-        stored_dtype: the dtype as the file names it.
+        dtype: None for integers, for numbers that no computation here uses, such as those with 8 bits, and for tensors
+            that are sparse, quantized or without numbers.
+        stored_dtype: the dtype as the file names it, and the form of the tensor if it is no ordinary one.
     """
 
     shape: tuple[int, ...]
@@ -94,7 +98,8 @@ class TensorReader:
                 problems.append(f"{name} has shape {format_value(header.shape)} and should have {expected[name]}")
             if header.dtype is None:
                 problems.append(
-                    f"{name} must have floating-point numbers of 16, 32 or 64 bits, got {header.stored_dtype}"
+                    f"{name} must be a dense tensor of floating-point numbers of 16, 32 or 64 bits, got "
+                    f"{header.stored_dtype}"
                 )
         if problems:
             raise ValueError(
@@ -130,10 +135,16 @@ class TensorReader:
         files = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(files, dict) or not files:
             raise ValueError(f"{path} is damaged: it has no weight_map of names to files; fetch the model again")
+        endings = (".safetensors",) if index == WEIGHTS_INDEX_FILE else PICKLE_ENDINGS
         for file in files.values():
             if not is_plain_file_name(file):
                 raise ValueError(
                     f"{path} names a file outside of its folder, {format_value(file)}; fetch the model again"
+                )
+            if not file.endswith(endings):
+                raise ValueError(
+                    f"{path} names {format_value(file)} as a file of weights, which end with {' or '.join(endings)}; "
+                    "fetch the index again"
                 )
         return files
 
@@ -142,7 +153,8 @@ class TensorReader:
         if file in self._pickles:
             return self._pickles[file]
         path = self.folder / file
-        with DamageReporter(path):
+        with DamageReporter(path), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch's own, of the storages of quantized tensors
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         for key in ("state_dict", "model", "module"):  # as training scripts save them
             if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
@@ -175,7 +187,7 @@ class TensorReader:
 
     def _read_pickled_headers(self, file: str) -> dict[str, TensorHeader]:
         return {
-            name: TensorHeader(tuple(tensor.shape), _get_dtype(tensor), str(tensor.dtype).removeprefix("torch."))
+            name: TensorHeader(tuple(tensor.shape), _get_dtype(tensor), _describe_form(tensor))
             for name, tensor in self._load_pickle(file).items()
         }
 
@@ -210,8 +222,17 @@ class TensorReader:
         """
         header = self._get_header(name)
         if header.dtype is None:
-            raise ValueError(f"{_format_name(name)} must have floating-point numbers, got {header.stored_dtype}")
+            raise ValueError(
+                f"{_format_name(name)} must be a dense tensor of floating-point numbers, got {header.stored_dtype}"
+            )
         return header.dtype
+
+    def find_dtypes(self, names: Iterable[str]) -> dict[torch.dtype, str]:
+        """Return the dtypes of tensors, each with the first tensor that has it."""
+        dtypes: dict[torch.dtype, str] = {}
+        for name in names:
+            dtypes.setdefault(self.dtype(name), name)
+        return dtypes
 
     def read_tensor(self, name: str) -> Tensor:
         """Read one tensor."""
@@ -261,6 +282,48 @@ def _get_dtype(tensor: Tensor) -> torch.dtype | None:
     """Return the dtype of a tensor from a pickle; None if it is no ordinary one of floating-point numbers."""
     is_ordinary = tensor.layout == torch.strided and tensor.device.type == "cpu"
     return tensor.dtype if is_ordinary and tensor.dtype in SAFETENSORS_DTYPES.values() else None
+
+
+def _describe_form(tensor: Tensor) -> str:
+    """Name the dtype of a tensor from a pickle, and what makes it no ordinary one.
+
+    >>> _describe_form(torch.ones(2).to_sparse()), _describe_form(torch.ones(2, device="meta"))
+    ('float32 in the sparse_coo layout', 'float32 on the device meta, without numbers')
+    """
+    dtype = format_dtype(tensor.dtype)
+    if tensor.layout != torch.strided:
+        return f"{dtype} in the {str(tensor.layout).removeprefix('torch.')} layout"
+    if tensor.device.type != "cpu":
+        return f"{dtype} on the device {tensor.device.type}, without numbers"
+    return f"{dtype}, quantized" if tensor.is_quantized else dtype
+
+
+def format_dtype(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without its module.
+
+    >>> format_dtype(torch.bfloat16)
+    'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
+def cast_tensor(name: str, tensor: Tensor, dtype: torch.dtype | None, folder: Path) -> Tensor:
+    """Return a tensor of a folder in a dtype, or unchanged if that is None.
+
+    Raises:
+        ValueError: if a finite number would become infinite.
+    """
+    if dtype is None or dtype == tensor.dtype:
+        return tensor
+    cast = tensor.to(dtype)
+    is_narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+    if is_narrower and bool((overflows := tensor.isfinite() & cast.isinf()).any()):
+        value = tensor[overflows][0].item()
+        raise ValueError(
+            f"{name} in {folder} has the number {value:g}, which is infinite in {format_dtype(dtype)}; "
+            f"keep the stored dtype, {format_dtype(tensor.dtype)}"
+        )
+    return cast
 
 
 def _format_name(name: str) -> str:
@@ -325,7 +388,7 @@ def write_shards(
         file = WEIGHTS_FILE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
         shard = dict(next(remaining) for _ in group)
         assert list(shard) == group, "tensors come in the order of their sizes"
-        save_file({name: tensor.contiguous() for name, tensor in shard.items()}, folder / file, {"format": "pt"})
+        _save_shard(folder / file, {name: tensor.contiguous() for name, tensor in shard.items()})
         weight_map |= dict.fromkeys(group, file)
         total_bytes += sum(tensor.nbytes for tensor in shard.values())
         names.append(file)
@@ -335,6 +398,14 @@ def write_shards(
         (folder / WEIGHTS_INDEX_FILE).write_text(json.dumps(index, indent=2))
         names.append(WEIGHTS_INDEX_FILE)
     return names
+
+
+def _save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a file with the mode that the umask gives a new one; safetensors alone gives it to the owner only."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(tensors, path, {"format": "pt"})
+    path.chmod(mode)
 
 
 def _group_into_shards(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
