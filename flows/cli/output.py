@@ -13,7 +13,15 @@ from rich.table import Table
 
 from feedback.client import PortalError
 from flows.cli.error_lines import describe_failure
-from yuan.data.text import BadJson, describe_errors, find_unstorable, make_printable, parse_json
+from yuan.data.text import (
+    BLANK_TEXT,
+    BadJson,
+    describe_errors,
+    find_unstorable,
+    is_blank,
+    make_printable,
+    parse_json,
+)
 from yuan.version_names import parse_version_number
 
 EXIT_FAILED = 1
@@ -64,8 +72,8 @@ def parse_json_option(name: str, text: str) -> Any:
 
 def check_text_option(value: str | None) -> str | None:
     """Reject an option or argument that is empty or cannot be sent: exit status 2."""
-    if value is not None and (not value.strip() or find_unstorable(value)):
-        raise typer.BadParameter(f"must be text, not white space alone, without U+0000, got {make_printable(value)!r}")
+    if value is not None and (is_blank(value) or find_unstorable(value)):
+        raise typer.BadParameter(f"must be text, not {BLANK_TEXT}, without U+0000, got {make_printable(value)!r}")
     return value
 
 

@@ -4,6 +4,7 @@
 """
 
 import json
+from decimal import Decimal
 
 from hypothesis import strategies as st
 
@@ -33,6 +34,33 @@ def test_line_of_a_dataset_is_a_row_or_a_bad_row_with_a_reason(num_cases):
                 assert parse_json(data.strip().removeprefix(b"\xef\xbb\xbf")) is not None
 
     fuzz(num_cases, lines, check)
+
+
+@each_size
+def test_checker_of_an_accepted_row_has_the_number_that_is_written(num_cases):
+    digits = st.text("0123456789", min_size=1, max_size=25).map(lambda text: text.lstrip("0") or "0")
+    numbers = st.tuples(
+        st.sampled_from(["", "-"]),
+        digits,
+        st.just("") | digits.map(lambda text: f".{text}"),
+        st.just("") | st.integers(-400, 400).map(lambda exponent: f"e{exponent}"),
+    ).map("".join)
+    forms = st.tuples(
+        numbers, st.sampled_from(["value", "val\\u0075e"]), st.text(" \t", max_size=12), st.sampled_from(["", '"'])
+    )
+
+    def check(case):
+        number, key, space, quote = case
+        line = (
+            f'{{"answer": "{number}", "checker": {{"type": "numeric", "{key}"{space}:{space}{quote}{number}{quote}}}}}'
+        )
+        (row,) = parse_rows(line.encode())
+        if isinstance(row, Row):
+            assert row.checker.value == Decimal(number)
+        else:
+            assert row.reason.startswith("checker")
+
+    fuzz(num_cases, forms, check)
 
 
 @each_size
