@@ -3,6 +3,7 @@
 `make test` runs 100 cases of most tests, `make test-long` 10,000; see `tests.fuzzing`.
 """
 
+import hashlib
 import json
 from decimal import Decimal
 
@@ -84,6 +85,42 @@ def test_head_of_any_file_has_a_known_format_or_none(num_cases):
     encoded = st.tuples(ANY_TEXT, st.sampled_from(["utf-8", "utf-16", "gb18030", "latin-1"]))
     heads = st.one_of(st.binary(max_size=200), encoded.map(lambda pair: pair[0].encode(pair[1], "ignore")))
     fuzz(num_cases, heads, check)
+
+
+@each_size
+def test_chinese_text_is_named_with_its_encoding(num_cases):
+    """Of random characters of the first level of both character sets, in lines of ASCII and Chinese text."""
+    codes = [(first, second) for first in range(0xB0, 0xD7) for second in range(0xA1, 0xFF)]
+    hanzi = [bytes(code).decode("gb2312") for code in codes]
+    big5_hanzi = [char for char in hanzi if is_first_level_big5(char)]
+    texts = st.lists(st.sampled_from(["a", " ", "1", ","]) | st.sampled_from(hanzi), min_size=12, max_size=60)
+    big5_texts = st.lists(st.sampled_from(["a", " ", "1", ","]) | st.sampled_from(big5_hanzi), min_size=12, max_size=60)
+
+    def check(case):
+        name, chars = case
+        text = "".join(chars)
+        if sum(map(str.isascii, text)) > len(text) - 8:
+            return
+        reason = describe_foreign_format(json.dumps({"answer": text}, ensure_ascii=False).encode(name))
+        assert reason is not None and f"encoded in {name}" in reason
+
+    fuzz(num_cases, st.tuples(st.just("GB18030"), texts) | st.tuples(st.just("Big5"), big5_texts), check)
+
+
+def is_first_level_big5(char):
+    try:
+        return 0xA4 <= char.encode("big5")[0] <= 0xC6
+    except UnicodeEncodeError:
+        return False
+
+
+@each_size
+def test_bytes_that_no_text_has_are_binary_or_of_a_known_format(num_cases):
+    def check(seed):
+        reason = describe_foreign_format(hashlib.shake_128(str(seed).encode()).digest(3000))
+        assert reason is not None and "encoded" not in reason
+
+    fuzz(num_cases, st.integers(0), check)
 
 
 @each_size
