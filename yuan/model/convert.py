@@ -13,9 +13,10 @@ from torch import Tensor
 from yuan import tokenizer as tokenizers
 from yuan.config import MODEL_CONFIG_FILE, ModelConfig, Precision
 from yuan.model import hf_layout
+from yuan.model.dtypes import cast_tensor, format_dtype
 from yuan.model.hf_config import build_hf_config, read_config_fields, read_hf_config
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
-from yuan.model.shards import MAX_SHARD_BYTES, TensorReader, cast_tensor, format_dtype, write_shards
+from yuan.model.shards import MAX_SHARD_BYTES, TensorReader, write_shards
 from yuan.model.weights import read_config, verify_folder, write_manifest
 from yuan.safe_files import has_input_file
 

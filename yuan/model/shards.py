@@ -1,10 +1,7 @@
 """Tensor files: read tensors one at a time from safetensors or pickles, and write shards of bounded size."""
 
 import json
-import pickle
 import stat
-import warnings
-import zipfile
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from yuan.config import format_value
-from yuan.data.text import BadJson, make_printable, parse_json
+from yuan.data.text import BadJson, parse_json
+from yuan.model.dtypes import SAFETENSORS_DTYPES, describe_form, get_dense_dtype
+from yuan.model.file_damage import DamageReporter, format_tensor_name
+from yuan.model.pickled_tensors import load_pickle
 from yuan.safe_files import (
-    LFS_POINTER_REASON,
-    LFS_POINTER_START,
     has_input_file,
     is_plain_file_name,
     read_input_file,
@@ -31,8 +29,6 @@ PICKLED_WEIGHTS_INDEX_FILE = "pytorch_model.bin.index.json"
 PICKLE_ENDINGS = (".bin", ".pt", ".pth")
 MAX_SHARD_BYTES = 4 * 10**9
 MAX_LISTED_PROBLEMS = 8
-MAX_TENSOR_NAME_CHARS = 100  # in a message
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 IGNORED_TENSOR_SUFFIX = "rotary_emb.inv_freq"  # a buffer that some published files contain
 
 
@@ -89,7 +85,7 @@ class TensorReader:
         """
         names = {name for name in self._files if not name.endswith(IGNORED_TENSOR_SUFFIX)}
         problems = [f"{name} is missing" for name in expected if name not in names and name not in optional]
-        problems += [f"{_format_name(name)} is unknown" for name in sorted(names - set(expected))]
+        problems += [f"{format_tensor_name(name)} is unknown" for name in sorted(names - set(expected))]
         for name in expected:
             if name not in names:
                 continue
@@ -119,7 +115,7 @@ class TensorReader:
             return self._read_index(PICKLED_WEIGHTS_INDEX_FILE)
         for pattern, index in (("*.safetensors", WEIGHTS_INDEX_FILE), ("*.bin", PICKLED_WEIGHTS_INDEX_FILE)):
             if shards := sorted(file.name for file in self.folder.glob(pattern)):
-                names = _list_some(list(map(_format_name, shards)))
+                names = _list_some(list(map(format_tensor_name, shards)))
                 raise ValueError(f"{self.folder} has {names} without an index; download {index} next to them")
         raise ValueError(
             f"{self.folder} has no weights; put {WEIGHTS_FILE}, {WEIGHTS_INDEX_FILE}, {PICKLED_WEIGHTS_FILE} or "
@@ -149,25 +145,9 @@ class TensorReader:
         return files
 
     def _load_pickle(self, file: str) -> dict[str, Tensor]:
-        """Load a pickle; one in the format of torch before 1.6 cannot be mapped, so it is held in memory."""
-        if file in self._pickles:
-            return self._pickles[file]
-        path = self.folder / file
-        with DamageReporter(path), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch's own, of the storages of quantized tensors
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        for key in ("state_dict", "model", "module"):  # as training scripts save them
-            if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-                loaded = loaded[key]
-        if not isinstance(loaded, dict) or not all(map(_is_named_tensor, loaded.items())):
-            content = f"the keys {', '.join(map(str, list(loaded)[:5]))}" if isinstance(loaded, dict) else type(loaded)
-            raise ValueError(
-                f"{path} must hold a dictionary of tensors, or one under the key state_dict, got "
-                f"{make_printable(str(content))}; save the model's state_dict alone"
-            )
-        _check_stored(path, loaded)
-        self._pickles = {file: loaded}  # one mapped file at a time
-        return loaded
+        if file not in self._pickles:
+            self._pickles = {file: load_pickle(self.folder / file)}  # one mapped file at a time
+        return self._pickles[file]
 
     def _read_headers(self, file: str) -> dict[str, TensorHeader]:
         """Read the shapes and dtypes of a file once; of a safetensors file, the header only."""
@@ -187,7 +167,7 @@ class TensorReader:
 
     def _read_pickled_headers(self, file: str) -> dict[str, TensorHeader]:
         return {
-            name: TensorHeader(tuple(tensor.shape), _get_dtype(tensor), _describe_form(tensor))
+            name: TensorHeader(tuple(tensor.shape), get_dense_dtype(tensor), describe_form(tensor))
             for name, tensor in self._load_pickle(file).items()
         }
 
@@ -195,8 +175,8 @@ class TensorReader:
         headers = self._read_headers(self._files[name])
         if name not in headers:
             raise ValueError(
-                f"{self.folder / self._files[name]} lacks the tensor {_format_name(name)}, which the index names; "
-                "fetch the model again"
+                f"{self.folder / self._files[name]} lacks the tensor {format_tensor_name(name)}, which the index "
+                "names; fetch the model again"
             )
         return headers[name]
 
@@ -223,7 +203,8 @@ class TensorReader:
         header = self._get_header(name)
         if header.dtype is None:
             raise ValueError(
-                f"{_format_name(name)} must be a dense tensor of floating-point numbers, got {header.stored_dtype}"
+                f"{format_tensor_name(name)} must be a dense tensor of floating-point numbers, got "
+                f"{header.stored_dtype}"
             )
         return header.dtype
 
@@ -248,124 +229,10 @@ def _is_safetensors(file: str) -> bool:
     return file.endswith(".safetensors")
 
 
-def _is_named_tensor(item: tuple[object, object]) -> bool:
-    name, value = item
-    return isinstance(name, str) and isinstance(value, Tensor)
-
-
-def _check_stored(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Check that a pickle holds every number of its tensors.
-
-    A pickled tensor may repeat stored numbers, by a stride of 0 or by a storage that several tensors share, so a file
-    of some kilobytes could fill the memory and the disk. Published files share the tied embedding only.
-
-    Raises:
-        ValueError: naming a tensor that the file does not hold.
-    """
-    dense = {name: tensor for name, tensor in tensors.items() if tensor.layout == torch.strided}
-    for name, tensor in dense.items():
-        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-            raise ValueError(
-                f"{path} stores only a part of the numbers of {_format_name(name)}, and repeats them; "
-                "save a copy of the tensor (tensor.contiguous())"
-            )
-    num_stored = sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in dense.values())}.values())
-    num_bytes = sum(tensor.numel() * tensor.itemsize for tensor in dense.values())
-    if num_bytes > 2 * num_stored:
-        raise ValueError(
-            f"the tensors of {path} have {num_bytes} bytes, but it stores {num_stored}, shared by several of them; "
-            "save a copy of each tensor"
-        )
-
-
-def _get_dtype(tensor: Tensor) -> torch.dtype | None:
-    """Return the dtype of a tensor from a pickle; None if it is no ordinary one of floating-point numbers."""
-    is_ordinary = tensor.layout == torch.strided and tensor.device.type == "cpu"
-    return tensor.dtype if is_ordinary and tensor.dtype in SAFETENSORS_DTYPES.values() else None
-
-
-def _describe_form(tensor: Tensor) -> str:
-    """Name the dtype of a tensor from a pickle, and what makes it no ordinary one.
-
-    >>> _describe_form(torch.ones(2).to_sparse()), _describe_form(torch.ones(2, device="meta"))
-    ('float32 in the sparse_coo layout', 'float32 on the device meta, without numbers')
-    """
-    dtype = format_dtype(tensor.dtype)
-    if tensor.layout != torch.strided:
-        return f"{dtype} in the {str(tensor.layout).removeprefix('torch.')} layout"
-    if tensor.device.type != "cpu":
-        return f"{dtype} on the device {tensor.device.type}, without numbers"
-    return f"{dtype}, quantized" if tensor.is_quantized else dtype
-
-
-def format_dtype(dtype: torch.dtype) -> str:
-    """Return the name of a dtype without its module.
-
-    >>> format_dtype(torch.bfloat16)
-    'bfloat16'
-    """
-    return str(dtype).removeprefix("torch.")
-
-
-def cast_tensor(name: str, tensor: Tensor, dtype: torch.dtype | None, folder: Path) -> Tensor:
-    """Return a tensor of a folder in a dtype, or unchanged if that is None.
-
-    Raises:
-        ValueError: if a finite number would become infinite.
-    """
-    if dtype is None or dtype == tensor.dtype:
-        return tensor
-    cast = tensor.to(dtype)
-    is_narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
-    if is_narrower and bool((overflows := tensor.isfinite() & cast.isinf()).any()):
-        value = tensor[overflows][0].item()
-        raise ValueError(
-            f"{name} in {folder} has the number {value:g}, which is infinite in {format_dtype(dtype)}; "
-            f"keep the stored dtype, {format_dtype(tensor.dtype)}"
-        )
-    return cast
-
-
-def _format_name(name: str) -> str:
-    return make_printable(name, MAX_TENSOR_NAME_CHARS)
-
-
 def _list_some(items: list[str]) -> str:
     """Join the first items, and count the others."""
     others = len(items) - MAX_LISTED_PROBLEMS
     return ", ".join(items[:MAX_LISTED_PROBLEMS]) + (f", and {others} more" if others > 0 else "")
-
-
-class DamageReporter:
-    """Convert the errors that a damaged file raises, which are of every type, into one ValueError that names it."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, Exception):
-            return
-        if isinstance(error, OSError):
-            raise ValueError(f"{self._path} cannot be read ({error.strerror or error}); correct it") from None
-        if _is_lfs_pointer(self._path):
-            raise ValueError(f"{self._path} {LFS_POINTER_REASON}") from None
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            raise ValueError(
-                f"{self._path} holds objects other than tensors, or code, which is never run; "
-                "save the model's state_dict alone"
-            ) from None
-        is_pickle = isinstance(error, pickle.UnpicklingError)  # torch's text advises to load it without protection
-        reason = "it is no pickle of tensors" if is_pickle else make_printable(str(error).partition("\n")[0])
-        reason = reason or type(error).__name__
-        raise ValueError(f"{self._path} is damaged ({reason}); fetch the model again") from None
-
-
-def _is_lfs_pointer(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return stream.read(len(LFS_POINTER_START)) == LFS_POINTER_START
 
 
 def write_shards(

@@ -11,8 +11,9 @@ from torch import Tensor
 from yuan import tokenizer as tokenizers
 from yuan.config import MODEL_CONFIG_FILE, ModelConfig
 from yuan.data.text import BadJson, parse_json
+from yuan.model.dtypes import cast_tensor
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
-from yuan.model.shards import TensorReader, cast_tensor, write_shards
+from yuan.model.shards import TensorReader, write_shards
 from yuan.model.transformer import Yuan
 from yuan.safe_files import hash_stream, read_input_file
 from yuan.tokenizer import Tokenizer
