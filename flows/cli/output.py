@@ -65,7 +65,7 @@ def build_form(model: type[Form], fields: dict[str, Any]) -> Form:
 def parse_json_option(name: str, text: str) -> Any:
     """Parse a JSON option; JSON that is malformed or cannot be sent gives one line and status 2."""
     try:
-        return parse_json(text)
+        return parse_json(text, keep_written=True)
     except BadJson as error:
         raise fail(f"{name} {error.place}: {error}", EXIT_USAGE) from None
 

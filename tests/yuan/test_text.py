@@ -95,6 +95,16 @@ def test_row_is_accepted_exactly_if_its_text_is_storable_and_not_blank(text):
     assert is_taken == (is_fit or text == "")
 
 
+@pytest.mark.parametrize(
+    "number", ["5.0000000000000000001", "10000000000000000000001e0", "1e-400", "0.12345678901234567"]
+)
+def test_checker_in_a_request_refuses_a_number_that_json_would_round(number):
+    request = parse_json(f'{{"type": "numeric", "value": {number}}}', keep_written=True)
+    with pytest.raises(ValidationError, match="at most 15 digits"):
+        CHECKERS.validate_python(request)
+    assert CHECKERS.validate_python(parse_json('{"type": "numeric", "value": 0.25}', keep_written=True)).value == 0.25
+
+
 def test_blank_characters_are_those_that_show_nothing():
     """White space, controls and format characters are blank; letters, marks, signs and most of all else are not."""
     blank = {char for char in map(chr, range(0x110000)) if is_blank(char)}

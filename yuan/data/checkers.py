@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from yuan.data.answer_choices import read_choices
 from yuan.data.answer_numbers import read_final_number
-from yuan.data.text import MAX_TEXT_CHARS, TextRule, make_rule_error, normalize_text
+from yuan.data.text import MAX_TEXT_CHARS, TextRule, WrittenFloat, make_rule_error, normalize_text
 
 MAX_CONTAINED_CHARS = 2_000  # of each value of `contains`
 
@@ -25,11 +25,16 @@ _DECIMAL_PATTERN = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-
 
 def _check_written_number(value: object) -> object:
     """Refuse a float that may have lost digits, and text that only Python reads as a number, such as "5_0"."""
-    if isinstance(value, float) and len(Decimal(repr(value)).normalize().as_tuple().digits) > MAX_FLOAT_DIGITS:
+    is_inexact = isinstance(value, WrittenFloat) and not value.is_exact
+    if isinstance(value, float) and (is_inexact or _count_digits(value) > MAX_FLOAT_DIGITS):
         raise PydanticCustomError("number", EXACT_NUMBER_RULE)
     if isinstance(value, str) and not _DECIMAL_PATTERN.fullmatch(value):
         raise PydanticCustomError("number", "must be a number such as -1.5, without spaces or commas; correct it")
     return value
+
+
+def _count_digits(value: float) -> int:
+    return len(Decimal(float.__repr__(value)).normalize().as_tuple().digits)
 
 
 CheckerNumber = Annotated[

@@ -123,7 +123,7 @@ def _find_format(head: bytes) -> tuple[str, str] | None:
 
 def _is_binary(head: bytes) -> bool:
     """Return True if bytes are no text; a JSON object with control characters is a fault of its row."""
-    if head.lstrip().startswith(b"{") or not head:
+    if not head or (head.lstrip().startswith(b"{") and head.lstrip()[1:].lstrip().startswith((b'"', b"}"))):
         return False
     num_controls = len(head) - len(head.translate(None, _CONTROL_BYTES))
     return num_controls > MAX_CONTROL_SHARE * len(head) and find_wide_encoding(head) is None

@@ -6,7 +6,6 @@ import io
 import json
 import re
 from collections.abc import Iterator
-from decimal import Decimal
 from typing import Annotated, Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,6 +15,7 @@ from yuan.data.text import (
     MAX_TEXT_CHARS,
     BadJson,
     TextRule,
+    WrittenFloat,
     describe_errors,
     fold_coarsely,
     make_rule_error,
@@ -137,24 +137,17 @@ def _find_json_fault(line: bytes) -> str | None:
 def _find_inexact_number(line: bytes) -> str | None:
     """Describe a number of the row's checker that is not kept as it is written, with its place; None if all are.
 
-    A JSON number with a point or an exponent is read as a binary float: 5.0000000000000000001 as 5, 1e-400 as 0.
+    pydantic reads a JSON number with a point or an exponent as a float before any of our validators runs.
     """
     if not _FLOAT_VALUE_PATTERN.search(line):  # most lines, without the time of parsing them again
         return None
-    fields = json.loads(line.decode(), parse_float=_WrittenFloat)
+    fields = parse_json(line, keep_written=True)
     checker = fields.get("checker") if isinstance(fields, dict) else None
     for name in ("value", "tolerance"):
         number = checker.get(name) if isinstance(checker, dict) else None
-        if isinstance(number, _WrittenFloat) and not number.is_exact:
+        if isinstance(number, WrittenFloat) and not number.is_exact:
             return f"checker.{name}: {EXACT_NUMBER_RULE}"
     return None
-
-
-class _WrittenFloat(float):
-    """Remember if the decimal that JSON wrote is the shortest one of its float."""
-
-    def __init__(self, written: str) -> None:
-        self.is_exact = Decimal(written) == Decimal(repr(float(written)))
 
 
 def _read_lines(stream: BinaryIO) -> Iterator[bytes | None]:

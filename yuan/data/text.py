@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import groupby
 from typing import Any, Literal
 
@@ -142,11 +143,23 @@ class BadJson(ValueError):
         self.place = make_printable(place)
 
 
-def parse_json(data: bytes | str, max_values: int | None = None) -> Any:
+class WrittenFloat(float):
+    """Remember if the decimal that JSON wrote is kept: 5.0000000000000000001 is read as 5, and 1e-400 as 0.
+
+    >>> WrittenFloat("0.10").is_exact, WrittenFloat("5.0000000000000000001").is_exact
+    (True, False)
+    """
+
+    def __init__(self, written: str) -> None:
+        self.is_exact = Decimal(written) == Decimal(repr(float(written)))
+
+
+def parse_json(data: bytes | str, max_values: int | None = None, *, keep_written: bool = False) -> Any:
     """Parse untrusted JSON by RFC 8259, without Python's extensions.
 
     Args:
         max_values: limit on the values in lists and objects together; None for no limit.
+        keep_written: make every float a `WrittenFloat`.
 
     Returns:
         A value in which every number is finite and every string and key can be stored.
@@ -155,7 +168,9 @@ def parse_json(data: bytes | str, max_values: int | None = None) -> Any:
         BadJson: if the data is not JSON in UTF-8, is nested too deeply, or has a value that is not allowed.
     """
     try:
-        value = json.loads(data if isinstance(data, str) else data.decode(), object_pairs_hook=_make_object)
+        text = data if isinstance(data, str) else data.decode()
+        parse_float = WrittenFloat if keep_written else None
+        value = json.loads(text, object_pairs_hook=_make_object, parse_float=parse_float)
     except UnicodeDecodeError as error:
         raise BadJson(f"must be JSON in UTF-8, byte {error.start} is not; encode it in UTF-8") from None
     except RecursionError:
