@@ -70,6 +70,8 @@ def test_largest_valid_row_fits_in_the_line_limit():
         ('{"answer": "5", "checker": {"type": "numeric", "val\\u0075e": 5.00000000000000000001}}', "at most 15 digits"),
         ('{"answer": "1e22", "checker": {"type": "numeric", "value": 10000000000000000000001e0}}', "at most 15 digits"),
         ('{"answer": "0", "checker": {"type": "numeric", "value": 1e-400}}', "at most 15 digits"),
+        ('{"answer": "0", "checker": {"type": "numeric", "value": 1e-9999999999999999999}}', "at most 15 digits"),
+        ('{"answer": "0", "checker": {"type": "numeric", "value": 1e9999999999999999999}}', "must be a finite number"),
         (
             '{"answer": "5", "checker": {"type": "numeric", "value": 5, "tolerance": 0.10000000000000000001}}',
             "checker.tolerance: must have at most 15 digits",

@@ -96,7 +96,8 @@ def test_row_is_accepted_exactly_if_its_text_is_storable_and_not_blank(text):
 
 
 @pytest.mark.parametrize(
-    "number", ["5.0000000000000000001", "10000000000000000000001e0", "1e-400", "0.12345678901234567"]
+    "number",
+    ["5.0000000000000000001", "10000000000000000000001e0", "1e-400", "1e-9999999999999999999", "0.12345678901234567"],
 )
 def test_checker_in_a_request_refuses_a_number_that_json_would_round(number):
     request = parse_json(f'{{"type": "numeric", "value": {number}}}', keep_written=True)

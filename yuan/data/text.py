@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from itertools import groupby
 from typing import Any, Literal
 
@@ -151,7 +151,10 @@ class WrittenFloat(float):
     """
 
     def __init__(self, written: str) -> None:
-        self.is_exact = Decimal(written) == Decimal(repr(float(written)))
+        try:
+            self.is_exact = Decimal(written) == Decimal(repr(float(written)))
+        except InvalidOperation:  # an exponent of 19 digits
+            self.is_exact = False
 
 
 def parse_json(data: bytes | str, max_values: int | None = None, *, keep_written: bool = False) -> Any:
