@@ -92,7 +92,7 @@ PRONOUN = re.compile(
 EXCEPTED_NAMES = {
     ("tests/feedback/test_items.py", "when"),
     ("tests/yuan/test_convert.py", "one"),
-    ("tests/yuan/test_convert.py", "where"),
+    ("tests/yuan/test_import_files.py", "where"),
     ("yuan/data/shuffle.py", "left"),
     ("yuan/plan/pool.py", "what"),
     ("yuan/safe_files.py", "why"),

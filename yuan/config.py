@@ -9,6 +9,8 @@ LocalFilterKind = Literal["two_convs_norm", "two_convs", "conv7", "conv3", "conv
 T = TypeVar("T")
 
 MAX_MODEL_SIZE = 2**24  # of a width, length or number of layers; sums and products of sizes fit 64 bits
+NORM_EPS_RANGE = (1e-12, 1e-2)  # models have 1e-12 to 1e-5; a large one makes every norm's output small
+ROPE_BASE_RANGE = (10, 1e12)  # models have 1e4 to 1e11
 MAX_FORMATTED_CHARS = 200
 MODEL_CONFIG_FILE = "config.json"  # of a model folder
 
@@ -25,7 +27,7 @@ class ModelConfig:
         local_filter: "two_convs_norm" for Yuan; the other values are the rows of the paper's Table 1, for the ablation.
 
     Raises:
-        ValueError: if a width is not positive, the heads do not divide the width evenly, or a choice is unknown.
+        ValueError: if a value is out of its range, the heads do not divide the width evenly, or a choice is unknown.
 
     Source: Yuan 2.0 paper, sections 3.1 and 3.2, Table 1.
     """
@@ -59,12 +61,12 @@ class ModelConfig:
                     f"{field} must be one of {', '.join(get_args(choice))}, got "
                     f"{format_value(getattr(self, field))}; leave it out for {getattr(ModelConfig, field)}"
                 )
-        for field in ("norm_eps", "rope_base"):
+        for field, (least, greatest) in (("norm_eps", NORM_EPS_RANGE), ("rope_base", ROPE_BASE_RANGE)):
             value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= greatest:
                 raise ValueError(
-                    f"{field} must be a positive number, got {format_value(value)}; leave it out for "
-                    f"{getattr(ModelConfig, field)}"
+                    f"{field} must be a number from {least:g} to {greatest:g}, got {format_value(value)}; leave it out "
+                    f"for {getattr(ModelConfig, field):g}"
                 )
 
     @property

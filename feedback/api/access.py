@@ -70,7 +70,7 @@ class StrictRequest(Request):
 
     async def json(self) -> Any:
         try:
-            return parse_json(await self.body())
+            return parse_json(await self.body(), keep_written=True)
         except BadJson as error:
             raise InvalidJsonBody(error) from None
 

@@ -15,7 +15,15 @@ from rich.table import Table
 
 from feedback.client import PortalError
 from flows.cli.error_lines import USAGE_ERROR, describe_failure, describe_usage_error
-from yuan.data.text import BadJson, describe_errors, find_unstorable, make_printable, parse_json
+from yuan.data.text import (
+    BLANK_TEXT,
+    BadJson,
+    describe_errors,
+    find_unstorable,
+    is_blank,
+    make_printable,
+    parse_json,
+)
 from yuan.version_names import parse_version_number
 
 EXIT_FAILED = 1
@@ -73,15 +81,15 @@ def build_form(model: type[Form], fields: dict[str, Any]) -> Form:
 def parse_json_option(name: str, text: str) -> Any:
     """Parse a JSON option; JSON that is malformed or cannot be sent gives one line and status 2."""
     try:
-        return parse_json(text)
+        return parse_json(text, keep_written=True)
     except BadJson as error:
         raise fail(f"{' '.join(filter(None, (name, error.place)))}: {error}", EXIT_USAGE) from None
 
 
 def check_text_option(value: str | None) -> str | None:
     """Reject an option or argument that is empty or cannot be sent: exit status 2."""
-    if value is not None and (not value.strip() or find_unstorable(value)):
-        raise typer.BadParameter(f"must be text, not white space alone, without U+0000, got {make_printable(value)!r}")
+    if value is not None and (is_blank(value) or find_unstorable(value)):
+        raise typer.BadParameter(f"must be text, not {BLANK_TEXT}, without U+0000, got {make_printable(value)!r}")
     return value
 
 

@@ -238,8 +238,16 @@ def test_doctor_reports_that_no_stack_was_ever_started(tmp_path):
             2,
             "an id must have 32 hexadecimal digits",
         ),
-        (["withdraw", "report", "0" * 32, "--reason", " ", "--token", "t"], 2, "must be text, not white space alone"),
-        (["withdraw", "account", " ", "--reason", "r", "--token", "t"], 2, "must be text, not white space alone"),
+        (
+            ["withdraw", "report", "0" * 32, "--reason", " ", "--token", "t"],
+            2,
+            "must be text, not white space or invisible",
+        ),
+        (
+            ["withdraw", "account", " ", "--reason", "r", "--token", "t"],
+            2,
+            "must be text, not white space or invisible",
+        ),
         (
             ["withdraw", "dataset", "1" * 100_000, "--reason", "r", "--token", "t"],
             2,

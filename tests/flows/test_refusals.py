@@ -19,7 +19,7 @@ START = ["round", "start"]
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        ([*REPORT, " ", "--expected", "x"], "prompt: must not be empty or only white space"),
+        ([*REPORT, " ", "--expected", "x"], "prompt: must not be empty, white space or invisible characters alone"),
         ([*REPORT, "a\udcff", "--expected", "x"], "prompt: must not contain half a character"),
         ([*REPORT, "p"], "expected: a correction needs expected"),
         ([*REPORT, "p", "--expected", "r"], "response: the checker accepts this response as right"),

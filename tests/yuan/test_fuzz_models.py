@@ -25,6 +25,7 @@ from yuan.generate.sampling import ChosenToken, Sampling
 from yuan.generate.sequence import DecodingSequence
 from yuan.model import weights
 from yuan.model.convert import export_hf, import_hf
+from yuan.model.hf_config import NEUTRAL_FIELDS, PARSED_FIELDS, list_implemented_values, read_hf_config
 from yuan.model.transformer import Yuan
 
 HOSTILE_INTEGERS = st.sampled_from([-1, 0, 1, 2, 3, 2**24, 2**31, 2**63, 2**64, 10**4000])
@@ -33,7 +34,7 @@ HOSTILE_VALUES = st.one_of(JSON_VALUES, HOSTILE_INTEGERS, HOSTILE_NAMES, st.just
 CONFIG_FIELDS = (
     *("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings", "model_type"),
     *("rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "rope_precision", "local_filter", "name"),
-    *("intermediate_size", "hidden_act", "use_shareqk", "torch_dtype", "architectures", "x"),
+    *("intermediate_size", "hidden_act", "use_shareqk", "torch_dtype", "architectures", "layer_types", "clip_qkv", "x"),
 )
 IMPORTED_FILES = (
     *("config.json", "model.safetensors.index.json", "manifest.json", "tokenizer.model", "generation_config.json"),
@@ -162,6 +163,29 @@ def published_files(tmp_path_factory):
     weights.save(folder, config, Yuan(config).state_dict(), tokenizer, {})
     export_hf(folder, out, max_shard_bytes=20_000)
     return {file.name: file.read_bytes() for file in out.iterdir()}
+
+
+@each_size
+def test_field_of_a_config_that_is_accepted_is_known_or_off(num_cases, published_files, tmp_path):
+    stored = json.loads(published_files["config.json"])
+    known = {*NEUTRAL_FIELDS, *PARSED_FIELDS, *stored}
+    fields = st.sampled_from(["clip_qkv", "num_experts", "softmax_scale", *sorted(known)]) | st.text(max_size=9)
+
+    def check(case):
+        field, value = case
+        (tmp_path / "config.json").write_text(json.dumps(stored | {field: value}))
+        try:
+            config = read_hf_config(tmp_path)
+        except ValueError as error:
+            check_printable(str(error))
+            return
+        values = list_implemented_values(config).get(field)
+        if values is not None:
+            assert value is None or value in values or not (value or values) or isinstance(value, str | list)
+        elif field not in known:
+            assert value is None or value is False or value in ("", [], {})
+
+    fuzz(num_cases, st.tuples(fields, JSON_VALUES), check)
 
 
 def change_file(file, change, data):

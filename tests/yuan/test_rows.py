@@ -63,6 +63,25 @@ def test_largest_valid_row_fits_in_the_line_limit():
         ('{"answer": "5", "checker": {"type": "numeric", "value": %s}}' % ("9" * 5000), "must not have numbers of so"),
         ('{"answer": "5", "checker": {"type": "numeric", "value": 5.00000000000000000001}}', "at most 15 digits"),
         ('{"answer": "0.3", "checker": {"type": "numeric", "value": 0.30000000000000004}}', "at most 15 digits"),
+        (
+            '{"answer": "5", "checker": {"type": "numeric", "value"          :          5.00000000000000000001}}',
+            "at most 15 digits",
+        ),
+        ('{"answer": "5", "checker": {"type": "numeric", "val\\u0075e": 5.00000000000000000001}}', "at most 15 digits"),
+        ('{"answer": "1e22", "checker": {"type": "numeric", "value": 10000000000000000000001e0}}', "at most 15 digits"),
+        ('{"answer": "0", "checker": {"type": "numeric", "value": 1e-400}}', "at most 15 digits"),
+        ('{"answer": "0", "checker": {"type": "numeric", "value": 1e-9999999999999999999}}', "at most 15 digits"),
+        ('{"answer": "0", "checker": {"type": "numeric", "value": 1e9999999999999999999}}', "must be a finite number"),
+        (
+            '{"answer": "5", "checker": {"type": "numeric", "value": 5, "tolerance": 0.10000000000000000001}}',
+            "checker.tolerance: must have at most 15 digits",
+        ),
+        ('{"answer": "\\u200b"}', "answer: must not be empty, white space or invisible characters alone"),
+        (
+            '{"answer": "a", "prompt": "\\u2060\\ufeff"}',
+            "prompt: must not be white space or invisible characters alone",
+        ),
+        ('{"answer": "a", "capability": "\\u3164"}', "capability: must not be empty, white space or invisible"),
         ('{"answer": "50", "checker": {"type": "numeric", "value": "5_0"}}', "must be a number such as"),
         ('{"answer": "5", "checker": {"type": "numeric", "value": "５"}}', "must be a number such as"),
     ],
@@ -73,7 +92,17 @@ def test_bad_row_says_what_is_wrong_where(line, reason):
 
 
 @pytest.mark.parametrize(
-    "value", ["0.1", "9007199254740993", '"0.12345678901234567890"', "1e3", '"1e3"', "123456789.123456"]
+    "value",
+    [
+        "0.1",
+        "9007199254740993",
+        "12345678901234567890123",
+        "100000000000000000000.0",
+        '"0.12345678901234567890"',
+        "1e3",
+        '"1e3"',
+        "123456789.123456",
+    ],
 )
 def test_value_of_a_checker_is_exactly_what_is_written(value):
     answer = value.strip('"')

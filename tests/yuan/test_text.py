@@ -16,10 +16,12 @@ from yuan.data.checkers import Checker
 from yuan.data.rows import BadRow, Row, parse_rows
 from yuan.data.text import (
     DOUBLE_MARKS,
+    INVISIBLE_CHARS,
     MAX_COMPOSED_MARKS,
     BadJson,
     TextRule,
     fold_coarsely,
+    is_blank,
     make_printable,
     make_storable,
     normalize_text,
@@ -81,14 +83,50 @@ def test_shown_text_is_one_short_printable_line(text):
 
 @given(ANY_TEXT)
 @example("\x1f")
-def test_row_is_accepted_exactly_if_its_text_is_storable_and_not_only_whitespace(text):
-    is_fit = make_storable(text) == text and bool(text.strip())
+@example("\u200b \ufeff")
+@example("\U000e0041")
+def test_row_is_accepted_exactly_if_its_text_is_storable_and_not_blank(text):
+    is_fit = make_storable(text) == text and not is_blank(text)
     try:
         assert Row(prompt=text, answer="a").prompt == text
         is_taken = True
     except ValidationError:
         is_taken = False
     assert is_taken == (is_fit or text == "")
+
+
+@pytest.mark.parametrize(
+    "number",
+    ["5.0000000000000000001", "10000000000000000000001e0", "1e-400", "1e-9999999999999999999", "0.12345678901234567"],
+)
+def test_checker_in_a_request_refuses_a_number_that_json_would_round(number):
+    request = parse_json(f'{{"type": "numeric", "value": {number}}}', keep_written=True)
+    with pytest.raises(ValidationError, match="at most 15 digits"):
+        CHECKERS.validate_python(request)
+    assert CHECKERS.validate_python(parse_json('{"type": "numeric", "value": 0.25}', keep_written=True)).value == 0.25
+
+
+def test_blank_characters_are_those_that_show_nothing():
+    """White space, controls and format characters are blank; letters, marks, signs and most of all else are not."""
+    blank = {char for char in map(chr, range(0x110000)) if is_blank(char)}
+    assert {char for char in map(chr, range(0x110000)) if char.isspace()} | set(INVISIBLE_CHARS) <= blank
+    visible_formats = {
+        "\u06dd",
+        "\u070f",
+        "\u08e2",
+        "\u0890",
+        "\u0891",
+        *map(chr, range(0x600, 0x606)),
+    }  # Arabic, Syriac
+    for char in map(chr, [*range(0xD800), *range(0xE000, 0x1FFFF)]):
+        category = unicodedata.category(char)
+        if char in blank:
+            assert category in ("Cc", "Cf", "Cn", "Zs", "Zl", "Zp") or char in (
+                *("\u034f", "\u17b4", "\u17b5", "\u2800", "\u115f", "\u1160", "\u3164", "\uffa0"),
+                *("\u180b", "\u180c", "\u180d", "\u180f", *map(chr, range(0xFE00, 0xFE10))),
+            )
+        elif category in ("Cc", "Cf"):
+            assert char == "\0" or char in visible_formats or 0x110BD <= ord(char) <= 0x1343F
 
 
 @given(st.binary())

@@ -2,38 +2,61 @@
 
 import codecs
 import json
-from itertools import pairwise
+
+from yuan.data.encodings import find_foreign_encoding, find_wide_encoding
+from yuan.safe_files import LFS_POINTER_REASON, LFS_POINTER_START
 
 HEAD_BYTES = 2**16  # enough to recognize a format; the other bytes are not read
 ROW_EXAMPLE = '{"prompt": "...", "answer": "..."}'
 
 _ZIP = ("a ZIP archive, as XLSX and DOCX are", "extract or export its rows")
+_EXPORT, _WRITE_TEXT = "export its rows", "write its text"
 _SIGNATURES = {
     b"\x1f\x8b": ("gzip", "decompress it with gunzip"),
     b"PK\x03\x04": _ZIP,
     b"PK\x05\x06": _ZIP,  # without entries
     b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "extract its rows"),
-    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": ("an XLS or DOC file of Office 97", "export its rows"),
+    b"Rar!\x1a\x07": ("a RAR archive", "extract its rows"),
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": ("an XLS or DOC file of Office 97", _EXPORT),
     b"\x28\xb5\x2f\xfd": ("zstd", "decompress it with unzstd"),
+    b"\x04\x22\x4d\x18": ("LZ4", "decompress it with unlz4"),
+    b"\x02\x21\x4c\x18": ("LZ4", "decompress it with unlz4"),
     b"BZh": ("bzip2", "decompress it with bunzip2"),
     b"\xfd7zXZ\x00": ("xz", "decompress it with unxz"),
-    b"PAR1": ("Parquet", "export its rows"),
-    b"ARROW1": ("Arrow", "export its rows"),
-    b"Obj\x01": ("Avro", "export its rows"),
-    b"SQLite format 3\0": ("an SQLite database", "export its rows"),
-    b"%PDF-": ("PDF", "export its text as rows"),
-    b"<!DOCTYPE": ("HTML", "export its rows"),
-    b"<html": ("HTML", "export its rows"),
-    b"<?xml": ("XML", "export its rows"),
+    b"LZIP\x01": ("lzip", "decompress it with lzip -d"),
+    b"\x1f\x9d": ("compressed with compress", "decompress it with gunzip"),
+    b"\xff\x06\x00\x00sNaPpY": ("Snappy", "decompress it"),
+    b"PAR1": ("Parquet", _EXPORT),
+    b"ARROW1": ("Arrow", _EXPORT),
+    b"FEA1": ("Feather", _EXPORT),
+    b"Obj\x01": ("Avro", _EXPORT),
+    b"\x89HDF\r\n\x1a\n": ("HDF5", _EXPORT),
+    b"\x93NUMPY": ("an NPY array of NumPy", _EXPORT),
+    b"GGUF": ("a GGUF model, not a dataset", "write rows"),
+    b"SQLite format 3\0": ("an SQLite database", _EXPORT),
+    b"\x89PNG\r\n\x1a\n": ("a PNG image", _WRITE_TEXT),
+    b"\xff\xd8\xff": ("a JPEG image", _WRITE_TEXT),
+    b"GIF8": ("a GIF image", _WRITE_TEXT),
+    b"II*\0": ("a TIFF image", _WRITE_TEXT),
+    b"MM\0*": ("a TIFF image", _WRITE_TEXT),
+    b"RIFF": ("a RIFF file, as WAV, AVI and WebP are", _WRITE_TEXT),
+    b"OggS": ("Ogg audio or video", _WRITE_TEXT),
+    b"fLaC": ("FLAC audio", _WRITE_TEXT),
+    b"\x7fELF": ("an ELF program", "write rows"),
 }
-_UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-_UTF_32_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+_PICKLE_STARTS = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
+_TEXT_SIGNATURES = {  # in lower case, after white space
+    b"%pdf-": ("PDF", "export its text as rows"),
+    b"<!doctype": ("HTML", _EXPORT),
+    b"<html": ("HTML", _EXPORT),
+    b"<?xml": ("XML", _EXPORT),
+    b"{\\rtf": ("RTF", "export its text as rows"),
+}
 _TAR_MARK, _TAR_MARK_OFFSET = b"ustar", 257
-_COMMON_CHARACTERS = frozenset(
-    "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发后作里用道行所然家种"
-    "事成方多经么去法学如都同现当没动面起看定天分还进好小部其些主样理心她本前开但因只从想实二三四五六七八九十百加减乘除等"
-    "几问题答案請問這個們來為國說時會對於過後裡種經麼學現當沒動還進樣開從實減幾題"
-)
+_MP4_MARK, _MP4_MARK_OFFSET = b"ftyp", 4
+MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_CONTROL_SHARE = 0.02  # of the bytes of a text; random bytes have 0.1
+_CONTROL_BYTES = bytes((*range(9), 11, *range(14, 27), *range(28, 32)))  # without ESC, which some encodings have
 _COLUMN_NAMES = frozenset(
     ("prompt", "answer", "question", "response", "instruction", "output", "completion", "问题", "答案", "提示", "回答")
 )
@@ -45,12 +68,19 @@ def describe_foreign_format(head: bytes) -> str | None:
     Args:
         head: the first HEAD_BYTES of the file, or all of a smaller file.
     """
-    for signature, (name, fix) in _SIGNATURES.items():
-        if head.startswith(signature):
-            return f"the file is {name}; {fix} to JSONL, one row a line as {ROW_EXAMPLE}, and push that file"
     if head.startswith(_TAR_MARK, _TAR_MARK_OFFSET):
         return "the file is a tar archive; extract it with tar, and push a file of it that is JSONL"
-    if encoding := _find_foreign_encoding(head):
+    if file_format := _find_format(head):
+        name, fix = file_format
+        return f"the file is {name}; {fix} to JSONL, one row a line as {ROW_EXAMPLE}, and push that file"
+    if head.startswith(LFS_POINTER_START):
+        return f"the file {LFS_POINTER_REASON}, and push it again"
+    if _is_multipart(head):
+        return (
+            "the file is a body of multipart/form-data, as `curl -F` sends it; push the bytes of the file alone, as "
+            "`curl --data-binary @FILE` does"
+        )
+    if encoding := find_foreign_encoding(head):
         return f"the file is encoded in {encoding}; save it as UTF-8, for example with iconv, and push it again"
 
     text = head.decode("utf-8-sig", "replace").lstrip()
@@ -58,6 +88,11 @@ def describe_foreign_format(head: bytes) -> str | None:
         return "the file's lines end with \\r alone; let them end with \\n, as `tr '\\r' '\\n'` does, and push it again"
     if _is_array(text):
         return "the file is one JSON array; write one object a line, as `jq -c '.[]'` does, and push it again"
+    if _is_joined(text):
+        return (
+            "the file's JSON objects have no line ends between them, as after `curl -d`, which removes them; write one "
+            "a line, as `jq -c .` does, and push it again with `curl --data-binary @FILE`"
+        )
     if _is_pretty_printed(text):
         return "the file's JSON objects span several lines; write one a line, as `jq -c .` does, and push it again"
     if separator := _find_table_separator(text):
@@ -68,57 +103,35 @@ def describe_foreign_format(head: bytes) -> str | None:
     return None
 
 
-def _find_foreign_encoding(head: bytes) -> str | None:
-    """Return the name of the encoding if it is not UTF-8; single lines that are not UTF-8 are faults of their rows."""
-    if head.startswith(_UTF_32_MARKS):
-        return "UTF-32"
-    if head.startswith(_UTF_16_MARKS):
-        return "UTF-16"
-    if head[:3] == b"\0\0\0" or head[1:4] == b"\0\0\0":  # the first character is ASCII, as a brace is
-        return "UTF-32"
-    if len(head) > 1 and (head[0] == 0 or head[1] == 0):
-        return "UTF-16"
-
-    lines = [line for line in head.split(b"\n") if not line.isascii()]
-    invalid = [line for line in lines if not _decodes(line, "utf-8")]
-    if not invalid or len(invalid) < len(lines) or all(map(_is_mostly_utf_8, invalid)):
-        return None
-    # Both bytes of a common Chinese character in GB18030 are above 0x7f, of every third one in Big5 only the first; in
-    # Latin-1 such bytes stand alone.
-    high = [[byte > 0x7F for byte in line] for line in invalid]
-    num_high = sum(map(sum, high))
-    num_paired = sum(sum(2 for pair in pairwise(line) if all(pair)) for line in high)
-    if num_paired <= num_high:
-        return "Latin-1 or a similar code page"
-    data = b"\n".join(invalid)
-    scores = {name: _count_common_characters(data, name.lower()) for name in ("GB18030", "Big5")}
-    encoding = max(scores, key=lambda name: scores[name])
-    return encoding if scores[encoding] else "a code page"
+def _find_format(head: bytes) -> tuple[str, str] | None:
+    """Return the name of a format that is no text or a marked one, and how to convert it."""
+    for signature, file_format in _SIGNATURES.items():
+        if head.startswith(signature):
+            return file_format
+    start = head[:1000].removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    for signature, file_format in _TEXT_SIGNATURES.items():
+        if start.startswith(signature):
+            return file_format
+    if head.startswith(_MP4_MARK, _MP4_MARK_OFFSET):
+        return "MP4 audio or video", _WRITE_TEXT
+    if head.startswith(_PICKLE_STARTS):
+        return "a pickle of Python", _EXPORT
+    if head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") <= MAX_SAFETENSORS_HEADER_BYTES:
+        return "a safetensors model, not a dataset", "write rows"
+    return ("binary", _EXPORT) if _is_binary(head) else None
 
 
-def _is_mostly_utf_8(line: bytes) -> bool:
-    """Return True if most characters beyond ASCII are whole in UTF-8: a damaged line, not one of another encoding."""
-    text = line.decode("utf-8", "replace")
-    num_damaged = text.count("\ufffd")
-    return sum(not char.isascii() for char in text) > 2 * num_damaged
-
-
-def _count_common_characters(data: bytes, encoding: str) -> int:
-    """Count the common Chinese characters of a text in an encoding; 0 if it is not in the encoding."""
-    try:
-        text = codecs.getincrementaldecoder(encoding)().decode(data)
-    except UnicodeDecodeError:
-        return 0
-    return sum(char in _COMMON_CHARACTERS for char in text)
-
-
-def _decodes(line: bytes, encoding: str) -> bool:
-    """Return True if a line is in an encoding; its last character may be cut, by the end of the head."""
-    try:
-        codecs.getincrementaldecoder(encoding)().decode(line)
-    except UnicodeDecodeError:
+def _is_binary(head: bytes) -> bool:
+    """Return True if bytes are no text; a JSON object with control characters is a fault of its row."""
+    if not head or (head.lstrip().startswith(b"{") and head.lstrip()[1:].lstrip().startswith((b'"', b"}"))):
         return False
-    return True
+    num_controls = len(head) - len(head.translate(None, _CONTROL_BYTES))
+    return num_controls > MAX_CONTROL_SHARE * len(head) and find_wide_encoding(head) is None
+
+
+def _is_multipart(head: bytes) -> bool:
+    start = head[:1000].lower()
+    return start.startswith(b"--") and b"content-disposition: form-data" in start
 
 
 def _is_array(text: str) -> bool:
@@ -127,6 +140,17 @@ def _is_array(text: str) -> bool:
         return False
     first_line, _, rest = text.partition("\n")
     return not (rest.lstrip().startswith("{") and first_line.rstrip().endswith("]"))
+
+
+def _is_joined(text: str) -> bool:
+    """Return True if the text is one line of several JSON objects."""
+    if not text.startswith("{") or "\n" in text.strip():
+        return False
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return text[end:].lstrip().startswith("{")
 
 
 def _is_pretty_printed(text: str) -> bool:

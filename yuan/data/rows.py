@@ -10,11 +10,12 @@ from typing import Annotated, Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from yuan.data.checkers import Checker, Numeric
+from yuan.data.checkers import EXACT_NUMBER_RULE, Checker, Numeric
 from yuan.data.text import (
     MAX_TEXT_CHARS,
     BadJson,
     TextRule,
+    WrittenFloat,
     describe_errors,
     fold_coarsely,
     make_rule_error,
@@ -71,8 +72,8 @@ class Row(BaseModel):
 _QUOTED_KEYS = tuple(f'"{name}"'.encode() for name in (*Row.model_fields, "type", "value", "values", "tolerance"))
 
 
-# A decimal of so many digits is read as a float: 5.0000000000000000001 as 5.
-_LONG_DECIMAL_PATTERN = re.compile(rb'"(?:value|tolerance)"\s{0,9}:\s{0,9}-?(?=[0-9.]{17})[0-9]*\.')
+# What each JSON number with a point or an exponent matches that is the value of a key.
+_FLOAT_VALUE_PATTERN = re.compile(rb":\s*-?[0-9]+[.eE]")
 
 
 class BadRow(BaseModel):
@@ -114,14 +115,13 @@ def _parse_row(number: int, line: bytes) -> Row | BadRow:
     try:
         row = Row.model_validate_json(line)
     except ValidationError as error:
-        return BadRow(row=number, reason=_find_json_fault(line) or describe_errors(error))
+        return BadRow(row=number, reason=_find_json_fault(line) or _find_inexact_number(line) or describe_errors(error))
     # pydantic takes the last value of a repeated key; the slow parser runs only where a key may be repeated.
     has_repeated_key = b"\\u00" in line or any(line.count(name) > 1 for name in _QUOTED_KEYS)
     if has_repeated_key and (fault := _find_json_fault(line)):
         return BadRow(row=number, reason=fault)
-    if isinstance(row.checker, Numeric) and _LONG_DECIMAL_PATTERN.search(line):
-        reason = "checker.value: must have at most 15 digits as a JSON number, which loses others; write it in quotes"
-        return BadRow(row=number, reason=reason)
+    if isinstance(row.checker, Numeric) and (fault := _find_inexact_number(line)):
+        return BadRow(row=number, reason=fault)
     return row
 
 
@@ -131,6 +131,22 @@ def _find_json_fault(line: bytes) -> str | None:
         parse_json(line)
     except BadJson as error:
         return f"{error.place or 'line'}: {error}"
+    return None
+
+
+def _find_inexact_number(line: bytes) -> str | None:
+    """Describe a number of the row's checker that is not kept as it is written, with its place; None if all are.
+
+    pydantic reads a JSON number with a point or an exponent as a float before any of our validators runs.
+    """
+    if not _FLOAT_VALUE_PATTERN.search(line):  # most lines, without the time of parsing them again
+        return None
+    fields = parse_json(line, keep_written=True)
+    checker = fields.get("checker") if isinstance(fields, dict) else None
+    for name in ("value", "tolerance"):
+        number = checker.get(name) if isinstance(checker, dict) else None
+        if isinstance(number, WrittenFloat) and not number.is_exact:
+            return f"checker.{name}: {EXACT_NUMBER_RULE}"
     return None
 
 

@@ -1,7 +1,7 @@
 """Validate untrusted text and JSON, and escape or replace characters that cannot be stored.
 
-PostgreSQL cannot store U+0000, UTF-8 has no lone surrogates (JSON can write one, as `"\\ud83d"`), and white space alone
-is not a prompt or an answer.
+PostgreSQL cannot store U+0000, UTF-8 has no lone surrogates (JSON can write one, as `"\\ud83d"`), and white space and
+invisible characters alone are no prompt or answer.
 """
 
 import json
@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from itertools import groupby
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ MAX_TEXT_CHARS = 20_000
 MAX_COMBINING_MARKS = 30  # marks on one letter; Unicode's stream-safe text format, UAX 15 section 13
 MAX_PRINTED_CHARS = 200
 MAX_DESCRIBED_ERRORS = 3
+BLANK_TEXT = "white space or invisible characters alone"
+BLANK_TEXT_RULE = f"must not be empty, {BLANK_TEXT}"
 _RULES_BY_TYPE = {  # rules whose sentence in pydantic does not fit behind the name of a field
     "missing": "is missing; add it",
     "extra_forbidden": "is unknown; leave it out",
@@ -28,12 +31,18 @@ _RULES_BY_TYPE = {  # rules whose sentence in pydantic does not fit behind the n
 }
 _PYDANTIC_SUBJECT_PATTERN = re.compile(r"^[A-Z][A-Za-z]+ should")  # "Input should", "String should", "List should"
 _UNSTORABLE_PATTERN = re.compile("[\0\ud800-\udfff]")
-# The characters that `str.strip` removes, as a class of ranges: `\s` differs between dialects of regular expressions
-# (that of JSON schema, ECMA 262, does not contain U+001C to U+001F, and contains U+FEFF).
-WHITE_SPACE_CLASS = r"\u0009-\u000d\u001c-\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+# Characters that show nothing: white space, controls, the default-ignorable characters of Unicode 15 (joiners, marks of
+# direction, variation selectors, fillers, tags) and the braille blank. As ranges, which every dialect of regular
+# expressions reads alike: `\s` differs between them.
+BLANK_CLASS = (
+    r"\u0001-\u0020\u007f-\u00a0\u00ad\u034f\u061c\u115f\u1160\u1680\u17b4\u17b5\u180b-\u180f\u2000-\u200f"
+    r"\u2028-\u202f\u205f-\u206f\u2800\u3000\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+_VISIBLE_PATTERN = re.compile(rf"[^{BLANK_CLASS}]")
 _JSON_SCHEMA_PATTERNS = {  # the same rules for readers of the JSON schema
-    "text": rf"^[^\u0000]*[^{WHITE_SPACE_CLASS}\u0000][^\u0000]*$",
-    "empty": rf"^([^\u0000]*[^{WHITE_SPACE_CLASS}\u0000][^\u0000]*)?$",
+    "text": rf"^[^\u0000]*[^{BLANK_CLASS}\u0000][^\u0000]*$",
+    "empty": rf"^([^\u0000]*[^{BLANK_CLASS}\u0000][^\u0000]*)?$",
     "blank": r"^[^\u0000]*$",
 }
 
@@ -44,7 +53,7 @@ class TextRule:
 
     Attributes:
         allow: values accepted besides non-blank text: none ("text"), the empty string ("empty"), or the empty string
-            and white space ("blank").
+            and characters that show nothing ("blank").
     """
 
     max_length: int
@@ -63,11 +72,20 @@ class TextRule:
             return value
         if fault := find_unstorable(value):
             raise PydanticCustomError("text", "must not contain {fault}; leave it out", {"fault": fault})
-        if self.allow == "text" and not value.strip():
-            raise PydanticCustomError("text", "must not be empty or only white space; write text")
-        if self.allow == "empty" and value and not value.strip():
-            raise PydanticCustomError("text", "must not be only white space; leave it empty or write text")
+        if self.allow == "text" and is_blank(value):
+            raise PydanticCustomError("text", f"{BLANK_TEXT_RULE}; write text")
+        if self.allow == "empty" and value and is_blank(value):
+            raise PydanticCustomError("text", f"must not be {BLANK_TEXT}; leave it empty or write text")
         return value
+
+
+def is_blank(text: str) -> bool:
+    """Return True if no character of a text shows anything: it is empty, or of white space and invisible characters.
+
+    >>> is_blank(" \u200b"), is_blank("a\u200b")
+    (True, False)
+    """
+    return _VISIBLE_PATTERN.search(text) is None
 
 
 def find_unstorable(text: str) -> str | None:
@@ -147,11 +165,26 @@ class BadJson(ValueError):
         self.place = make_printable(place)
 
 
-def parse_json(data: bytes | str, max_values: int | None = None) -> Any:
+class WrittenFloat(float):
+    """Remember if the decimal that JSON wrote is kept: 5.0000000000000000001 is read as 5, and 1e-400 as 0.
+
+    >>> WrittenFloat("0.10").is_exact, WrittenFloat("5.0000000000000000001").is_exact
+    (True, False)
+    """
+
+    def __init__(self, written: str) -> None:
+        try:
+            self.is_exact = Decimal(written) == Decimal(repr(float(written)))
+        except InvalidOperation:  # an exponent of 19 digits
+            self.is_exact = False
+
+
+def parse_json(data: bytes | str, max_values: int | None = None, *, keep_written: bool = False) -> Any:
     """Parse untrusted JSON by RFC 8259, without Python's extensions.
 
     Args:
         max_values: limit on the values in lists and objects together; None for no limit.
+        keep_written: make every float a `WrittenFloat`.
 
     Returns:
         A value in which every number is finite and every string and key can be stored.
@@ -160,7 +193,9 @@ def parse_json(data: bytes | str, max_values: int | None = None) -> Any:
         BadJson: if the data is not JSON in UTF-8, is nested too deeply, or has a value that is not allowed.
     """
     try:
-        value = json.loads(data if isinstance(data, str) else data.decode(), object_pairs_hook=_make_object)
+        text = data if isinstance(data, str) else data.decode()
+        parse_float = WrittenFloat if keep_written else None
+        value = json.loads(text, object_pairs_hook=_make_object, parse_float=parse_float)
     except UnicodeDecodeError as error:
         raise BadJson(f"must be JSON in UTF-8, byte {error.start} is not; encode it in UTF-8") from None
     except RecursionError:

@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 
 from yuan import tokenizer as tokenizers
-from yuan.config import MODEL_CONFIG_FILE, MODEL_PRESETS, ModelConfig, Precision, format_value
-from yuan.data.text import BadJson, make_printable, parse_json
+from yuan.config import MODEL_CONFIG_FILE, ModelConfig, Precision
 from yuan.model import hf_layout
+from yuan.model.dtypes import cast_tensor, format_dtype
+from yuan.model.hf_config import build_hf_config, read_config_fields, read_hf_config
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
 from yuan.model.shards import MAX_SHARD_BYTES, TensorReader, write_shards
 from yuan.model.weights import read_config, refuse_published_layout, verify_folder, write_manifest
-from yuan.safe_files import has_input_file, read_input_file
+from yuan.safe_files import has_input_file
 
 DTYPES_BY_NAME = {"bf16": torch.bfloat16, "fp32": torch.float32}
-PUBLISHED_TOKEN_IDS = {"eod": 77185, "sep": 77187}
 COMPARED_ROWS = 256  # of a matrix at a time
-MAX_MODEL_NAME_CHARS = 100
 GENERATION_CONFIG_FILE = "generation_config.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
@@ -53,8 +52,10 @@ def export_hf(
     tokenizer = _load_tokenizer(folder, config)
     with _fill_folder(out):
         tensors = hf_layout.convert_to_hf(config, source.read_tensor)
-        files = _write_tensors(out, hf_layout.get_hf_shapes(config), tensors, source, torch_dtype, max_shard_bytes)
-        hf_config = build_hf_config(config, tokenizer, torch_dtype or source.dtype("norm.weight"))
+        shapes = hf_layout.get_hf_shapes(config)
+        fix = "export another version or checkpoint"
+        files = _write_tensors(out, shapes, tensors, source, torch_dtype, max_shard_bytes, fix)
+        hf_config = build_hf_config(config, tokenizer, torch_dtype or source.dtype("embedding.weight"))
         generation_config = {name: hf_config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         json_files: dict[str, Any] = {MODEL_CONFIG_FILE: hf_config, GENERATION_CONFIG_FILE: generation_config}
         if tokenizer is not None:
@@ -76,7 +77,8 @@ def import_hf(
 ) -> ModelManifest:
     """Import a published folder, safetensors or pickles, into our layout; peak memory stays near one shard.
 
-    A tokenizer beside the weights is copied, if there is one. Tensors keep their stored dtypes unless `dtype` is given.
+    A tokenizer beside the weights is copied, if there is one. Tensors keep their stored dtype unless `dtype` is given;
+    norms may have another one than the rest.
 
     Args:
         dtype: "bf16" or "fp32"; default: as stored.
@@ -89,7 +91,8 @@ def import_hf(
 
     Raises:
         ValueError: if a file is missing or damaged, the configuration is not of a Yuan model, a tensor is missing,
-            unknown, of another shape, of integers or not finite (the message names it), or `out` has files.
+            unknown, of another shape, of integers, not finite or too large for `dtype` (the message names it), the
+            weights have several dtypes and no `dtype` is given, or `out` has files.
     """
     if has_input_file(folder / MODEL_MANIFEST_FILE):
         _verify_manifest(folder)
@@ -104,7 +107,9 @@ def import_hf(
             f"{hf_layout.HF_HEAD} in {folder} is not equal to {hf_layout.HF_EMBEDDING}, and Yuan 2.0 ties the two; "
             "fetch the model again"
         )
-    config = replace(config, rope_precision=rope_precision or _find_rope_precision(folder, source))
+    if torch_dtype is None:
+        _check_one_dtype(source, (name for name in hf_layout.get_hf_shapes(config) if name not in tied))
+    config = replace(config, rope_precision=rope_precision or _find_rope_precision(folder, source, config.num_layers))
     tokenizer = _load_tokenizer(folder, config)
 
     def read(name: str) -> Tensor:
@@ -113,7 +118,8 @@ def import_hf(
     with _fill_folder(out):
         tensors = hf_layout.convert_from_hf(config, read)
         shapes = hf_layout.get_yuan_shapes(config)
-        files = _write_tensors(out, shapes, tensors, source, torch_dtype, max_shard_bytes)
+        fix = "fetch the model again, or another one if its publisher's file is so"
+        files = _write_tensors(out, shapes, tensors, source, torch_dtype, max_shard_bytes, fix)
         (out / MODEL_CONFIG_FILE).write_text(json.dumps(config.to_json(), indent=2))
         if tokenizer is not None:
             tokenizer.save(out)
@@ -151,209 +157,41 @@ def _verify_manifest(folder: Path) -> None:
         ) from None
 
 
-def _find_rope_precision(folder: Path, source: TensorReader) -> Precision:
-    stored = _read_config_fields(folder).get("rope_precision")
+def _find_rope_precision(folder: Path, source: TensorReader, num_layers: int) -> Precision:
+    """Return the precision of the angles in training: that of the projections whose outputs are rotated.
+
+    Raises:
+        ValueError: if the projections are of several dtypes.
+    """
+    stored = read_config_fields(folder).get("rope_precision")
     if stored is not None:
         return read_hf_config(folder).rope_precision
-    return "bf16" if source.dtype(hf_layout.HF_NORM) == torch.bfloat16 else "fp32"
-
-
-def build_hf_config(config: ModelConfig, tokenizer: tokenizers.Tokenizer | None, dtype: torch.dtype) -> dict[str, Any]:
-    """Build the published config.json of a model; other software ignores our `rope_precision` and `local_filter`."""
-    eod, sep = (tokenizer.eod, tokenizer.sep) if tokenizer else _choose_token_ids(config.vocab_size)
-    return {
-        "architectures": ["YuanForCausalLM"],
-        "model_type": "yuan",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.ffn_hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.seq_len,
-        "model_max_length": config.seq_len,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_base,
-        "initializer_range": 0.02,
-        "use_cache": True,
-        "causal_mask": True,
-        "use_flash_attention": True,
-        "reset_attention_mask": True,
-        "reset_position_ids": True,
-        "use_loss_mask": False,
-        "eod_token": eod,
-        "sep_token": sep,
-        **{f"{name}_token_id": eod for name in ("bos", "eos", "pad", "mask")},
-        "tie_word_embeddings": True,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "rope_precision": config.rope_precision,
-        "local_filter": config.local_filter,
-        "name": config.name,
-    }
-
-
-def _choose_token_ids(vocab_size: int) -> tuple[int, int]:
-    """Return ids of `<eod>` and `<sep>` for a model without a tokenizer: the published ones, if it has them."""
-    eod, sep = PUBLISHED_TOKEN_IDS["eod"], PUBLISHED_TOKEN_IDS["sep"]
-    return (eod, sep) if max(eod, sep) < vocab_size else (vocab_size - 1, max(0, vocab_size - 2))
-
-
-def _read_config_fields(folder: Path) -> dict[str, Any]:
-    """Read config.json without the fields that are null, which means the default.
-
-    Raises:
-        ValueError: if it is missing, or not a JSON object.
-    """
-    path = folder / MODEL_CONFIG_FILE
-    try:
-        fields = parse_json(read_input_file(path))
-    except FileNotFoundError:
+    names = (hf_layout.HF_Q_PROJ, hf_layout.HF_K_PROJ)
+    dtypes = source.find_dtypes(f"model.layers.{n}.{name}" for n in range(num_layers) for name in names)
+    if len(dtypes) > 1:
         raise ValueError(
-            f"{folder} has no {MODEL_CONFIG_FILE}, which defines the shapes; download it next to the weights"
-        ) from None
-    except BadJson as error:
-        raise ValueError(f"{path}: {error.place} {error}; fetch the model again") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(fields).__name__}; fetch the model again")
-    return {name: value for name, value in fields.items() if value is not None}
+            f"the precision of the rotary angles does not follow from {folder}, which has {_list_dtypes(dtypes)}; "
+            "give --rope-precision bf16 if the model was trained in bf16, else fp32"
+        )
+    return "bf16" if torch.bfloat16 in dtypes else "fp32"
 
 
-def read_hf_config(folder: Path) -> ModelConfig:
-    """Read a published config.json; without `rope_precision` the angles are exact.
-
-    Fields that change no computation are not looked at; of those that do, `list_implemented_values` has the values that
-    are implemented.
+def _check_one_dtype(source: TensorReader, names: Iterable[str]) -> None:
+    """Check that the network can compute with the weights as they are stored; only norms may have another dtype.
 
     Raises:
-        ValueError: if it is missing, or not of a Yuan 2.0 model.
+        ValueError: if they are of several dtypes.
     """
-    path, data = folder / MODEL_CONFIG_FILE, _read_config_fields(folder)
-    try:
-        config = ModelConfig(
-            name=_choose_name(data.get("name"), folder),
-            num_layers=data["num_hidden_layers"],
-            hidden_size=data["hidden_size"],
-            num_heads=data["num_attention_heads"],
-            vocab_size=data["vocab_size"],
-            seq_len=data["max_position_embeddings" if "max_position_embeddings" in data else "model_max_length"],
-            norm_eps=data.get("rms_norm_eps", 1e-6),
-            rope_base=_find_rope_base(data),
-            rope_precision=data.get("rope_precision", "fp32"),
-            local_filter=data.get("local_filter", "two_convs_norm"),
-        )
-    except (KeyError, ValueError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path} is not the configuration of a Yuan: {reason}; fetch the model again") from None
-    for field, implemented in list_implemented_values(config).items():
-        if field in data and not any(_is_same_value(data[field], value) for value in implemented):
-            rule = " or ".join(map(str, implemented)) or "left out"
-            raise ValueError(
-                f"{field} must be {rule} in a Yuan 2.0, got {format_value(data[field])} in {path}; "
-                "import a Yuan 2.0 model"
-            )
-    if not str(data.get("model_type", "yuan")).lower().startswith("yuan"):
+    dtypes = source.find_dtypes(name for name in names if not name.endswith("norm.weight"))
+    if len(dtypes) > 1:
         raise ValueError(
-            f"model_type must be yuan, got {format_value(data['model_type'])} in {path}; import a Yuan 2.0 model"
+            f"the weights in {source.folder} must have one dtype, except those of norms, got {_list_dtypes(dtypes)}; "
+            "give --dtype fp32 or --dtype bf16 to cast them"
         )
-    return _apply_preset_name(config)
 
 
-def list_implemented_values(config: ModelConfig) -> dict[str, tuple[object, ...]]:
-    """Return the values of config.json's fields with which the computation is that of Yuan 2.0, the usual one first.
-
-    The names are those of the official code and of other models; a field that is absent or null has the usual value.
-    """
-    silu, rms_norm, unity = ("silu", "swish"), ("rmsnorm", "rms_norm"), (1, 1.0)
-    on: tuple[object, ...] = (True,)
-    off: tuple[object, ...] = (False,)
-    return {
-        # Shapes
-        "intermediate_size": (config.ffn_hidden_size,),
-        "ffn_hidden_size": (config.ffn_hidden_size,),
-        "num_key_value_heads": (config.num_heads,),
-        "head_dim": (config.head_dim,),
-        "attention_projection_size": (config.hidden_size,),
-        # Functions
-        "hidden_act": silu,
-        "hidden_activation": silu,
-        "gated_linear_unit": on,
-        "norm_type": rms_norm,
-        "normalization": rms_norm,
-        "use_qk_norm": off,
-        "qk_layernorm": off,
-        "use_moe": off,
-        "moe_config": (),
-        "quantization_config": (),
-        # Biases
-        "attention_bias": off,
-        "qkv_bias": off,
-        "mlp_bias": off,
-        "use_bias": off,
-        "bias": off,
-        # Attention
-        "local_filter": ("two_convs_norm",),
-        "use_lf_gate": on,
-        "lf_conv2d_group": unity,
-        "use_shareqk": off,
-        "causal_mask": on,
-        "use_sliding_window": off,
-        "sliding_window": (config.seq_len,),
-        "attn_logit_softcapping": (),
-        "parallel_attn": off,
-        "use_parallel_residual": off,
-        # Positions
-        "position_embedding_type": ("rope", "rotary"),
-        "alibi": off,
-        "partial_rotary_factor": unity,
-        "rotary_pct": unity,
-        # Scales
-        "embedding_multiplier": unity,
-        "residual_multiplier": unity,
-        "logits_scaling": unity,
-        "logit_scale": unity,
-        "final_logit_softcapping": (),
-    }
-
-
-def _is_same_value(value: object, implemented: object) -> bool:
-    """Compare with the type: `true` is not 1, and a size of 128.0 is none."""
-    same_case = value.lower() if isinstance(value, str) else value
-    return type(same_case) is type(implemented) and same_case == implemented
-
-
-def _choose_name(name: object, folder: Path) -> str:
-    """Return our own field `name` if it is one, else the folder's; other software may write anything there."""
-    is_name = isinstance(name, str) and name.isprintable() and 0 < len(name) <= MAX_MODEL_NAME_CHARS
-    return str(name) if is_name else make_printable(folder.resolve().name, MAX_MODEL_NAME_CHARS)
-
-
-def _find_rope_base(fields: dict[str, Any]) -> Any:
-    """Return the base of the rotary angles, which newer transformers write under `rope_parameters`.
-
-    Raises:
-        ValueError: if the angles are scaled, which is not implemented, or two bases are given.
-    """
-    bases = [fields["rope_theta"]] if "rope_theta" in fields else []
-    for field in ("rope_scaling", "rope_parameters"):
-        parameters = fields.get(field, {})
-        others = dict(parameters) if isinstance(parameters, dict) else {field: parameters}
-        if "rope_theta" in others:
-            bases.append(others.pop("rope_theta"))
-        if any(others.pop(name, "default") != "default" for name in ("type", "rope_type")) or others:
-            raise ValueError(f"{field} must be left out or of type default, got {format_value(parameters)}")
-    if any(base != bases[0] for base in bases):
-        raise ValueError(f"rope_theta must be given once, got {format_value(bases)}")
-    return bases[0] if bases else 10_000.0
-
-
-def _apply_preset_name(config: ModelConfig) -> ModelConfig:
-    """Rename a config after the preset that has the same shape, if there is one."""
-    shape = (config.num_layers, config.hidden_size, config.num_heads, config.vocab_size)
-    for name, preset in MODEL_PRESETS.items():
-        other = preset()
-        if shape == (other.num_layers, other.hidden_size, other.num_heads, other.vocab_size):
-            return ModelConfig(**{**config.to_json(), "name": name})
-    return config
+def _list_dtypes(dtypes: dict[torch.dtype, str]) -> str:
+    return " and ".join(f"{name} in {format_dtype(dtype)}" for dtype, name in dtypes.items())
 
 
 def _build_tokenizer_config(config: ModelConfig) -> dict[str, Any]:
@@ -378,28 +216,27 @@ def _write_tensors(
     source: TensorReader,
     dtype: torch.dtype | None,
     max_bytes: int,
+    fix: str,
 ) -> list[str]:
-    """Write tensors, cast to a dtype, or each as it is stored."""
+    """Write tensors, cast to a dtype, or each as it is stored; `fix` ends the message of one with NaN or infinity."""
     itemsize = dtype.itemsize if dtype else source.max_itemsize
     sizes = {name: itemsize * int(torch.Size(shape).numel()) for name, shape in shapes.items()}
-    return write_shards(out, sizes, _cast_tensors(tensors, dtype, source.folder), max_bytes=max_bytes)
+    return write_shards(out, sizes, _cast_tensors(tensors, dtype, source.folder, fix), max_bytes=max_bytes)
 
 
 def _cast_tensors(
-    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, folder: Path
+    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, folder: Path, fix: str
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors in a dtype, or in their own if it is None.
 
     Raises:
-        ValueError: if a tensor has values that are not finite.
+        ValueError: if a tensor has values that are not finite, or not in the dtype.
     """
     for name, tensor in tensors:
         if not bool(tensor.isfinite().all()):
-            raise ValueError(
-                f"{name} has values that are not finite in {folder}; export the model again from a good checkpoint"
-            )
+            raise ValueError(f"{name} has values that are not finite in {folder}; {fix}")
         # Clone: parts of one matrix would share memory, which safetensors rejects.
-        yield name, tensor.to(dtype or tensor.dtype).contiguous().clone()
+        yield name, cast_tensor(name, tensor, dtype, folder).contiguous().clone()
 
 
 def _get_dtype(dtype_name: str | None) -> torch.dtype | None:

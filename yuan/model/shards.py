@@ -1,8 +1,7 @@
 """Tensor files: read tensors one at a time from safetensors or pickles, and write shards of bounded size."""
 
 import json
-import pickle
-import zipfile
+import stat
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from yuan.config import format_value
-from yuan.data.text import BadJson, make_printable, parse_json
+from yuan.data.text import BadJson, parse_json
+from yuan.model.dtypes import SAFETENSORS_DTYPES, describe_form, get_dense_dtype
+from yuan.model.file_damage import DamageReporter, format_tensor_name
+from yuan.model.pickled_tensors import load_pickle
 from yuan.safe_files import (
-    LFS_POINTER_REASON,
-    LFS_POINTER_START,
     has_input_file,
     is_plain_file_name,
     read_input_file,
@@ -26,10 +26,9 @@ WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
 PICKLED_WEIGHTS_FILE = "pytorch_model.bin"
 PICKLED_WEIGHTS_INDEX_FILE = "pytorch_model.bin.index.json"
+PICKLE_ENDINGS = (".bin", ".pt", ".pth")
 MAX_SHARD_BYTES = 4 * 10**9
 MAX_LISTED_PROBLEMS = 8
-MAX_TENSOR_NAME_CHARS = 100  # in a message
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 IGNORED_TENSOR_SUFFIX = "rotary_emb.inv_freq"  # a buffer that some published files contain
 
 
@@ -38,8 +37,9 @@ class TensorHeader:
     """The shape and dtype of a stored tensor.
 
     Attributes:
-        dtype: None for integers, and for numbers that no computation here uses, such as those with 8 bits.
-        stored_dtype: the dtype as the file names it.
+        dtype: None for integers, for numbers that no computation here uses, such as those with 8 bits, and for tensors
+            that are sparse, quantized or without numbers.
+        stored_dtype: the dtype as the file names it, and the form of the tensor if it is no ordinary one.
     """
 
     shape: tuple[int, ...]
@@ -85,7 +85,7 @@ class TensorReader:
         """
         names = {name for name in self._files if not name.endswith(IGNORED_TENSOR_SUFFIX)}
         problems = [f"{name} is missing" for name in expected if name not in names and name not in optional]
-        problems += [f"{_format_name(name)} is unknown" for name in sorted(names - set(expected))]
+        problems += [f"{format_tensor_name(name)} is unknown" for name in sorted(names - set(expected))]
         for name in expected:
             if name not in names:
                 continue
@@ -94,7 +94,8 @@ class TensorReader:
                 problems.append(f"{name} has shape {format_value(header.shape)} and should have {expected[name]}")
             if header.dtype is None:
                 problems.append(
-                    f"{name} must have floating-point numbers of 16, 32 or 64 bits, got {header.stored_dtype}"
+                    f"{name} must be a dense tensor of floating-point numbers of 16, 32 or 64 bits, got "
+                    f"{header.stored_dtype}"
                 )
         if problems:
             raise ValueError(
@@ -114,7 +115,7 @@ class TensorReader:
             return self._read_index(PICKLED_WEIGHTS_INDEX_FILE)
         for pattern, index in (("*.safetensors", WEIGHTS_INDEX_FILE), ("*.bin", PICKLED_WEIGHTS_INDEX_FILE)):
             if shards := sorted(file.name for file in self.folder.glob(pattern)):
-                names = _list_some(list(map(_format_name, shards)))
+                names = _list_some(list(map(format_tensor_name, shards)))
                 raise ValueError(f"{self.folder} has {names} without an index; download {index} next to them")
         raise ValueError(
             f"{self.folder} has no weights; put {WEIGHTS_FILE}, {WEIGHTS_INDEX_FILE}, {PICKLED_WEIGHTS_FILE} or "
@@ -130,32 +131,23 @@ class TensorReader:
         files = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(files, dict) or not files:
             raise ValueError(f"{path} is damaged: it has no weight_map of names to files; fetch the model again")
+        endings = (".safetensors",) if index == WEIGHTS_INDEX_FILE else PICKLE_ENDINGS
         for file in files.values():
             if not is_plain_file_name(file):
                 raise ValueError(
                     f"{path} names a file outside of its folder, {format_value(file)}; fetch the model again"
                 )
+            if not file.endswith(endings):
+                raise ValueError(
+                    f"{path} names {format_value(file)} as a file of weights, which end with {' or '.join(endings)}; "
+                    "fetch the index again"
+                )
         return files
 
     def _load_pickle(self, file: str) -> dict[str, Tensor]:
-        """Load a pickle; one in the format of torch before 1.6 cannot be mapped, so it is held in memory."""
-        if file in self._pickles:
-            return self._pickles[file]
-        path = self.folder / file
-        with DamageReporter(path):
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        for key in ("state_dict", "model", "module"):  # as training scripts save them
-            if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-                loaded = loaded[key]
-        if not isinstance(loaded, dict) or not all(map(_is_named_tensor, loaded.items())):
-            content = f"the keys {', '.join(map(str, list(loaded)[:5]))}" if isinstance(loaded, dict) else type(loaded)
-            raise ValueError(
-                f"{path} must hold a dictionary of tensors, or one under the key state_dict, got "
-                f"{make_printable(str(content))}; save the model's state_dict alone"
-            )
-        _check_stored(path, loaded)
-        self._pickles = {file: loaded}  # one mapped file at a time
-        return loaded
+        if file not in self._pickles:
+            self._pickles = {file: load_pickle(self.folder / file)}  # one mapped file at a time
+        return self._pickles[file]
 
     def _read_headers(self, file: str) -> dict[str, TensorHeader]:
         """Read the shapes and dtypes of a file once; of a safetensors file, the header only."""
@@ -175,7 +167,7 @@ class TensorReader:
 
     def _read_pickled_headers(self, file: str) -> dict[str, TensorHeader]:
         return {
-            name: TensorHeader(tuple(tensor.shape), _get_dtype(tensor), str(tensor.dtype).removeprefix("torch."))
+            name: TensorHeader(tuple(tensor.shape), get_dense_dtype(tensor), describe_form(tensor))
             for name, tensor in self._load_pickle(file).items()
         }
 
@@ -183,8 +175,8 @@ class TensorReader:
         headers = self._read_headers(self._files[name])
         if name not in headers:
             raise ValueError(
-                f"{self.folder / self._files[name]} lacks the tensor {_format_name(name)}, which the index names; "
-                "fetch the model again"
+                f"{self.folder / self._files[name]} lacks the tensor {format_tensor_name(name)}, which the index "
+                "names; fetch the model again"
             )
         return headers[name]
 
@@ -210,8 +202,18 @@ class TensorReader:
         """
         header = self._get_header(name)
         if header.dtype is None:
-            raise ValueError(f"{_format_name(name)} must have floating-point numbers, got {header.stored_dtype}")
+            raise ValueError(
+                f"{format_tensor_name(name)} must be a dense tensor of floating-point numbers, got "
+                f"{header.stored_dtype}"
+            )
         return header.dtype
+
+    def find_dtypes(self, names: Iterable[str]) -> dict[torch.dtype, str]:
+        """Return the dtypes of tensors, each with the first tensor that has it."""
+        dtypes: dict[torch.dtype, str] = {}
+        for name in names:
+            dtypes.setdefault(self.dtype(name), name)
+        return dtypes
 
     def read_tensor(self, name: str) -> Tensor:
         """Read one tensor."""
@@ -227,82 +229,10 @@ def _is_safetensors(file: str) -> bool:
     return file.endswith(".safetensors")
 
 
-def _is_named_tensor(item: tuple[object, object]) -> bool:
-    name, value = item
-    return isinstance(name, str) and isinstance(value, Tensor)
-
-
-def _check_stored(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Check that a pickle holds every number of its tensors.
-
-    A pickled tensor may repeat stored numbers, by a stride of 0 or by a storage that several tensors share, so a file
-    of some kilobytes could fill the memory and the disk. Published files share the tied embedding only.
-
-    Raises:
-        ValueError: naming a tensor that the file does not hold.
-    """
-    dense = {name: tensor for name, tensor in tensors.items() if tensor.layout == torch.strided}
-    for name, tensor in dense.items():
-        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-            raise ValueError(
-                f"{path} stores only a part of the numbers of {_format_name(name)}, and repeats them; "
-                "save a copy of the tensor (tensor.contiguous())"
-            )
-    num_stored = sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in dense.values())}.values())
-    num_bytes = sum(tensor.numel() * tensor.itemsize for tensor in dense.values())
-    if num_bytes > 2 * num_stored:
-        raise ValueError(
-            f"the tensors of {path} have {num_bytes} bytes, but it stores {num_stored}, shared by several of them; "
-            "save a copy of each tensor"
-        )
-
-
-def _get_dtype(tensor: Tensor) -> torch.dtype | None:
-    """Return the dtype of a tensor from a pickle; None if it is no ordinary one of floating-point numbers."""
-    is_ordinary = tensor.layout == torch.strided and tensor.device.type == "cpu"
-    return tensor.dtype if is_ordinary and tensor.dtype in SAFETENSORS_DTYPES.values() else None
-
-
-def _format_name(name: str) -> str:
-    return make_printable(name, MAX_TENSOR_NAME_CHARS)
-
-
 def _list_some(items: list[str]) -> str:
     """Join the first items, and count the others."""
     others = len(items) - MAX_LISTED_PROBLEMS
     return ", ".join(items[:MAX_LISTED_PROBLEMS]) + (f", and {others} more" if others > 0 else "")
-
-
-class DamageReporter:
-    """Convert the errors that a damaged file raises, which are of every type, into one ValueError that names it."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, Exception):
-            return
-        if isinstance(error, OSError):
-            raise ValueError(f"{self._path} cannot be read ({error.strerror or error}); correct it") from None
-        if _is_lfs_pointer(self._path):
-            raise ValueError(f"{self._path} {LFS_POINTER_REASON}") from None
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            raise ValueError(
-                f"{self._path} holds objects other than tensors, or code, which is never run; "
-                "save the model's state_dict alone"
-            ) from None
-        is_pickle = isinstance(error, pickle.UnpicklingError)  # torch's text advises to load it without protection
-        reason = "it is no pickle of tensors" if is_pickle else make_printable(str(error).partition("\n")[0])
-        reason = reason or type(error).__name__
-        raise ValueError(f"{self._path} is damaged ({reason}); fetch the model again") from None
-
-
-def _is_lfs_pointer(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return stream.read(len(LFS_POINTER_START)) == LFS_POINTER_START
 
 
 def write_shards(
@@ -325,7 +255,7 @@ def write_shards(
         file = WEIGHTS_FILE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
         shard = dict(next(remaining) for _ in group)
         assert list(shard) == group, "tensors come in the order of their sizes"
-        save_file({name: tensor.contiguous() for name, tensor in shard.items()}, folder / file, {"format": "pt"})
+        _save_shard(folder / file, {name: tensor.contiguous() for name, tensor in shard.items()})
         weight_map |= dict.fromkeys(group, file)
         total_bytes += sum(tensor.nbytes for tensor in shard.values())
         names.append(file)
@@ -335,6 +265,14 @@ def write_shards(
         (folder / WEIGHTS_INDEX_FILE).write_text(json.dumps(index, indent=2))
         names.append(WEIGHTS_INDEX_FILE)
     return names
+
+
+def _save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a file with the mode that the umask gives a new one; safetensors alone gives it to the owner only."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(tensors, path, {"format": "pt"})
+    path.chmod(mode)
 
 
 def _group_into_shards(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:

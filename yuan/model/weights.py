@@ -11,6 +11,7 @@ from torch import Tensor
 from yuan import tokenizer as tokenizers
 from yuan.config import MODEL_CONFIG_FILE, ModelConfig
 from yuan.data.text import BadJson, parse_json
+from yuan.model.dtypes import cast_tensor
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
 from yuan.model.shards import TensorReader, write_shards
 from yuan.model.transformer import Yuan
@@ -51,8 +52,8 @@ def load(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None =
     Tensors keep their stored dtype, or are cast to `dtype` one at a time, so peak memory stays near the model's size.
 
     Raises:
-        ValueError: if a file is missing or damaged, the tensors do not fit the configuration, or the folder has the
-            published layout.
+        ValueError: if a file is missing or damaged, the tensors do not fit the configuration, a number would become
+            infinite in `dtype`, or the folder has the published layout.
     """
     folder = Path(folder)
     refuse_published_layout(folder)
@@ -63,7 +64,7 @@ def load(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None =
         model = Yuan(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     source.check_shapes(expected)
-    tensors = {name: source.read_tensor(name).to(device, dtype) for name in expected}
+    tensors = {name: cast_tensor(name, source.read_tensor(name).to(device), dtype, folder) for name in expected}
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_().eval()
 

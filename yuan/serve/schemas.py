@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from yuan.data.text import TextRule, find_unstorable, make_printable, make_rule_error
+from yuan.data.text import (
+    BLANK_TEXT_RULE,
+    TextRule,
+    find_unstorable,
+    is_blank,
+    make_printable,
+    make_rule_error,
+)
 from yuan.generate.limits import MAX_LOGPROBS, MAX_TOP_K
 from yuan.version_names import SERVED_MODEL_NAME
 
@@ -35,8 +42,8 @@ def check_text(text: object, place: str = "", *, may_be_blank: bool = False) -> 
         raise make_rule_error(place, f"must not contain {fault}; leave it out")
     if len(text) > MAX_PROMPT_CHARS:
         raise make_rule_error(place, f"must have at most {MAX_PROMPT_CHARS} characters, got {len(text)}")
-    if not (may_be_blank or text.strip()):
-        raise make_rule_error(place, "must not be empty or only white space")
+    if is_blank(text) and not may_be_blank:
+        raise make_rule_error(place, BLANK_TEXT_RULE)
 
 
 def check_ids(ids: object, place: str = "") -> None:
@@ -302,8 +309,8 @@ class ChatIn(DecodingFields):
 
     @model_validator(mode="after")
     def _refuse_blank_question(self) -> "ChatIn":
-        if not self.messages[-1].text.strip():
-            raise make_rule_error("messages", "the last message must not be empty or only white space")
+        if is_blank(self.messages[-1].text):
+            raise make_rule_error("messages", f"the last message {BLANK_TEXT_RULE}")
         return self
 
     def get_prompt_texts(self) -> list[str]:

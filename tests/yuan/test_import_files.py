@@ -1,0 +1,205 @@
+"""Files of a published folder: pickles, indexes, manifests, tokenizers, and entries that are no files."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from tests.yuan.published import load_hf_tensors
+from yuan import tokenizer as tokenizers
+from yuan.model import weights
+from yuan.model.convert import import_hf
+
+
+def test_pickled_shards_are_read_without_running_code(published_folder, model_folder, tmp_path):
+    tensors = load_hf_tensors(published_folder)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    names = sorted(tensors)
+    where = {name: f"pytorch_model-0000{1 + (n % 2)}-of-00002.bin" for n, name in enumerate(names)}
+    for file in set(where.values()):
+        torch.save({name: tensors[name] for name in names if where[name] == file}, tmp_path / file)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    (tmp_path / "config.json").write_bytes((published_folder / "config.json").read_bytes())
+    import_hf(tmp_path, tmp_path / "ours")
+    assert torch.equal(weights.load(tmp_path / "ours").norm.weight, weights.load(model_folder).norm.weight)
+    with pytest.raises(ValueError, match="tokenizer"):
+        weights.load_tokenizer(tmp_path / "ours")
+
+
+class PickledCode:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code ran')",))
+
+
+def test_a_pickle_with_code_is_refused(published_folder, tmp_path):
+    torch.save({"model.norm.weight": PickledCode()}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_bytes((published_folder / "config.json").read_bytes())
+    with pytest.raises(
+        ValueError, match=r"pytorch_model\.bin holds objects other than tensors, or code, which is never"
+    ):
+        import_hf(tmp_path, tmp_path / "ours")
+
+
+def test_a_corrupt_shard_is_named(published_folder, tmp_path):
+    for file in published_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{shard.name} is damaged"):
+        import_hf(tmp_path, tmp_path / "ours")
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=f"{shard.name} is damaged"):
+        import_hf(tmp_path, tmp_path / "ours")
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"lacks {shard.name}"):
+        import_hf(tmp_path, tmp_path / "ours")
+
+
+def test_safetensors_are_read_beside_a_left_over_index_of_pickles(write_published, tmp_path):
+    folder = write_published()
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"x": "gone.bin"}}))
+    import_hf(folder, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("wrap", [lambda tensors: tensors, lambda tensors: {"state_dict": tensors, "epoch": 3}])
+@pytest.mark.parametrize("with_zip", [True, False])
+def test_pickle_of_an_old_torch_or_within_a_state_dict_is_read(
+    published_folder, model_folder, tmp_path, wrap, with_zip
+):
+    tensors = load_hf_tensors(published_folder)
+    torch.save(wrap(tensors), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=with_zip)
+    (tmp_path / "config.json").write_bytes((published_folder / "config.json").read_bytes())
+    import_hf(tmp_path, tmp_path / "ours")
+    assert torch.equal(weights.load(tmp_path / "ours").norm.weight, weights.load(model_folder).norm.weight)
+
+
+@pytest.mark.parametrize("saved", [{"optimizer": {}}, [torch.ones(2)], {"a": 5}])
+def test_pickle_without_tensors_by_name_is_named_for_its_content(published_folder, tmp_path, saved):
+    torch.save(saved, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_bytes((published_folder / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin must hold a dictionary of tensors"):
+        import_hf(tmp_path, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "..", "a/b.safetensors", "", 5])
+def test_index_that_names_a_file_outside_of_its_folder_is_refused(published_folder, tmp_path, name):
+    (tmp_path / "config.json").write_bytes((published_folder / "config.json").read_bytes())
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(ValueError, match="outside of its folder"):
+        import_hf(tmp_path, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "model.safetensors.index.json", "weights.bin"])
+def test_index_that_names_another_file_than_weights_is_refused_and_not_that_file(write_published, tmp_path, name):
+    folder = write_published()
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    index = {"weight_map": {"model.norm.weight": name, "lm_head.weight": "a.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"index\.json names '{name}' as a file of weights.*fetch the index again"):
+        import_hf(folder, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("name", ["../config.json", "/etc/passwd", ".."])
+def test_manifest_that_names_a_file_outside_of_its_folder_is_refused(write_published, tmp_path, name):
+    folder = write_published()
+    (folder / "manifest.json").write_text(json.dumps({"files": {name: "0"}}))
+    with pytest.raises(ValueError, match=r"manifest\.json"):
+        import_hf(folder, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '"x"', "{", "\xff", '{"files": 5}', '{"format": "other software"}'])
+def test_foreign_manifest_is_one_line_with_its_file_and_the_fix(write_published, tmp_path, content):
+    folder = write_published()
+    (folder / "manifest.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"manifest\.json is not of this platform, remove it") as raised:
+        import_hf(folder, tmp_path / "ours")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "null", "{", "NaN", '{"num_hidden_layers": "2"}', '{"num_hidden_layers": 2.5, "hidden_size": 32}', "\xff"],
+)
+def test_config_of_wrong_type_is_one_line_with_its_file(write_published, tmp_path, content):
+    folder = write_published()
+    (folder / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"config\.json") as raised:
+        import_hf(folder, tmp_path / "ours")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("field", ["num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"])
+@pytest.mark.parametrize("value", [True, "32", 2.5, -1, 10**20, [1], None])
+def test_size_in_the_config_that_is_no_integer_of_its_range_is_refused(write_published, tmp_path, field, value):
+    folder = write_published()
+    data = json.loads((folder / "config.json").read_text()) | {field: value, "model_max_length": value}
+    (folder / "config.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"config\.json is not the configuration of a Yuan"):
+        import_hf(folder, tmp_path / "ours")
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.model", "config.json"])
+@pytest.mark.parametrize("kind", ["pointer", "folder", "fifo", "link"])
+def test_entry_that_is_no_file_or_only_a_pointer_is_named(write_published, tmp_path, name, kind):
+    folder = write_published()
+    file = folder / name
+    file.unlink(missing_ok=True)
+    if kind == "pointer":
+        file.write_bytes(LFS_POINTER)
+    elif kind == "folder":
+        file.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("gone")
+    with pytest.raises(ValueError, match=f"{file} .*(Git LFS|folder|special file|does not exist)"):
+        import_hf(folder, tmp_path / "ours")
+
+
+def test_shards_without_their_index_are_named_with_the_index(published_folder, tmp_path):
+    for file in published_folder.glob("*.safetensors"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(
+        ValueError, match=r"model-00001-of-.* without an index; download model\.safetensors\.index\.json"
+    ):
+        import_hf(tmp_path, tmp_path / "ours")
+
+
+def test_links_of_a_download_cache_are_followed(write_published, tmp_path):
+    folder, cache = write_published(), tmp_path / "cache"
+    cache.mkdir()
+    for file in list(folder.glob("*.*")):
+        (cache / file.name).symlink_to(file)
+    import_hf(cache, tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [(torch.zeros(1).expand(1 << 20), "repeats them"), (torch.zeros(1 << 20), "shared by several of them")],
+)
+def test_pickle_that_holds_fewer_numbers_than_its_tensors_is_refused(published_folder, tmp_path, tensor, message):
+    """Such a file of some kilobytes would fill the memory."""
+    tensors = load_hf_tensors(published_folder) | {f"x{n}": tensor for n in range(4)}
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_bytes((published_folder / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=message):
+        import_hf(tmp_path, tmp_path / "ours")
+
+
+def test_empty_tokenizer_is_named(write_published, tmp_path):
+    folder = write_published()
+    (folder / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"tokenizer\.model: the SentencePiece model is empty"):
+        import_hf(folder, tmp_path / "ours")
+
+
+def test_tokenizer_of_another_size_than_the_vocabulary_is_refused(write_published, tmp_path):
+    big = tokenizers.train(["".join(chr(0x4E00 + n) for n in range(300))], vocab_size=1000)
+    folder = write_published()
+    big.save(folder)
+    with pytest.raises(ValueError, match=r"the tokenizer has .* pieces and the model"):
+        import_hf(folder, tmp_path / "ours")

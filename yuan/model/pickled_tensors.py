@@ -1,0 +1,63 @@
+"""Pickles of tensors, read with torch's restricted unpickler, which runs no code, and memory-mapped."""
+
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from yuan.data.text import make_printable
+from yuan.model.file_damage import DamageReporter, format_tensor_name
+
+
+def load_pickle(path: Path) -> dict[str, Tensor]:
+    """Load the tensors of a pickle; one in the format of torch before 1.6 cannot be mapped, so it is held in memory.
+
+    Raises:
+        ValueError: if it is damaged, holds anything else than tensors by name, or fewer numbers than they have.
+    """
+    with DamageReporter(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's own, of the storages of quantized tensors
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    for key in ("state_dict", "model", "module"):  # as training scripts save them
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict) or not all(map(_is_named_tensor, loaded.items())):
+        content = f"the keys {', '.join(map(str, list(loaded)[:5]))}" if isinstance(loaded, dict) else type(loaded)
+        raise ValueError(
+            f"{path} must hold a dictionary of tensors, or one under the key state_dict, got "
+            f"{make_printable(str(content))}; save the model's state_dict alone"
+        )
+    _check_stored(path, loaded)
+    return loaded
+
+
+def _is_named_tensor(item: tuple[object, object]) -> bool:
+    name, value = item
+    return isinstance(name, str) and isinstance(value, Tensor)
+
+
+def _check_stored(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Check that a pickle holds every number of its tensors.
+
+    A pickled tensor may repeat stored numbers, by a stride of 0 or by a storage that several tensors share, so a file
+    of some kilobytes could fill the memory and the disk. Published files share the tied embedding only.
+
+    Raises:
+        ValueError: naming a tensor that the file does not hold.
+    """
+    dense = {name: tensor for name, tensor in tensors.items() if tensor.layout == torch.strided}
+    for name, tensor in dense.items():
+        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise ValueError(
+                f"{path} stores only a part of the numbers of {format_tensor_name(name)}, and repeats them; "
+                "save a copy of the tensor (tensor.contiguous())"
+            )
+    num_stored = sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in dense.values())}.values())
+    num_bytes = sum(tensor.numel() * tensor.itemsize for tensor in dense.values())
+    if num_bytes > 2 * num_stored:
+        raise ValueError(
+            f"the tensors of {path} have {num_bytes} bytes, but it stores {num_stored}, shared by several of them; "
+            "save a copy of each tensor"
+        )
