@@ -15,6 +15,7 @@ from feedback import datasets, paging, provenance, report_records, reports
 from feedback.accounts import Account, audit, compute_quota_wait_s, find_claimed_record, lock_idempotency_key
 from feedback.api.access import (
     ID_PATTERN,
+    AccountRoute,
     CurrentAccount,
     CurrentContributor,
     Forbidden,
@@ -23,7 +24,6 @@ from feedback.api.access import (
     RecordIdPath,
     SessionDep,
     StorageQuotaExceeded,
-    StrictRoute,
     SubmissionRequestDep,
     TooManyRequests,
     get_transactions,
@@ -43,14 +43,14 @@ from yuan.data.rows import Row
 from yuan.data.text import TextRule
 
 router = APIRouter(
-    prefix="/api/v1", tags=["intake"], route_class=StrictRoute, dependencies=[Depends(require_known_query)]
+    prefix="/api/v1", tags=["intake"], route_class=AccountRoute, dependencies=[Depends(require_known_query)]
 )
 # Routes that open their own transactions.
-report_router = APIRouter(prefix="/api/v1", tags=["intake"], route_class=StrictRoute)
+report_router = APIRouter(prefix="/api/v1", tags=["intake"], route_class=AccountRoute)
 upload_router = APIRouter(
     prefix="/api/v1",
     tags=["intake"],
-    route_class=StrictRoute,
+    route_class=AccountRoute,
     dependencies=[Depends(require_known_query_without_session)],
 )
 

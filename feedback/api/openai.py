@@ -17,9 +17,9 @@ from starlette.types import Message, Receive, Scope, Send
 
 from feedback import tables
 from feedback.api.access import (
+    AccountRoute,
     CurrentAccount,
     PortalBusy,
-    StrictRoute,
     Transactions,
     require_known_query_without_session,
 )
@@ -32,7 +32,7 @@ from yuan.serve.schemas import CALLER_HEADER, ChatIn, CompletionIn
 from yuan.version_names import parse_model_name
 
 router = APIRouter(
-    prefix="/v1", tags=["openai"], route_class=StrictRoute, dependencies=[Depends(require_known_query_without_session)]
+    prefix="/v1", tags=["openai"], route_class=AccountRoute, dependencies=[Depends(require_known_query_without_session)]
 )
 
 log = logging.getLogger(__name__)

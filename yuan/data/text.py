@@ -4,6 +4,7 @@ PostgreSQL cannot store U+0000, UTF-8 has no lone surrogates (JSON can write one
 is not a prompt or an answer.
 """
 
+import codecs
 import json
 import math
 import re
@@ -21,6 +22,7 @@ MAX_TEXT_CHARS = 20_000
 MAX_COMBINING_MARKS = 30  # marks on one letter; Unicode's stream-safe text format, UAX 15 section 13
 MAX_PRINTED_CHARS = 200
 MAX_DESCRIBED_ERRORS = 3
+UTF16_BYTE_ORDER_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the first also begins that of UTF-32
 _UNSTORABLE_PATTERN = re.compile("[\0\ud800-\udfff]")
 # The characters that `str.strip` removes, as a class of ranges: `\s` differs between dialects of regular expressions
 # (that of JSON schema, ECMA 262, does not contain U+001C to U+001F, and contains U+FEFF).
@@ -137,6 +139,8 @@ def parse_json(data: bytes | str, max_values: int | None = None) -> Any:
     Raises:
         BadJson: if the data is not JSON in UTF-8, is nested too deeply, or has a value that is not allowed.
     """
+    if isinstance(data, bytes) and (data.startswith(UTF16_BYTE_ORDER_MARKS) or b"\0" in data[:2]):
+        raise BadJson("must be JSON in UTF-8, got UTF-16 or UTF-32; encode it in UTF-8")
     try:
         value = json.loads(data if isinstance(data, str) else data.decode(), object_pairs_hook=_make_object)
     except UnicodeDecodeError as error:

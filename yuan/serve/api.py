@@ -31,6 +31,7 @@ from yuan.serve.response_schemas import StreamError, StreamErrorEvent
 from yuan.serve.responses import STREAM_END_EVENT, AnswerFormatter, ChatFormatter, CompletionFormatter, format_sse
 from yuan.serve.schemas import CALLER_HEADER, MAX_CHOICES, ChatIn, CompletionIn
 from yuan.serve.service import ModelService
+from yuan.serve.strict_requests import StrictRoute, get_json_fault
 
 ANSWER_TIMEOUT_S = 110.0
 ENGINE_GRACE_S = 5.0  # report a silent engine this long after the answer's timeout, before the portal's own timeout
@@ -40,6 +41,7 @@ VERSION_HEADER = "X-Yuan-Version"
 def make_api(token: str, service: ModelService) -> FastAPI:
     """Build the server's FastAPI application for a service."""
     app = FastAPI(title="Yuan model server", openapi_url=None)
+    app.router.route_class = StrictRoute
     app.add_middleware(AdmissionMiddleware, token=token, metrics=service.metrics)
 
     @app.get("/health")
@@ -280,6 +282,9 @@ def _add_error_handlers(app: FastAPI, service: ModelService) -> None:
 
     async def answer_invalid_request(call: Call, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError), "registered for it"
+        fault = get_json_fault(call)
+        if fault is not None:
+            return refuse(call, status=422, kind="invalid", message=str(fault), param=fault.place)
         first = error.errors()[0]
         field_path = get_field_path({**first, "loc": first["loc"][1:]})
         return refuse(call, status=422, kind="invalid", message=first["msg"], param=make_printable(field_path))
