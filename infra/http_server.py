@@ -138,6 +138,9 @@ class StrictConnection(h11.Connection):
                 names = {name for name, _ in event.headers}
                 if b"content-length" in names and b"transfer-encoding" in names:
                     raise h11.RemoteProtocolError("Content-Length and Transfer-Encoding in one request")
+                if not event.http_version.startswith(b"1."):
+                    status = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
+                    raise h11.RemoteProtocolError("the version is not HTTP/1", error_status_hint=status)
                 # h11 itself limits only a head that arrives in parts.
                 if count_head_bytes(event) > MAX_REQUEST_HEAD_BYTES:
                     status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
@@ -288,10 +291,11 @@ class HttpProtocol(H11Protocol):
 
 def describe_malformed_request(fault: h11.RemoteProtocolError | None) -> tuple[int, str]:
     """Return status and message of the refusal of a request that h11 cannot parse."""
-    status = fault.error_status_hint if fault is not None else 400
+    status = fault.error_status_hint if fault is not None else HTTPStatus.BAD_REQUEST
     if status == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
         return status, f"the request line and headers may have {MAX_REQUEST_HEAD_BYTES} bytes; send less"
-    return status, f"the request is not valid HTTP ({fault or 'unknown'}); correct it and send it again"
+    reason = str(fault).partition(":")[0]  # without the bytes received
+    return status, f"the request is not valid HTTP ({reason}); correct it and send it again"
 
 
 ConnectionGroup = OrderedDict[HttpProtocol, None]

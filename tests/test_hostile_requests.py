@@ -185,10 +185,28 @@ def test_every_route_authenticates_before_it_validates(servers, engine, account)
             assert response.status == 403, (route, body, response.text)
 
 
+VARIANTS_OF_A_PATH = ("/{0}", "{0}/", "{0}/..", "/x/%2e%2e{0}", "{0}%0a", "{0}%00", "{0}%2f", "{0};a=b")
+
+
+def test_variant_of_a_path_is_no_other_name_of_its_route(server):
+    methods = ("GET", "HEAD", "OPTIONS", "TRACE", "POST", "PUT", "DELETE", "get", "X")
+    for path in {route.example(feedback_id=RECORD_ID, dataset_id=RECORD_ID) for route in server.routes}:
+        for variant in VARIANTS_OF_A_PATH:
+            for method in methods:
+                response = server.send(method, variant.format(path), server.headers, b"{}")
+                assert response.status in (404, 405, 422), (method, variant, path, response.text)
+                assert method == "HEAD" or read_error(response)
+                assert response.status != 405 or response.headers["allow"]
+
+
 MALFORMED_REQUESTS = {
     b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * MAX_REQUEST_HEAD_BYTES + b"\r\n\r\n": 431,
     b"GET /" + b"x" * 2 * MAX_REQUEST_HEAD_BYTES: 431,
     b"GET / HTTP/1.1\r\n\r\n": 400,
+    b"GET / HTTP/2.0\r\nHost: a\r\n\r\n": 505,
+    b"GET / HTTP/0.9\r\n\r\n": 505,
+    b"x" * 10_000 + b"\r\n\r\n": 400,
+    b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + b"x" * 10_000 + b"\r\n": 400,
     b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n": 400,
     b"GET  / HTTP/1.1\r\nHost: a\r\n\r\n": 400,
     b"GET /\xff HTTP/1.1\r\nHost: a\r\n\r\n": 400,

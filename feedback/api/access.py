@@ -15,6 +15,8 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.security.utils import get_authorization_scheme_param
+from pydantic import BeforeValidator
+from pydantic_core import PydanticCustomError
 from sqlalchemy.orm import Session, sessionmaker
 
 from feedback.accounts import (
@@ -38,6 +40,20 @@ ANONYMOUS_CALLER = ""
 TOKEN_LOOKUP_CALLER = "look up"
 CONNECTION_WAIT_TIMEOUT_S = 20.0  # for a database connection
 ID_PATTERN = "^[0-9a-f]{32}$"
+
+
+def _check_digits(value: Any) -> Any:
+    if isinstance(value, str) and not (value.isascii() and value.isdigit()):
+        raise PydanticCustomError(
+            "digits",
+            "must be a whole number in decimal digits, got {shown}",
+            {"shown": make_printable(value) or "nothing"},
+        )
+    return value
+
+
+# A number in a path or query; pydantic also reads `1_0`, ` 10` and `10.0` as 10.
+DigitsInt = Annotated[int, BeforeValidator(_check_digits)]
 
 WorkArgs = ParamSpec("WorkArgs")
 WorkResult = TypeVar("WorkResult")

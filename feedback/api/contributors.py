@@ -18,6 +18,7 @@ from feedback.api.access import (
     AccountRoute,
     CurrentAccount,
     CurrentContributor,
+    DigitsInt,
     Forbidden,
     IdempotencyKeyHeader,
     IdempotentRequest,
@@ -54,13 +55,13 @@ upload_router = APIRouter(
     dependencies=[Depends(require_known_query_without_session)],
 )
 
-PageLimit = Annotated[int, Query(ge=1, le=MAX_PAGE_SIZE, description="maximum number of items")]
+PageLimit = Annotated[DigitsInt, Query(ge=1, le=MAX_PAGE_SIZE, description="maximum number of items")]
 AfterId = Annotated[
     str | None,
     Query(pattern=ID_PATTERN, description="id of the last item of the previous page; the page starts after it"),
 ]
 AfterNumber = Annotated[
-    int | None,
+    DigitsInt | None,
     Query(ge=1, le=2**31 - 1, description="number of the last item of the previous page; the page starts after it"),
 ]
 NEXT_LINK_HEADER = {

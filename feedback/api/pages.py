@@ -13,7 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session, defer
 
 from feedback.accounts import NotFound
-from feedback.api.access import SessionDep
+from feedback.api.access import DigitsInt, SessionDep
 from feedback.promotion import find_champion
 from feedback.promotion_decision import SuiteComparison
 from feedback.rounds import describe_round_end, find_planned_run, make_plan_picture_key, read_decision
@@ -26,7 +26,7 @@ templates = Jinja2Templates(Path(__file__).with_name("templates"))
 MAX_FRONT_PAGE_ROUNDS = 50
 PRIVATE_SUITE_PREFIX = "datasets/"
 PLACEHOLDER_BASE_URL = "http://address-of-the-portal.invalid/"  # in the cached page
-RoundNumberPath = Annotated[int, fastapi.Path(ge=1, le=2**31 - 1)]
+RoundNumberPath = Annotated[DigitsInt, fastapi.Path(ge=1, le=2**31 - 1)]
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class RequestFault:
     Attributes:
         status: HTTP status of the refusal.
         message: the rule and what to do.
-        param: the header or query parameter.
+        param: the header or query parameter, or `path`.
     """
 
     status: int
@@ -40,7 +40,9 @@ class RequestFault:
 
 
 def find_request_fault(scope: Scope) -> RequestFault | None:
-    """Return the first fault of a request's headers and query; None if there is none."""
+    """Return the first fault of a request's path, headers and query; None if there is none."""
+    if "\n" in scope["path"]:  # Starlette's patterns ignore it at the end, and match it nowhere else
+        return RequestFault(422, "the path must not have a line end; remove %0A", "path")
     values: dict[bytes, bytes] = {}
     for name, value in scope["headers"]:
         if name not in SINGLE_HEADERS:
