@@ -21,7 +21,21 @@ from yuan.data.checkers import Checker
 ANSWERS = Path(__file__).parents[1] / "tests/yuan/checker_answers.jsonl"
 ROUNDS = 200
 MAX_MICROSECONDS, MAX_GROWTH = 10.0, 25.0
-PATTERNS = ("9", "1,", "111,", "1 111 ", "1/", "1^", "⁻²", "- ", "\\frac{1}", "\\boxed{", "一", "一分之", "答案是")
+PATTERNS: tuple[str, ...] = (
+    "9",
+    "1,",
+    "111,",
+    "1 111 ",
+    "1/",
+    "1^",
+    "⁻²",
+    "- ",
+    "\\frac{1}",
+    "\\boxed{",
+    "一",
+    "一分之",
+    "答案是",
+)
 PATTERNS += (
     "1\n",
     " ",

@@ -25,6 +25,7 @@ from pairs import make_line, print_lines
 
 from feedback.client import Client
 from feedback.contracts import RoundParameters
+from feedback.states import DatasetPurpose
 from flows.demo.demo_corpus import BASE_SKILLS
 from flows.stack.stack_config import load_config
 from infra.keeper import find_stack_pids
@@ -244,7 +245,7 @@ def start_stack() -> Iterator[tuple[Path, Client, bool]]:
         with Client(settings.portal_url, settings.operator_token.get_secret_value()) as client:
             rows = [row for skill in load_skills(BASE_SKILLS)[:4] for row in skill.make_rows(300, seed=0)]
             (home / "rows.jsonl").write_bytes(dump_rows(rows))
-            client.push_dataset(home / "rows.jsonl", name="base", purpose="base")
+            client.push_dataset(home / "rows.jsonl", name="base", purpose=DatasetPurpose.BASE)
             yield home, client, mounted.returncode == 0
     finally:
         subprocess.run([*cotrain, "down"], env=env, check=False, stdout=sys.stderr)
@@ -282,11 +283,12 @@ def run(home: Path, client: Client, fault: Fault | None, steps: int, arguments: 
         time.sleep(0.05)
     seconds = time.monotonic() - start
     rows = trial.folder.read_metrics()
+    step_seconds = [value for row in rows if (value := row.metrics[STEP_SECONDS_METRIC]) is not None]
     result = {
         "ended": trial.is_over,
         "num_faults": num_faults,
         "seconds": round(seconds),
-        "step_seconds": statistics.median(row.metrics[STEP_SECONDS_METRIC] for row in rows) if rows else 1.0,
+        "step_seconds": statistics.median(step_seconds) if step_seconds else 1.0,
         "positions": [[row.step, row.metrics[FIRST_POSITION_METRIC], row.metrics[END_POSITION_METRIC]] for row in rows],
         "loss": rows[-1].metrics[LOSS_METRIC] if rows else None,
         "events": count_events(trial.folder),

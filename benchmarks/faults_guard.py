@@ -110,7 +110,7 @@ def find_skipped_positions(folder: RunFolder) -> tuple[list[int], list[int]]:
             reported |= set(range(*event.positions))
         if isinstance(event, RollBackEvent):
             reported |= {position for span in event.positions for position in range(*span)}
-    spans = [(row.metrics[FIRST_POSITION_METRIC], row.metrics[END_POSITION_METRIC]) for row in rows]
+    spans = [(int(row.metrics[FIRST_POSITION_METRIC] or 0), int(row.metrics[END_POSITION_METRIC] or 0)) for row in rows]
     trained = {position for first, end in spans for position in range(first, end)} - reported
     return sorted(set(range(spans[-1][1])) - trained), sorted(reported)
 

@@ -63,7 +63,7 @@ def main() -> int:
     ok = True
     for name, figure, goal in (
         ("devices leased to two processes at once", figures["doubled"], 0),
-        ("devices lost at the end", NUM_DEVICES - figures["free"], 0),
+        ("devices lost at the end", NUM_DEVICES - (figures["free"] or 0), 0),
         ("requests left waiting", figures["waiting"], 0),
     ):
         ok &= print_lines(
@@ -100,7 +100,7 @@ def start_database(home: Path) -> Iterator[Settings]:
         process.wait()
 
 
-def run_trial(folder: Path, settings: Settings, kills: int) -> dict[str, float]:
+def run_trial(folder: Path, settings: Settings, kills: int) -> dict[str, float | None]:
     engine = open_engine(settings)
     sessions = make_session_factory(engine)
     group = DeviceGroup(device_class="g", count=NUM_DEVICES, memory_gib=8, sustained_tflops=1, devices_per_node=4)

@@ -28,6 +28,7 @@ from pairs import make_line, print_lines
 
 from feedback.client import Client
 from feedback.contracts import FeedbackOut, RoundOut, RoundParameters
+from feedback.states import DatasetPurpose
 from flows.demo.demo_corpus import BASE_SKILLS
 from infra.settings import Settings
 from yuan.data.rows import dump_rows
@@ -223,7 +224,7 @@ def main() -> int:
     with start_stack() as settings, Client(settings.portal_url, settings.operator_token.get_secret_value()) as operator:
         base = [row for skill in load_skills(BASE_SKILLS)[:4] for row in skill.make_rows(300, seed=0)]
         (settings.home / "rows.jsonl").write_bytes(dump_rows(base))
-        operator.push_dataset(settings.home / "rows.jsonl", name="base", purpose="base")
+        operator.push_dataset(settings.home / "rows.jsonl", name="base", purpose=DatasetPurpose.BASE)
         first = run_round(operator)
         senders = [Sender(operator.add_contributor(f"sender-{n}").token) for n in range(NUM_CONTRIBUTORS)]
         distribute_items(senders, arguments.honest, arguments.hostile)

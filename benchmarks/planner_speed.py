@@ -7,6 +7,7 @@ Whole plans without their explanation, 102B, S 4,096, batch 1,152 (larger pools:
 1,152). The picture has seconds over devices.
 """
 
+import functools
 import math
 import sys
 import time
@@ -43,6 +44,11 @@ def make_workload(devices: int = 0) -> Workload:
         precision="bf16",
         loss_block=compute_default_loss_block(model),
     )
+
+
+def replan_for(plan: PipelinePlan, pool: Pool) -> PipelinePlan:
+    """Return the new plan for a changed pool."""
+    return replan(make_workload(), plan, pool).plan
 
 
 def time_plan(name: str, goal: float | None, work: Callable[[], PipelinePlan]) -> tuple[bool, float]:
@@ -95,7 +101,7 @@ def main() -> int:
         ok &= time_plan(
             f"new plan for 96 devices and {name}",
             1,
-            lambda changed_pool=changed_pool: replan(make_workload(), plan, changed_pool).plan,
+            functools.partial(replan_for, plan, changed_pool),
         )[0]
     curves: dict[str, list[tuple[int, float]]] = {}
     for classes, sizes in GROWTH.items():
@@ -105,7 +111,7 @@ def main() -> int:
             seconds = time_plan(
                 f"{size:,} devices, {classes}",
                 None,
-                lambda grown=grown, size=size: make_plan(make_workload(size), grown, explained=False),
+                functools.partial(make_plan, make_workload(size), grown, explained=False),
             )[1]
             curves.setdefault(classes, []).append((size, seconds))
     if len(sys.argv) > 1:

@@ -184,13 +184,16 @@ def make_torch_step() -> Callable[[], None]:
             schedule.step(target=tokens, losses=[])
         else:
             schedule.step(tokens)
-        torch_dist.all_reduce(part.tied.weight.grad)
-        squares = sum((p.grad.square().sum() for p in part.parameters()), torch.zeros(()))
-        squares -= part.tied.weight.grad.square().sum() * number  # its copy is counted on the first stage
+        tied_grad = part.tied.weight.grad
+        assert tied_grad is not None, "the backward passes have set it"
+        torch_dist.all_reduce(tied_grad)
+        grads = [parameter.grad for parameter in part.parameters() if parameter.grad is not None]
+        squares = sum((grad.square().sum() for grad in grads), torch.zeros(()))
+        squares -= tied_grad.square().sum() * number  # its copy is counted on the first stage
         torch_dist.all_reduce(squares)
         scale = torch.clamp(RECIPE.grad_clip / (squares.sqrt() + 1e-6), max=1.0)
-        for parameter in part.parameters():
-            parameter.grad.mul_(scale)
+        for grad in grads:
+            grad.mul_(scale)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -4,11 +4,14 @@
 """
 
 import asyncio
+import json
 import logging
+import re
 import resource
 import socket
 import time
 from collections import OrderedDict
+from http import HTTPStatus
 from typing import Any, TypedDict
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
@@ -117,19 +120,61 @@ def choose_backlog(open_files: int) -> int:
 
 
 class StrictConnection(h11.Connection):
-    """Refuse a request with both Content-Length and Transfer-Encoding, as RFC 9112, section 6.1 allows.
+    """Keep the error of a malformed request; refuse a long head, and both Content-Length and Transfer-Encoding in one.
 
     A proxy that uses the other of the two headers would read the end of the body as the next request (request
-    smuggling).
+    smuggling); RFC 9112, section 6.1 allows the refusal.
+
+    Attributes:
+        fault: why the last request is malformed; None if none was.
     """
 
+    fault: h11.RemoteProtocolError | None = None
+
     def next_event(self) -> Any:
-        event = super().next_event()
-        if isinstance(event, h11.Request):
-            names = {name for name, _ in event.headers}
-            if b"content-length" in names and b"transfer-encoding" in names:
-                raise h11.RemoteProtocolError("Content-Length and Transfer-Encoding in one request")
+        try:
+            event = super().next_event()
+            if isinstance(event, h11.Request):
+                names = {name for name, _ in event.headers}
+                if b"content-length" in names and b"transfer-encoding" in names:
+                    raise h11.RemoteProtocolError("Content-Length and Transfer-Encoding in one request")
+                if not event.http_version.startswith(b"1."):
+                    status = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
+                    raise h11.RemoteProtocolError("the version is not HTTP/1", error_status_hint=status)
+                # h11 itself limits only a head that arrives in parts.
+                if count_head_bytes(event) > MAX_REQUEST_HEAD_BYTES:
+                    status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+                    raise h11.RemoteProtocolError("head too long", error_status_hint=status)
+                event = use_origin_form(event)
+        except h11.RemoteProtocolError as error:
+            self.fault = error
+            raise
         return event
+
+
+def count_head_bytes(request: h11.Request) -> int:
+    """Count the bytes of a request line and its headers, without optional white space.
+
+    >>> count_head_bytes(h11.Request(method="GET", target="/", headers=[("Host", "a")]))
+    27
+    """
+    line = len(request.method) + len(request.target) + len("  HTTP/1.1\r\n")
+    return line + sum(len(name) + len(value) + len(": \r\n") for name, value in request.headers) + len("\r\n")
+
+
+def use_origin_form(request: h11.Request) -> h11.Request:
+    """Return a request for `http://host/path` as one for `/path`; a server must accept both (RFC 9112, section 3.2.2).
+
+    >>> [use_origin_form(h11.Request(method="GET", target=target, headers=[("Host", "a")])).target
+    ...  for target in ("http://a/b?c", "http://a?c", "HTTPS://a", "/b", "//a/b", "*")]
+    [b'/b?c', b'/?c', b'/', b'/b', b'//a/b', b'*']
+    """
+    match = re.fullmatch(rb"(?i:https?)://[^/?]*(.*)", request.target)
+    if match is None:
+        return request
+    target = match[1] if match[1].startswith(b"/") else b"/" + match[1]
+    headers = list(request.headers)
+    return h11.Request(method=request.method, target=target, headers=headers, http_version=request.http_version)
 
 
 class HttpProtocol(H11Protocol):
@@ -150,7 +195,7 @@ class HttpProtocol(H11Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self.conn = StrictConnection(h11.SERVER, MAX_REQUEST_HEAD_BYTES)
+        self.conn = self.strict_connection = StrictConnection(h11.SERVER, MAX_REQUEST_HEAD_BYTES)
         self._waiting_connections = get_waiting_connections(server_state)
         self._group: ConnectionGroup | None = None
         self._head_timer: asyncio.TimerHandle | None = None
@@ -176,6 +221,21 @@ class HttpProtocol(H11Protocol):
         else:
             self._stop_head_timer()
         self._update_group()
+
+    def send_400_response(self, msg: str) -> None:
+        """Respond to a malformed request with the form of the API's errors, and close the connection."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            status, message = describe_malformed_request(self.strict_connection.fault)
+            body = json.dumps({"error": {"message": message, "type": "invalid"}}).encode()
+            headers = [
+                ("content-type", "application/json"),
+                ("content-length", str(len(body))),
+                ("connection", "close"),
+            ]
+            response = h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase)
+            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -227,6 +287,15 @@ class HttpProtocol(H11Protocol):
         if group is not None:
             group[self] = None
         self._group = group
+
+
+def describe_malformed_request(fault: h11.RemoteProtocolError | None) -> tuple[int, str]:
+    """Return status and message of the refusal of a request that h11 cannot parse."""
+    status = fault.error_status_hint if fault is not None else HTTPStatus.BAD_REQUEST
+    if status == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
+        return status, f"the request line and headers may have {MAX_REQUEST_HEAD_BYTES} bytes; send less"
+    reason = str(fault).partition(":")[0]  # without the bytes received
+    return status, f"the request is not valid HTTP ({reason}); correct it and send it again"
 
 
 ConnectionGroup = OrderedDict[HttpProtocol, None]

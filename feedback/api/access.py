@@ -9,9 +9,12 @@ from typing import Annotated, Any
 from urllib.parse import unquote_to_bytes
 
 import anyio
-from fastapi import Depends, Header, HTTPException, Path, Request, Response, Security
-from fastapi.routing import APIRoute
+from fastapi import Depends, Header, Path, Request, Response, Security
+from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security.utils import get_authorization_scheme_param
+from pydantic import BeforeValidator
+from pydantic_core import PydanticCustomError
 from sqlalchemy.orm import Session
 
 from feedback.accounts import (
@@ -24,11 +27,26 @@ from feedback.accounts import (
 from feedback.api.transactions import SessionDep, get_transactions
 from feedback.states import AccountRole
 from feedback.tables import Contributor, new_id
-from yuan.data.text import BadJson, make_printable, parse_json
+from yuan.data.text import make_printable
+from yuan.serve.strict_requests import StrictRoute
 
 MAX_UPLOADS_PER_ACCOUNT = 2  # per account at the same time
 MAX_PARALLEL_FILE_CHECKS = 2  # at the same time; each uses a CPU core that all other requests share
 ID_PATTERN = "^[0-9a-f]{32}$"
+
+
+def _check_digits(value: Any) -> Any:
+    if isinstance(value, str) and not (value.isascii() and value.isdigit()):
+        raise PydanticCustomError(
+            "digits",
+            "must be a whole number in decimal digits, got {shown}",
+            {"shown": make_printable(value) or "nothing"},
+        )
+    return value
+
+
+# A number in a path or query; pydantic also reads `1_0`, ` 10` and `10.0` as 10.
+DigitsInt = Annotated[int, BeforeValidator(_check_digits)]
 
 RecordIdPath = Annotated[str, Path(pattern=ID_PATTERN, description="id of the record")]
 RoundIdPath = Annotated[str, Path(pattern="^([0-9a-f]{32}|latest)$", description="id of a round, or latest")]
@@ -54,37 +72,24 @@ class StorageQuotaExceeded(Exception):
     """The account would exceed its limit of stored bytes."""
 
 
-class InvalidJsonBody(HTTPException):
-    """The body is not JSON, or has a value that no field may have.
-
-    An HTTPException, since FastAPI replaces every other exception that is raised while it reads a body.
-    """
-
-    def __init__(self, error: BadJson) -> None:
-        super().__init__(422, str(error))
-        self.param = error.place or None
-
-
-class StrictRequest(Request):
-    """A request whose JSON body is parsed by `yuan.data.text.parse_json`."""
-
-    async def json(self) -> Any:
-        try:
-            return parse_json(await self.body(), keep_written=True)
-        except BadJson as error:
-            raise InvalidJsonBody(error) from None
-
-
-class StrictRoute(APIRoute):
-    """A route that parses its requests as `StrictRequest`."""
+class AccountRoute(StrictRoute):
+    """A route of accounts: a token that is not valid is reported before any fault of the query or body."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
 
-        async def handle_strict(request: Request) -> Response:
-            return await handler(StrictRequest(request.scope, request.receive))
+        async def handle_authenticated(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except (RequestValidationError, InvalidField):
+                # Of the routes whose transaction checks the token last. The others hold a session here, besides which
+                # this request must not wait for another.
+                if not getattr(request.state, "is_authenticated", False):
+                    _, token = get_authorization_scheme_param(request.headers.get("Authorization"))
+                    await get_transactions(request).run(request, authenticate_token, token)
+                raise
 
-        return handle_strict
+        return handle_authenticated
 
 
 class UploadLimiter:
@@ -122,7 +127,7 @@ BearerToken = Annotated[
 ]
 
 
-def authenticate_contributor(session: SessionDep, bearer: BearerToken = None) -> Contributor:
+def authenticate_contributor(request: Request, session: SessionDep, bearer: BearerToken = None) -> Contributor:
     """Return the account of the bearer token.
 
     Raises:
@@ -131,6 +136,7 @@ def authenticate_contributor(session: SessionDep, bearer: BearerToken = None) ->
     contributor = find_contributor_by_token(session, bearer.credentials) if bearer is not None else None
     if contributor is None:
         raise make_token_error()
+    request.state.is_authenticated = True
     return contributor
 
 
@@ -167,7 +173,9 @@ KnownToken = Annotated[str, Depends(require_known_token)]
 
 async def authenticate_account(request: Request, token: KnownToken) -> Account:
     """Return the account of the bearer token, for routes that do slow I/O and must not hold a transaction meanwhile."""
-    return await get_transactions(request).run(request, authenticate_token, token)
+    account = await get_transactions(request).run(request, authenticate_token, token)
+    request.state.is_authenticated = True
+    return account
 
 
 CurrentAccount = Annotated[Account, Depends(authenticate_account)]
@@ -179,7 +187,7 @@ def require_known_query(request: Request, contributor: CurrentContributor) -> No
     check_query(request)
 
 
-async def require_known_query_without_session(request: Request, token: KnownToken) -> None:
+async def require_known_query_without_session(request: Request, account: CurrentAccount) -> None:
     """Refuse unknown query parameters as `require_known_query` does, for routes that open their own transactions."""
     check_query(request)
 

@@ -15,6 +15,7 @@ from feedback.api.errors import (
     BodyLimitMiddleware,
     HeadMiddleware,
     InternalErrorMiddleware,
+    RequestRulesMiddleware,
     add_error_handlers,
     document_errors,
 )
@@ -71,6 +72,7 @@ def make_app(settings: PortalSettings, engine: Engine, objects: ObjectStore) -> 
     app.add_middleware(
         BodyLimitMiddleware, limits={"/api/v1/datasets": settings.max_upload_bytes}, default=settings.max_report_bytes
     )
+    app.add_middleware(RequestRulesMiddleware)
     app.add_middleware(HeadMiddleware)
     app.add_middleware(InternalErrorMiddleware)  # added last, so it wraps all others
 

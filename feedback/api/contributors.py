@@ -15,14 +15,15 @@ from feedback import datasets, paging, provenance, report_records, reports
 from feedback.accounts import Account, audit, compute_quota_wait_s, find_claimed_record, lock_idempotency_key
 from feedback.api.access import (
     ID_PATTERN,
+    AccountRoute,
     CurrentAccount,
     CurrentContributor,
+    DigitsInt,
     Forbidden,
     IdempotencyKeyHeader,
     IdempotentRequest,
     RecordIdPath,
     StorageQuotaExceeded,
-    StrictRoute,
     SubmissionRequestDep,
     TooManyRequests,
     make_token_error,
@@ -42,24 +43,24 @@ from yuan.data.rows import Row
 from yuan.data.text import TextRule
 
 router = APIRouter(
-    prefix="/api/v1", tags=["intake"], route_class=StrictRoute, dependencies=[Depends(require_known_query)]
+    prefix="/api/v1", tags=["intake"], route_class=AccountRoute, dependencies=[Depends(require_known_query)]
 )
 # Routes that open their own transactions.
-report_router = APIRouter(prefix="/api/v1", tags=["intake"], route_class=StrictRoute)
+report_router = APIRouter(prefix="/api/v1", tags=["intake"], route_class=AccountRoute)
 upload_router = APIRouter(
     prefix="/api/v1",
     tags=["intake"],
-    route_class=StrictRoute,
+    route_class=AccountRoute,
     dependencies=[Depends(require_known_query_without_session)],
 )
 
-PageLimit = Annotated[int, Query(ge=1, le=MAX_PAGE_SIZE, description="maximum number of items")]
+PageLimit = Annotated[DigitsInt, Query(ge=1, le=MAX_PAGE_SIZE, description="maximum number of items")]
 AfterId = Annotated[
     str | None,
     Query(pattern=ID_PATTERN, description="id of the last item of the previous page; the page starts after it"),
 ]
 AfterNumber = Annotated[
-    int | None,
+    DigitsInt | None,
     Query(ge=1, le=2**31 - 1, description="number of the last item of the previous page; the page starts after it"),
 ]
 NEXT_LINK_HEADER = {

@@ -21,6 +21,7 @@ from infra.error_text import describe_error
 from infra.faults import DATABASE_ERRORS, OBJECT_STORE_ERRORS
 from yuan.data.rows import BadRow
 from yuan.data.text import describe_rule, get_field_path, make_printable
+from yuan.serve.strict_requests import find_request_fault, get_json_fault
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ STATUS_BY_ERROR: dict[type[Exception], tuple[int, str]] = {
     ModelServerUnavailable: (503, "unavailable"),
     PortalBusy: (503, "unavailable"),
 }
-COMMON_ERROR_STATUSES = (401, 408, 413, 422, 503)  # statuses that any API route may return
+COMMON_ERROR_STATUSES = (401, 408, 413, 415, 422, 503)  # statuses that any API route may return
 HTTP_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
 MAX_ERROR_MESSAGE_CHARACTERS = 1000
 PORTAL_BODY_STALL_TIMEOUT_S = 30.0
@@ -118,6 +119,9 @@ def describe_missing_route(request: Request) -> str:
 
 def describe_body_error(request: Request, error: dict[str, Any]) -> tuple[str, str | None]:
     """Return the error message for a body as a whole, and the name of the faulty header or field, if any."""
+    fault = get_json_fault(request)
+    if fault is not None:
+        return str(fault), fault.place or None
     content_type = request.headers.get("content-type", "")
     if error["type"] == "missing":
         schema = request.scope["route"].dependant.body_params[0].field_info.annotation
@@ -196,6 +200,20 @@ class HeadMiddleware:
             await send({**event, "body": b""} if event["type"] == "http.response.body" else event)
 
         await self._app({**scope, "method": "GET"}, receive, send_without_body)
+
+
+class RequestRulesMiddleware:
+    """Refuse requests whose headers or query no route supports; see `yuan.serve.strict_requests`."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        fault = find_request_fault(scope) if scope["type"] == "http" else None
+        if fault is None:
+            await self._app(scope, receive, send)
+        else:
+            await make_error_response(fault.status, "invalid", fault.message, fault.param)(scope, receive, send)
 
 
 class BodyLimitMiddleware:

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from feedback import tables
-from feedback.api.access import CurrentAccount, StrictRoute, require_known_query_without_session
+from feedback.api.access import AccountRoute, CurrentAccount, require_known_query_without_session
 from feedback.api.errors import STORE_UNAVAILABLE_ERRORS, ModelServerUnavailable, document_errors
 from feedback.api.transactions import PortalBusy, Transactions
 from feedback.tables import new_id
@@ -27,7 +27,7 @@ from yuan.serve.schemas import CALLER_HEADER, ChatIn, CompletionIn
 from yuan.version_names import parse_model_name
 
 router = APIRouter(
-    prefix="/v1", tags=["openai"], route_class=StrictRoute, dependencies=[Depends(require_known_query_without_session)]
+    prefix="/v1", tags=["openai"], route_class=AccountRoute, dependencies=[Depends(require_known_query_without_session)]
 )
 
 log = logging.getLogger(__name__)

@@ -5,12 +5,12 @@ from fastapi import APIRouter, Depends
 from feedback import datasets, report_records, rounds
 from feedback.accounts import add_contributor, audit, find_account
 from feedback.api.access import (
+    AccountRoute,
     CurrentContributor,
     CurrentOperator,
     IdempotentRequestDep,
     RecordIdPath,
     RoundIdPath,
-    StrictRoute,
     require_known_query,
 )
 from feedback.api.errors import document_errors
@@ -32,7 +32,7 @@ from feedback.withdrawal import WITHDRAWAL_BATCH_SIZES, withdraw_account, withdr
 router = APIRouter(
     prefix="/api/v1",
     tags=["operate"],
-    route_class=StrictRoute,
+    route_class=AccountRoute,
     dependencies=[Depends(require_known_query)],
     responses=document_errors(403),
 )

@@ -13,6 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session, defer
 
 from feedback.accounts import NotFound
+from feedback.api.access import DigitsInt
 from feedback.api.transactions import SessionDep
 from feedback.promotion import find_champion
 from feedback.promotion_decision import SuiteComparison
@@ -26,7 +27,7 @@ templates = Jinja2Templates(Path(__file__).with_name("templates"))
 MAX_FRONT_PAGE_ROUNDS = 50
 PRIVATE_SUITE_PREFIX = "datasets/"
 PLACEHOLDER_BASE_URL = "http://address-of-the-portal.invalid/"  # in the cached page
-RoundNumberPath = Annotated[int, fastapi.Path(ge=1, le=2**31 - 1)]
+RoundNumberPath = Annotated[DigitsInt, fastapi.Path(ge=1, le=2**31 - 1)]
 
 
 @dataclass(frozen=True)

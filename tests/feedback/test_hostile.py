@@ -65,7 +65,9 @@ def test_malformed_id_is_refused(portal, operator, path):
     assert portal.get(path, headers=operator).status_code == 422
 
 
-@pytest.mark.parametrize("number", ["99999999999", "-1", "0", "9" * 5000, "1e3", "%00", "x"])
+@pytest.mark.parametrize(
+    "number", ["99999999999", "-1", "0", "9" * 5000, "1e3", "1_0", "+1", "1.0", "%201", "%D9%A3", "%00", "x"]
+)
 def test_invalid_round_number_is_refused(portal, number):
     check_refusal(portal.get(f"/rounds/{number}/plan.svg"), 422, "number")
 
@@ -131,6 +133,11 @@ def test_minimum_part_share_is_the_smallest_weight_that_a_mixture_accepts():
 
 def test_a_misspelt_query_parameter_is_refused(portal, account):
     check_refusal(portal.get("/api/v1/feedback?stat=received", headers=account.headers), 422, "stat")
+
+
+@pytest.mark.parametrize("limit", ["%2B1", "1.0", "1_0", "%201", "%D9%A3", "", "0", "201"])
+def test_page_limit_that_is_not_in_decimal_digits_is_refused(portal, account, limit):
+    check_refusal(portal.get(f"/api/v1/notices?limit={limit}", headers=account.headers), 422, "limit")
 
 
 def test_query_that_is_not_utf8_is_refused(portal, account):

@@ -197,7 +197,7 @@ def test_health_reports_a_missing_model_or_an_ended_engine_thread(monkeypatch):
     [
         (PATH, {"prompt": "a\0"}, "prompt"),
         (PATH, {"prompt": ["a", "\ud83d"]}, "prompt.1"),
-        (PATH, {"prompt": "a", "stop": ["\0"]}, "stop"),
+        (PATH, {"prompt": "a", "stop": ["\0"]}, "stop.0"),
         (PATH, {"prompt": "a", "stop": ["a"] * 17}, "stop"),
         (PATH, {"prompt": "a", "top_k": 2**70}, "top_k"),
         (PATH, {"prompt": "a", "temperature": float("nan")}, "temperature"),

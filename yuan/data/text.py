@@ -4,6 +4,7 @@ PostgreSQL cannot store U+0000, UTF-8 has no lone surrogates (JSON can write one
 invisible characters alone are no prompt or answer.
 """
 
+import codecs
 import json
 import math
 import re
@@ -30,6 +31,7 @@ _RULES_BY_TYPE = {  # rules whose sentence in pydantic does not fit behind the n
     "json_invalid": "must be JSON; correct it",
 }
 _PYDANTIC_SUBJECT_PATTERN = re.compile(r"^[A-Z][A-Za-z]+ should")  # "Input should", "String should", "List should"
+UTF16_BYTE_ORDER_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the first also begins that of UTF-32
 _UNSTORABLE_PATTERN = re.compile("[\0\ud800-\udfff]")
 # Characters that show nothing: white space, controls, the default-ignorable characters of Unicode 15 (joiners, marks of
 # direction, variation selectors, fillers, tags) and the braille blank. As ranges, which every dialect of regular
@@ -192,6 +194,8 @@ def parse_json(data: bytes | str, max_values: int | None = None, *, keep_written
     Raises:
         BadJson: if the data is not JSON in UTF-8, is nested too deeply, or has a value that is not allowed.
     """
+    if isinstance(data, bytes) and (data.startswith(UTF16_BYTE_ORDER_MARKS) or b"\0" in data[:2]):
+        raise BadJson("must be JSON in UTF-8, got UTF-16 or UTF-32; encode it in UTF-8")
     try:
         text = data if isinstance(data, str) else data.decode()
         parse_float = WrittenFloat if keep_written else None

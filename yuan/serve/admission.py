@@ -6,6 +6,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from yuan.serve.metrics import ModelServerMetrics
+from yuan.serve.strict_requests import find_request_fault
 
 # The largest valid prompt, a report's of 64 KiB, takes six times that if every character is escaped; all prompts of a
 # call share the limit. Parsing takes 0.2 s for each MiB of the worst JSON and blocks the event loop for that time.
@@ -23,7 +24,13 @@ class AdmissionMiddleware:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == PUBLIC_PATH:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        fault = find_request_fault(scope)
+        if fault is not None:
+            refusal = self._refuse(fault.status, fault.message, fault.param)
+            return await refusal(scope, receive, send)
+        if scope["path"] == PUBLIC_PATH:
             return await self._app(scope, receive, send)
         if not self._has_token(scope):
             refusal = self._refuse(401, "the model server is internal; use the portal")
@@ -35,13 +42,13 @@ class AdmissionMiddleware:
         await self._app(scope, replay(body, receive), send)
 
     def _has_token(self, scope: Scope) -> bool:
-        values = [value for name, value in scope["headers"] if name == b"authorization"]
-        return len(values) == 1 and hmac.compare_digest(values[0], self._authorization)
+        return hmac.compare_digest(dict(scope["headers"]).get(b"authorization", b""), self._authorization)
 
-    def _refuse(self, status: int, message: str) -> JSONResponse:
+    def _refuse(self, status: int, message: str, param: str | None = None) -> JSONResponse:
         """Count a refused call, and return the response to send."""
         self._metrics.count_request(UNKNOWN_ROUTE_LABEL, status)
-        return JSONResponse({"error": {"message": message, "type": "invalid"}}, status)
+        error = {"message": message, "type": "invalid", **({"param": param} if param else {})}
+        return JSONResponse({"error": error}, status)
 
 
 def is_declared_too_large(scope: Scope) -> bool:

@@ -3,13 +3,14 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI
 from fastapi import Request as Call
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from yuan.data.text import describe_rule, get_field_path, make_printable
@@ -31,6 +32,7 @@ from yuan.serve.response_schemas import StreamError, StreamErrorEvent
 from yuan.serve.responses import STREAM_END_EVENT, AnswerFormatter, ChatFormatter, CompletionFormatter, format_sse
 from yuan.serve.schemas import CALLER_HEADER, MAX_CHOICES, ChatIn, CompletionIn
 from yuan.serve.service import ModelService
+from yuan.serve.strict_requests import StrictRoute, get_json_fault
 
 ANSWER_TIMEOUT_S = 110.0
 ENGINE_GRACE_S = 5.0  # report a silent engine this long after the answer's timeout, before the portal's own timeout
@@ -39,7 +41,8 @@ VERSION_HEADER = "X-Yuan-Version"
 
 def make_api(token: str, service: ModelService) -> FastAPI:
     """Build the server's FastAPI application for a service."""
-    app = FastAPI(title="Yuan model server", openapi_url=None)
+    app = FastAPI(title="Yuan model server", openapi_url=None, redirect_slashes=False)
+    app.router.route_class = StrictRoute
     app.add_middleware(AdmissionMiddleware, token=token, metrics=service.metrics)
 
     @app.get("/health")
@@ -261,25 +264,28 @@ def _add_error_handlers(app: FastAPI, service: ModelService) -> None:
         kind: str,
         message: str,
         param: str | None = None,
-        retry_after_s: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> JSONResponse:
         service.metrics.count_request(call.url.path, status)
         body = {"message": message, "type": kind, **({"param": param} if param else {})}
-        headers = {"Retry-After": str(retry_after_s)} if retry_after_s else None
         return JSONResponse({"error": body}, status, headers)
 
     async def answer_known_error(call: Call, error: Exception) -> JSONResponse:
         status, kind, message = _describe_error(error)
         param, retry_after_s = getattr(error, "param", None), getattr(error, "retry_after_s", None)
-        return refuse(call, status=status, kind=kind, message=message, param=param, retry_after_s=retry_after_s)
+        headers = {"Retry-After": str(retry_after_s)} if retry_after_s else None
+        return refuse(call, status=status, kind=kind, message=message, param=param, headers=headers)
 
     async def answer_http_error(call: Call, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException), "registered for it"
         kind = "unavailable" if error.status_code == 503 else "invalid"
-        return refuse(call, status=error.status_code, kind=kind, message=str(error.detail))
+        return refuse(call, status=error.status_code, kind=kind, message=str(error.detail), headers=error.headers)
 
     async def answer_invalid_request(call: Call, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError), "registered for it"
+        fault = get_json_fault(call)
+        if fault is not None:
+            return refuse(call, status=422, kind="invalid", message=str(fault), param=fault.place)
         first = error.errors()[0]
         field_path = get_field_path({**first, "loc": first["loc"][1:]})
         return refuse(call, status=422, kind="invalid", message=describe_rule(first), param=make_printable(field_path))
