@@ -159,7 +159,7 @@ _BOUND_PATTERN = re.compile(
     r"(?:[<>]=|(?<![=-])<|(?<![=-])>(?=[-$]?$)|(?<=[^\s=-])\s?>|[≤≥≦≧]|\\(?:[gl]eq?|[gl]eqslant|[gl]t)(?![A-Za-z])"
     r"|\b(?:more|less|greater|fewer|larger|smaller|higher|lower)\sthan(?:\sor\sequal\sto)?"
     r"|\b(?:over|under|above|below|exceed(?:s|ing)?|beyond|within|anywhere\sfrom|either|than\sabout|bounded\sby|a\s(?:maximum|minimum|limit)\sof)"
-    r"|\b(?:at\s(?:least|most)|(?<!add\s)(?<!adds\s)(?<!sum\s)(?<!sums\s)(?<!comes\s)(?<!round\s)(?<!rounds\s)(?<!rounded\s)up\sto"
+    r"|\b(?:at\s(?:least|most|minimum|maximum|the\svery\s(?:least|most))|(?<!add\s)(?<!adds\s)(?<!sum\s)(?<!sums\s)(?<!comes\s)(?<!round\s)(?<!rounds\s)(?<!rounded\s)up\sto"
     r"|as\s(?:many|much|few|little|high|low)\sas)(?:\s(?!is\b|are\b|was\b|equals\b)[a-z]+){0,2}"
     r"|(?:[大小多少高低]于(?:或?等于)?|超过|不到|不足|至[少多]|最[少多]|[高多]达|少说)[有为是要需能可以得用花会]{0,3})\s?[-$]?$",
     re.IGNORECASE,
@@ -548,7 +548,14 @@ def _is_term_or_bound(before: str) -> bool:
     may_be_term = end.endswith(_TERM_ENDS) or "\\" in before
     if may_be_term and _ATTACHED_BEFORE_PATTERN.search(before, len(before) - _TERM_CONTEXT_CHARS):
         return True
-    may_be_bound = " least " in before or " most " in before or " to " in before or " as " in before
+    may_be_bound = (
+        " at " in before
+        or before.startswith("at ")
+        or " least " in before
+        or " most " in before
+        or " to " in before
+        or " as " in before
+    )
     may_be_bound = may_be_bound or end.endswith(_BOUND_ENDS) or "\\" in before
     may_be_bound = may_be_bound or (not before.isascii() and not _BOUND_CHARS.isdisjoint(before))
     if may_be_bound and _BOUND_PATTERN.search(before, len(before) - _BOUND_CONTEXT_CHARS):
