@@ -6,6 +6,7 @@ Every function takes time linear in the text's length.
 import re
 from collections.abc import Sequence
 
+from yuan.data.answer_clauses import RETRACTION_PATTERN, Denies, blank_questions, find_denials, is_tentative, lower_text
 from yuan.data.answer_parts import Statement, cut_denied, cut_to_final_part, find_last_boxed, find_statements
 from yuan.data.text import INVISIBLE_CHARS
 
@@ -33,6 +34,7 @@ _LABEL_PATTERN = re.compile(
     r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])\s?[.):：、])(?=\s?[\d\u4e00-\u9fff]|\s?[^\W\d_]{2,}|\s\S+\s\S)"
 )
 _LEADING_PATTERN = re.compile(rf"{_LABEL_PATTERN.pattern}|({_LETTER_LIST})(?=\s?(?:[,;:。，；：\n]|because\b|因为))")
+_LOWER_CASE_OPTION_PATTERN = re.compile(r"(?:\b(?:[Oo]ption|[Cc]hoice)\s|[Aa]nswer\sis\s)[(\[]?([a-z])[)\]]?[.!]?$")
 _LABELED_LINE_PATTERN = re.compile(r"\n[ \t]{0,8}[(\[]?[A-Z]\s?[.):：、\]]")
 
 _CHOICE_CUE_PATTERN = re.compile(
@@ -47,7 +49,7 @@ _CHOICE_CUE_PATTERN = re.compile(
   | (?:^|(?<=\n))A\s?:(?=\s?[(\[]?[A-Za-z][)\]]?(?:[.,\s]|$))
   | (?:答案|正确的?选项|正解)(?:应该|应当|应|就|也)?\s?(?:是|为|选|：|:)+ | 答\s?[:：]
   | (?<!不)(?:正确|符合题意)的(?:选项)?[是为]
-  | (?<![不别非没勿])(?:故|应该?|因此|所以|可|可以)?选(?!项|择题)(?:择|出|取)?(?:的是|了|：|:)?(?:选项)?
+  | (?<![不别非没勿误错])(?:故|应该?|因此|所以|可|可以)?选(?!项|择题)(?:择|出|取)?(?:的是|了|：|:)?(?:选项)?
     )
     """,
     re.VERBOSE | re.IGNORECASE,
@@ -59,32 +61,22 @@ _CORRECTION_PATTERN = re.compile(
     r"|更正|不对|但|其实|应|最终|因此|所以|故|综上",
     re.IGNORECASE,
 )
+_CONTRAST_PATTERN = re.compile(r"\b(?:but|however|so|though|then|now)\b|但|其实|应|所以|最后|最终")
 _HEDGE_PATTERN = re.compile(r"\b(?:or|maybe|perhaps|possibly)\b|或|还是|可能|也许", re.IGNORECASE)
-# Words before or behind letters that rule them out: "not B", "不能选A", "B is wrong", "A错误".
-_DENIED_BEFORE_PATTERN = re.compile(
-    r"(?:\b(?:(?:not|n't)\s(?:think|believe|say)\s(?:that\s)?(?:it's|it\sis|the\s(?:correct\s)?(?:answer|choice)\sis)"
-    r"|n't\s(?:think|believe|say)\s(?:that\s)?(?:it's|it\sis)|never|neither|nor|cannot|rather\sthan|instead\sof|unlike|over"
-    r"|except|other\sthan|(?:any|every)thing\sbut|all\sbut|eliminat(?:e|es|ed|ing)|rul(?:e|es|ed|ing)\sout|exclud(?:e|es|ing)"
-    r"|not)|n't(?:\s(?:think|believe|say)\s(?:that\s)?(?:it's|it\sis|the\s(?:correct\s)?(?:answer|choice)\sis))?)"
-    r"\s(?:be\s)?(?:the\s)?(?:answer\s|option\s|choice\s)?$"
-    r"|(?:不(?:可能|会|能|应该?|可以?|要|该|宜)?|勿|别|非)(?:选择?|是|为)\s?(?:选项|答案)?\s?$"
-    r"|(?:排除(?:了|掉)?|而非|并非|不是[^,，。]{1,8}就是)\s?(?:选项|答案)?\s?$",
-    re.IGNORECASE,
-)
-_DENIED_BEFORE_ENDS = frozenset(" \n选择是为项案除了掉非")  # the last characters of what this pattern matches
-_DENIED_BEHIND_PATTERN = re.compile(
-    r"\s?(?:[两二三四]?个?选?项)?(?:的?说法|答案)?\s?"
-    r"(?:(?:is|are|was|were|seems?|looks?)\s(?:(?:also|clearly|definitely|probably|obviously|all|both)\s)?"
-    r"(?:not|never|hardly|wrong|incorrect|false|untrue|impossible|unlikely|implausible|invalid|out)\b"
-    r"|(?:isn't|aren't|wasn't|cannot|can't|couldn't|doesn't|don't|does\snot|do\snot|fails?|contradicts?|(?:has|have)\sbeen\s(?:ruled|eliminated|excluded)"
-    r"|(?:is|are|was|were)\s(?:ruled|eliminated|excluded))\b|\?\s?(?:[Nn]o\b|不)"
-    r"|(?:would|must|should|could|can|may|might)\s(?:not\b|be\s(?:wrong|incorrect|false|ruled|eliminated|excluded|rejected)\b)"
-    r"|(?:[是也都均皆全应可并]|应该|可以|明显|显然)?是?(?:错误|错|不对|不正确|不符|不成立|不能?选|不是|非正确|有误|排除))"
-)
 _AFFIRMED_BEHIND_PATTERN = re.compile(
     r"\s?(?:选?项)?(?:的?说法)?\s?"
-    r"(?:(?:is|are|must\sbe|should\sbe|seems)\s(?:the\s|a\s)?(?:only\s|most\s)?"
+    r"(?:(?:is|are|(?:must|should|would|could)\sbe|seems)\s(?:the\s|a\s)?(?:only\s|most\s)?"
     r"(?:correct|right|best|true|accurate|appropriate|answer|valid)\b|(?:[是为]|都|均)?(?:正确|对的|符合|答案|正解))"
+)
+# A predicate that the rules do not know may deny the letter before it.
+_UNKNOWN_PREDICATE_PATTERN = re.compile(
+    r"\s(?!(?:is|are|was|were|as|and|or|but|because|since|for|rather|over|not|it|then|please|if|from|with|in|on|too|by|to"
+    r"|instead|here|only|works?|fits?|satisfies|remains?|holds|stands|matches|(?:must|should|would|could)\sbe|seems\s(?:right|correct|best)"
+    r"|looks\s(?:right|correct|best)|makes\ssense|has\sto)\b)[a-z]{2}"
+    r"|\s(?:is|are|was|were)\s(?!(?:(?:the|my|our|a|an|most|only|clearly|definitely|also|then|thus|indeed|probably|both)\s)*"
+    r"(?:correct|right|best|true|answer|one|choice|option|valid|accurate|appropriate|likely|supported|consistent|final|good"
+    r"|possible|better|what|left|city|not\swrong)\b)"
+    r"|(?:选?项)?(?:的?说法)?(?=[\u4e00-\u9fff])(?!.{0,3}(?:正确|对|符合|答案|成立|合理|合适|可[行以]|[,和与或、]|[是为]|因为|没有?错|不错|莫属|吧|了|呢|项|选))"
 )
 _LETTER_CONTEXT_CHARS = 48  # characters before and behind letters that are searched for such words
 # "I" as a pronoun and "A" as an article are no letters of options; neither is the letter of a name such as "vitamin C".
@@ -107,27 +99,39 @@ def read_choices(text: str) -> frozenset[str]:
     """
     text = _clean(cut_to_final_part(text, _LETTER_LIST_PATTERN))
     boxed = find_last_boxed(text)
-    if boxed is not None and (letters := _read_statement(boxed)):
-        return letters
+    if boxed is not None:
+        lowered = lower_text(boxed)
+        boxed, _ = _keep_asserted(boxed, lowered, find_denials(lowered))
+        if letters := _read_statement(boxed):
+            return letters
     if _LONE_PATTERN.fullmatch(text):
         return _collect_letters(text.upper())
 
     if "A" in text or "I" in text:
         text = _PRONOUN_PATTERN.sub("_", text)
-    lowered = text.lower()
-    if _has_denial(lowered):
-        text = _LETTER_LIST_PATTERN.sub(_mask_if_denied, text)
+    if ("ption" in text or "hoice" in text or "nswer is" in text) and (
+        option := _LOWER_CASE_OPTION_PATTERN.search(text)
+    ):
+        text = text[: option.start(1)] + option[1].upper() + text[option.end(1) :]
+    text = blank_questions(text)
+    lowered = lower_text(text)
+    denies = find_denials(lowered)
+    text, lists = _keep_asserted(text, lowered, denies)
     if _has_cue(lowered):
-        statements = list(find_statements(text, _CHOICE_CUE_PATTERN))
+        statements = list(find_statements(text, _CHOICE_CUE_PATTERN, denies))
         if letters := _read_statements(text, statements):
             return letters
-        text = cut_denied(text, statements)
-    lists = list(_LETTER_LIST_PATTERN.finditer(text))
+        if any(statement.is_denied for statement in statements):
+            text = cut_denied(text, statements)
+            lists = list(_LETTER_LIST_PATTERN.finditer(text))
     if affirmed := [letters[0] for letters in lists if _AFFIRMED_BEHIND_PATTERN.match(text, letters.end())]:
         return frozenset().union(*map(_collect_letters, affirmed))
     if letters := _read_leading(text):
         return letters
-    return frozenset().union(*(_collect_letters(letters[0]) for letters in lists if not _is_in_name(letters)))
+    lists = [letters for letters in lists if not _is_in_name(letters)]
+    if any(_UNKNOWN_PREDICATE_PATTERN.match(text, letters.end()) for letters in lists):
+        return frozenset()
+    return frozenset().union(*(_collect_letters(letters[0]) for letters in lists))
 
 
 def _clean(text: str) -> str:
@@ -147,32 +151,31 @@ def _has_cue(text: str) -> bool:
     )
 
 
-def _has_denial(text: str) -> bool:
-    """Return false if the two patterns of denials cannot match; much faster than the patterns."""
-    is_not = "n't" in text or "not" in text or "never" in text or "nor" in text or "than" in text or "but" in text
-    is_other = "instead" in text or "unlike" in text or "over" in text or "except" in text or "out" in text
-    is_wrong = "wrong" in text or "correct" in text or "false" in text or "true" in text or "eliminat" in text
-    is_wrong = (
-        is_wrong
-        or "im" in text
-        or "exclud" in text
-        or "reject" in text
-        or "hardly" in text
-        or "? no" in text
-        or "invalid" in text
-    )
-    is_failing = "fail" in text or "contradict" in text
-    is_chinese = "不" in text or "非" in text or "勿" in text or "别" in text or "错" in text or "误" in text
-    return is_not or is_other or is_wrong or is_failing or is_chinese or "排除" in text
-
-
-def _mask_if_denied(letters: re.Match[str]) -> str:
-    """Return a list of letters, or a character that is no letter in its place if the text rules these letters out."""
-    text, start = letters.string, letters.start()
-    is_denied = _DENIED_BEHIND_PATTERN.match(text, letters.end())
-    if not is_denied and start > 0 and text[start - 1] in _DENIED_BEFORE_ENDS:
-        is_denied = _DENIED_BEFORE_PATTERN.search(text[max(0, start - _LETTER_CONTEXT_CHARS) : start])
-    return "_" if is_denied else letters[0]
+def _keep_asserted(text: str, lowered: str, denies: Denies) -> tuple[str, list[re.Match[str]]]:
+    """Return a text of the same length and its letters, less those that it rules out or that a later part replaces."""
+    lists = list(_LETTER_LIST_PATTERN.finditer(text))
+    if lists:
+        asserted: list[re.Match[str]] = []
+        pieces: list[str] = []
+        end = 0
+        for letters in lists:
+            start, stop = letters.span()
+            if denies(start, stop):
+                pieces += text[end:start], "_" * (stop - start)
+                end = stop
+            else:
+                asserted.append(letters)
+        text, lists = "".join((*pieces, text[end:])), asserted
+    if len(lists) < 2:
+        return text, lists
+    first, last = lists[0].start(), lists[-1].start()
+    ends = [match.end() for match in RETRACTION_PATTERN.finditer(text, first, last)]
+    if not ends and is_tentative(lowered, first):
+        ends = [match.end() for match in _CONTRAST_PATTERN.finditer(lowered, first, last)]
+    if not ends:
+        return text, lists
+    end = ends[-1]
+    return " " * end + text[end:], [letters for letters in lists if letters.start() >= end]
 
 
 def _is_in_name(letters: re.Match[str]) -> bool:

@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
 
+from yuan.data.answer_clauses import RETRACTION_PATTERN, Denies, blank_questions, find_denials, lower_text
 from yuan.data.answer_parts import cut_denied, cut_to_final_part, find_last_boxed, find_statements
 from yuan.data.chinese_numerals import CHINESE_NUMERAL_PATTERN, parse_chinese_numeral
 from yuan.data.text import INVISIBLE_CHARS
@@ -42,6 +43,10 @@ _LATEX_SUBSTITUTIONS = tuple(
         ("frac", r"\\[dt]?frac\s?\{\s*(-?\d{1,200})\s*\}\s?\{\s*(\d{1,200})\s*\}", r"\1/\2"),
         ("frac", r"\\[dt]?frac\s?(\d)\s?(\d)", r"\1/\2"),
         ("{,}", r"\{,\}", ","),
+        ("mod", r"\\pmod\s?\{?\d{1,50}\}?|\(\\(?:bmod|mod)\s?\d{1,50}\)", ""),
+        ("\\", r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])", ""),
+        ("\\", r"\\(?:\{|langle(?![A-Za-z])|lbrace(?![A-Za-z]))", "("),
+        ("\\", r"\\(?:\}|rangle(?![A-Za-z])|rbrace(?![A-Za-z]))", ")"),
         ("\\", r"\\[,!;: ]|\\thinspace", " "),
         ("\\times", r"\\times(?![A-Za-z])", "×"),
         ("\\cdot", r"\\cdot(?![A-Za-z])", "×"),
@@ -60,6 +65,9 @@ _MARKUP_SUBSTITUTIONS = tuple(
         (r"\\?\$|[*`]{2,}|`|\\[()\[\]]", ""),
     )
 )
+_MODULUS_PATTERN = re.compile(r"\(\s?mod(?:ulo)?\s?\d{1,50}\s?\)")
+_AND_HALF_PATTERN = re.compile(r"(?<![\d.,/])(\d{1,15})\s?([个天年块倍米]|小时)半(?![圆球径])")
+_MIXED_PATTERN = re.compile(r"(?<![\d.,/])(\d{1,15}) and (\d{1,15}/\d{1,15})(?![\d/.])")
 _TAG_PATTERN = re.compile("</?[A-Za-z][A-Za-z0-9]{0,15}>")
 _EMPHASIS_PATTERN = re.compile(r"(?<!\w)_{1,2}(?=[^\s_])|(?<=[^\s_])_{1,2}(?!\w)")
 
@@ -91,6 +99,7 @@ _NUMBER_PATTERN = re.compile(
     """,
     re.VERBOSE,
 )
+_THOUSAND_UNITS = tuple("克米瓦卡伏帕焦赫吨安")
 _CHINESE_SCALES = {"十": 10, "百": 10**2, "千": 10**3, "万": 10**4, "亿": 10**8}
 _SCALES = {
     "dozen": 12,
@@ -122,22 +131,20 @@ _NUMBER_CUE_PATTERN = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE,
 )
-_RETRACTION_PATTERN = re.compile(
-    r"\b(?:wait|actually|correction|sorry|my\smistake|scratch\sthat)\b|[.,;!]\s?no\b|[。，,；]\s?不[,，对]|更正|说错了|其实",
-    re.IGNORECASE,
+_AFFIRMED_NUMBER_PATTERN = re.compile(
+    r"\s(?:is|must\sbe)\s(?:the\s|my\s|our\s)?(?:final\s|correct\s|right\s)?(?:answer|correct|right|result)\b"
+    r"|[个元块人天年米岁]?(?:就是|才?是|为)?(?:正确的?)?(?:答案|正确)"
 )
 _EQUALS_PATTERN = re.compile(r"(?<![!<>=])=(?!=)|[≈≃]|(?<!不)等于|约为|\bequals\b|\bwhich\s(?:is|equals|makes|gives)\b")
 
 # What two numbers in a row are to each other, by the text between them.
-_ALTERNATIVE_PATTERN = re.compile(
-    r"""
-    (?:\s?[A-Za-z%°]{1,20}){0,2}\s?,?\s?
-    (?:\bor\b(?:\s?(?:maybe|perhaps|possibly|even|else|about|is\ it)\b)*|\bmaybe\b|\bperhaps\b|\bpossibly\b)
-    \s?(?:[A-Za-z]\w{0,2}\s?=\s?)?
-  | [^\d,.;。；]{0,4}[,，]?\s?(?:或者?|还是|要么|也?可能|也许)[^\d,.;。；]{0,3}(?:[A-Za-z]\s?=\s?)?
-  | \s?±\s?
-    """,
-    re.VERBOSE | re.IGNORECASE,
+_ALTERNATIVE_PATTERN = re.compile(r"\b(?:or|maybe|perhaps|possibly)\b|或|还是|要么|可能|也许|±", re.IGNORECASE)
+_GAP_END_PATTERN = re.compile(r"[.;。；\n]|\b(?:because|since|if)\b|因为|如果", re.IGNORECASE)
+# "甲有42个，乙有24个": the second of two things that have a number each.
+_PARALLEL_PATTERN = re.compile(
+    r"[^\d,.;]{0,4},\s?(?![因由即每比所共一不剩还多约等其也])[\u4e00-\u9fff]{1,6}"
+    r"|(?!\sbecause)[^\d,.;]{0,20}?(?:,\s?(?:and\s)?|\sand\s)(?!which|that|as|since|because|so|it|i\.e|where)[a-z]{1,12}\s(?:has|have|gets?|is)\s?",
+    re.IGNORECASE,
 )
 _ASSIGNMENT_PATTERN = re.compile(r"\s?(?:[,;、，；]|,?\s?and\b|和|且|,)\s?[A-Za-z]\w{0,3}\s?=\s?", re.IGNORECASE)
 _LIST_PATTERN = re.compile(r"\s?(?:[,、，;；&]\s?(?:and\b)?|\band\b|和|与|及|以及)\s?", re.IGNORECASE)
@@ -148,39 +155,92 @@ _OPERATOR_PATTERN = re.compile(
 )
 _SUBTRACTION_PATTERN = re.compile(r"\s?(?:-|\bminus\b|减去?)\s?", re.IGNORECASE)
 
-# What rules a number out, before and behind it.
-_NEGATION_PATTERN = re.compile(
-    r"(?:\b(?:not|never|cannot|neither|nor|except|other\sthan|rather\sthan|instead\sof|different\sfrom|unequal\sto|unlikely|no\sway|(?:any|every)thing\sbut)|n't|(?<![除无])非|不可能[是为]|不会[是为]|不是|不等于|不为|≠|!=|\\neq?)"
-    r"(?:\s(?:be|equals?|to|exactly|really|actually|simply|think|believe|that|it|it's|is|this|the|correct|right|final|answer"
-    r"|result|number|value|=))*\s?[-$]?$",
-    re.IGNORECASE,
-)
-_DENIAL_PATTERN = re.compile(
-    r"\s?(?:(?:is|was|seems|looks|would\sbe|must\sbe)\s(?:(?:clearly|definitely|obviously|certainly|simply|also)\s)?"
-    r"(?:wrong|incorrect|false|impossible|too\s(?:large|small|big|high|low|many|few)"
-    r"|not\s(?:the|it|right|correct|possible|valid|true)\b)"
-    r"|(?:isn't|wasn't|can't\sbe|cannot\sbe|couldn't\sbe)\b"
-    r"|\?\s?(?:no\b|nope\b|不)|(?:是|也|都|均|并|明显|显然)?(?:错误?的?|不对|不正确|不是|不可能))",
-    re.IGNORECASE,
-)
 _BOUND_PATTERN = re.compile(
-    r"(?:(?<=[\w)\]}|])\s?[<>]=?|[≤≥]|\\(?:[gl]eq?|[gl]eqslant|[gl]t)(?![A-Za-z])"
-    r"|\b(?:more|less|greater|fewer|larger|smaller|higher|lower)\sthan(?:\sor\sequal\sto)?|\b(?:over|under|above|below|exceeds)"
-    r"|[大小多少高低]于(?:或?等于)?|超过|不到|不足)\s?[-$]?$",
+    r"(?:[<>]=|(?<![=-])<|(?<![=-])>(?=[-$]?$)|(?<=[^\s=-])\s?>|[≤≥≦≧]|\\(?:[gl]eq?|[gl]eqslant|[gl]t)(?![A-Za-z])"
+    r"|\b(?:more|less|greater|fewer|larger|smaller|higher|lower)\sthan(?:\sor\sequal\sto)?"
+    r"|\b(?:over|under|above|below|exceed(?:s|ing)?|beyond|within|anywhere\sfrom|either|than\sabout|bounded\sby|a\s(?:maximum|minimum|limit)\sof)"
+    r"|\b(?:at\s(?:least|most|minimum|maximum|the\svery\s(?:least|most))|(?<!add\s)(?<!adds\s)(?<!sum\s)(?<!sums\s)(?<!comes\s)(?<!round\s)(?<!rounds\s)(?<!rounded\s)up\sto"
+    r"|as\s(?:many|much|few|little|high|low)\sas)(?:\s(?!is\b|are\b|was\b|equals\b)[a-z]+){0,2}"
+    r"|(?:[大小多少高低]于(?:或?等于)?|超过|不到|不足|至[少多]|最[少多]|[高多]达|少说)[有为是要需能可以得用花会]{0,3})\s?[-$]?$",
     re.IGNORECASE,
+)
+_BOUND_BEHIND_PATTERN = re.compile(
+    r"\s?(?:[a-z%°$]{1,15}\s)?(?:or|and)\s(?:more|less|fewer|above|below|higher|lower|greater|smaller|larger|over|under|up)\b|\s(?:at\s(?:least|most)|minimum|maximum|upwards)\b"
+    rf"|\s?(?:{'[个元块角分人名位只天年米岁]|小时|千克|厘米'})?(?:左右)?[及或]?(?:以[上下内外])|开外|封顶|多(?=[个元人天年米岁])"
 )
 # What makes a number a part of something that is not read: "2π", "√2", "x + 2", "2^n", "1.2.3", "3 and a half".
 _ATTACHED_BEFORE_PATTERN = re.compile(
-    r"(?:[/{√第]|\\sqrt\s?|[A-Za-z-]\(|(?:∞|\\infty)\s?,\s?|(?:\b(?:twice|double|triple)|(?:half|third|quarter|%)\sof)\s"
+    r"(?:[/{√第|]|/\(|[A-Za-z-][(\[]|(?:∞|\\infty)\s?,\s?|\b(?:twice|double|triple)\s|根号\s?|负的|比|\d的"
+    r"|\b(?:sqrt|cbrt|log|ln|lg|exp|(?:arc|a)?(?:sin|cos|tan)h?|cot|sec|csc|abs|mod|floor|ceil)\s?\(?"
+    r"|\\(?!(?:approx|sim|simeq|cong|equiv|to|q?quad|implies|therefore|boldsymbol|[Rr]ightarrow|text|colon)\s?-?$)[A-Za-z]+\s?[{|(\[]?"
     r"|(?:[A-Za-z)\]}]|\^-?\d{1,6})(?:[+*]|\s[+*]\s|\s?[×÷]\s?))-?$",
     re.IGNORECASE,
 )
+# "the square of 5": what is made of a number. An unknown noun is taken for one unless it has "a" before it.
+_OF_PATTERN = re.compile(r"(?:\ban?\s)?(?:\b([a-z]+)\s)?([a-z]+|%)\sof\s[-$]?$", re.IGNORECASE)
+_PLAIN_NOUNS = frozenset(
+    [
+        "total",
+        "sum",
+        "value",
+        "answer",
+        "result",
+        "number",
+        "count",
+        "amount",
+        "cost",
+        "price",
+        "score",
+        "guess",
+        "estimate",
+        "area",
+        "volume",
+        "length",
+        "distance",
+        "speed",
+    ]
+)
+_MADE_NOUNS = frozenset(
+    [
+        "absolute",
+        "quarter",
+        "third",
+        "half",
+        "fifth",
+        "tenth",
+        "factor",
+        "multiple",
+        "power",
+        "root",
+        "percent",
+        "%",
+        "fraction",
+    ]
+)
 _ATTACHED_BEHIND_PATTERN = re.compile(
     r"[\^_]|\.\d|\s?(?:[π√]|\\(?:pi|sqrt|[dt]?frac|log|ln|sin|cos|tan|alpha|beta|theta|lambda)(?![A-Za-z]))"
-    r"|[xyzni](?![A-Za-z])|\s(?:and\sa\s(?:half|third|quarter)|squared|cubed|tenths|hundredths|thousandths)\b"
-    r"|(?:个|天|年|小时|块|倍|米)?半|\s?,\s?\+?(?:∞|\\infty)"
+    r"|[abefijknopqruvwxyz](?![A-Za-z])"
+    r"|\s(?:and\sa\s(?:half|third|quarter)|squared|cubed|factorials|of\spi|radians\sof|tenths|hundredths|thousandths|pi|sqrt|log|ln|factorial|choose"
+    r"|times\s(?:pi|[a-z]|sqrt|the))\b"
+    r"|(?:个|天|年|小时|块|倍|米)?半|\s?,\s?\+?(?:∞|\\infty)|e\^|\((?=-?\d|[a-z]\b)|\s?/\s?[(\\]"
+    r"|分之|次方|开方|\s(?:minus|plus|-)\s[a-z]\b"
+    r"|(?:[个元块角分人名位只天年米岁])?的(?=[\u4e00-\u9fff])"
     r"|\s?[+×÷]\s?(?:[A-Za-z(\\]|$)|\s?\*\s?[A-Za-z(]"
 )
+# A predicate of the number itself: unknown ones may deny it.
+_UNKNOWN_OF_NUMBER_PATTERN = re.compile(
+    r"\s(?:is|seems|looks|violates|leads|lacks|goes|gets)\s(?!(?:then\s|thus\s|indeed\s|also\s|clearly\s|the\s|my\s|our\s|an?\s)*"
+    r"(?:only\s|final\s|right\s|correct\s|best\s|good\s)?"
+    r"(?:answer|correct|right|true|result|number|sum|total|solution|value|best|what|final|valid|prime|even|odd|half|\d|=|fine|ok)"
+    r"|divi|less|more|greater|smaller|larger|between|close|equal|in\b|from)"
+    r"|是(?!正确|对|答案|最|所求|我|正解|它|结果|该|本|\d|偶|奇|质|因)"
+)
+_NO_VALUE_BEHIND_PATTERN = re.compile(
+    "|".join(
+        pattern.pattern for pattern in (_ATTACHED_BEHIND_PATTERN, _BOUND_BEHIND_PATTERN, _UNKNOWN_OF_NUMBER_PATTERN)
+    )
+)
+_WORD_PATTERN = re.compile(r"[A-Za-z\u4e00-\u9fff]{2}")
 _MEASURES = (
     "小时|分钟|千克|公斤|毫克|厘米|毫米|分米|公里|千米|平方厘米|平方米|立方米|毫升|美元|人民币|[个元块角分人名位只头匹条本张把辆台"
     "件颗棵朵枝支根次天年月日周岁秒米克斤里吨升度点倍种组步页层套双对户间]"
@@ -190,24 +250,19 @@ _COUNTED_THINGS_PATTERN = re.compile("[个本张只条头匹辆颗棵名]")
 _COMPOUND_CHARS = "第之唯统单专同"  # 第一, 之一, 唯一: no numerals
 _NUMERAL_PATTERN = re.compile(rf"\d|[{_VULGAR_FRACTIONS}]|{CHINESE_NUMERAL_PATTERN.pattern}")
 _LIST_NUMBER_PATTERN = re.compile(r"^[ \t]{0,8}(\d{1,2})[.)、](?=\s)", re.MULTILINE)
-# The ends of what these two patterns match: they are searched only where one of them occurs.
-_TERM_ENDS = ("/", "{", "√", "+", "*", "×", "÷", "(", "第", "∞,", "infty,", "sqrt", "twice", "double", "triple", " of")
-_BOUND_SIGN_ENDS = ("<", ">", "=", "≤", "≥", "\\ge", "\\le", "eq", "slant", "\\gt", "\\lt")
-_BOUND_ENDS = (
-    *_BOUND_SIGN_ENDS,
-    "than",
-    "equal to",
-    "over",
-    "under",
-    "above",
-    "below",
-    "exceeds",
-    "于",
-    "过",
-    "到",
-    "足",
+# What ends or holds all that these two patterns match: they are searched only where it occurs.
+_TERM_CONTEXT_CHARS, _BOUND_CONTEXT_CHARS = 24, 36
+_BOUND_CHARS = frozenset("于过到足少多达")
+_TERM_WORDS = (
+    "第 号 的 比 / { ( [ | √ + * × ÷ , twice double triple sqrt cbrt log ln lg exp sin cos tan sinh cosh "
+    "tanh cot sec csc abs mod floor ceil"
 )
-_TERM_OR_BOUND_ENDS = _TERM_ENDS + _BOUND_ENDS
+_TERM_ENDS = tuple(_TERM_WORDS.split())
+_BOUND_WORDS = (
+    "< > = ≤ ≥ ≦ ≧ than to over under above below exceed exceeds exceeding beyond within from either "
+    "about by of least most as"
+)
+_BOUND_ENDS = tuple(_BOUND_WORDS.split())
 _NUMBER_CONTEXT_CHARS = 40  # characters before and behind a number that are searched for signs, negations and bounds
 
 
@@ -225,24 +280,34 @@ def read_final_number(text: str) -> tuple[Rational, ...]:
     text = _clean(cut_to_final_part(text, _NUMERAL_PATTERN))
     boxed = find_last_boxed(text)
     if boxed is not None and (numbers := find_numbers(boxed)):
-        values = _read_statement(boxed, numbers)
+        values = _read_statement(boxed, _find_asserted(numbers, find_denials(lower_text(boxed))))
         if values is not None:
             return values
-    if _has_cue(text.lower()):
-        statements = list(find_statements(text, _NUMBER_CUE_PATTERN))
+    text = blank_questions(text)
+    lowered = lower_text(text)
+    denies = find_denials(lowered)
+    if _has_cue(lowered):
+        statements = list(find_statements(text, _NUMBER_CUE_PATTERN, denies))
         for statement in reversed(statements):
             if not statement.is_denied and (numbers := find_numbers(statement.text)):
+                offset = statement.end - len(statement.text)
+                numbers = [n for n in numbers if not denies(offset + n.start(), offset + n.end())]
                 values = _read_statement(statement.text, numbers)
                 if values is not None:
                     return _read_correction(text, statements[-1].start + len(statements[-1].cue)) or values
-        text = cut_denied(text, statements)
-    return _read_last(text)
+        if any(statement.is_denied for statement in statements):
+            text = cut_denied(text, statements)
+            denies = find_denials(lower_text(text))
+    return _read_last(text, denies)
 
 
 def _read_correction(text: str, start: int) -> tuple[Rational, ...]:
     """Read the number of what takes the last statement back, as "Wait, it is 7" does; none if nothing does."""
-    correction = _RETRACTION_PATTERN.search(text, start)
-    return _read_last(text[correction.end() :]) if correction else ()
+    correction = RETRACTION_PATTERN.search(text, start)
+    if correction is None:
+        return ()
+    text = text[correction.end() :]
+    return _read_last(text, find_denials(lower_text(text)))
 
 
 def _has_cue(text: str) -> bool:
@@ -267,6 +332,12 @@ def _clean(text: str) -> str:
         text = _TAG_PATTERN.sub(" ", text)
     if "_" in text:
         text = _EMPHASIS_PATTERN.sub("", text)
+    if "(mod" in text or "( mod" in text:
+        text = _MODULUS_PATTERN.sub("", text)
+    if "半" in text:
+        text = _AND_HALF_PATTERN.sub(r"\1.5\2", text)
+    if " and " in text and "/" in text and "answers" not in text:
+        text = _MIXED_PATTERN.sub(r"\1 \2", text)
     return text
 
 
@@ -295,7 +366,6 @@ def _read_statement(statement: str, numbers: Sequence[re.Match[str]]) -> tuple[R
 
     The sides of its equals signs are tried from the last one; a side that is a calculation is passed over.
     """
-    numbers = _find_asserted(statement, numbers)
     if not numbers:
         return None
     bounds = [0, *(match.end() for match in _EQUALS_PATTERN.finditer(statement))] if _has_equals(statement) else [0]
@@ -349,7 +419,7 @@ def _is_one_of_several(text: str, numbers: Sequence[re.Match[str]], index: int) 
             or _ASSIGNMENT_PATTERN.fullmatch(gap)
             or _is_joined(text, previous, following, gap)
         )
-        if is_list or _is_alternative(gap):
+        if is_list or _is_alternative(gap) or _PARALLEL_PATTERN.fullmatch(gap):
             values = set(_read_number(text, previous))
             if values.isdisjoint(_read_number(text, following)):
                 return True
@@ -357,10 +427,7 @@ def _is_one_of_several(text: str, numbers: Sequence[re.Match[str]], index: int) 
 
 
 def _is_alternative(gap: str) -> bool:
-    text = gap.lower()
-    is_possible = "or" in text or "may" in text or "p" in text or "±" in text  # "p" as in "perhaps" and "possibly"
-    is_possible = is_possible or "或" in text or "还是" in text or "可能" in text or "也许" in text or "要么" in text
-    return is_possible and bool(_ALTERNATIVE_PATTERN.fullmatch(gap))
+    return bool(_ALTERNATIVE_PATTERN.search(gap)) and not _GAP_END_PATTERN.search(gap)
 
 
 def _get_gap(text: str, previous: re.Match[str], following: re.Match[str], *, has_sign: bool = False) -> str:
@@ -387,15 +454,21 @@ def _is_joined(text: str, previous: re.Match[str], following: re.Match[str], gap
     return False
 
 
-def _read_last(text: str) -> tuple[Rational, ...]:
+def _read_last(text: str, denies: Denies) -> tuple[Rational, ...]:
     """Read the last number that is not negated and that does not number a line of a list."""
     numbers = find_numbers(text)
     if "\n" in text and numbers:
         list_numbers = _find_list_numbers(text)
         numbers = [number for number in numbers if number.start() not in list_numbers]
-    numbers = _find_asserted(text, numbers)
+    numbers = _find_asserted(numbers, denies)
     if not numbers:
         return ()
+    may_affirm = " is " in text or " be " in text or not text.isascii()
+    if may_affirm and (
+        affirmed := [number for number in numbers if _AFFIRMED_NUMBER_PATTERN.match(text, number.end())]
+    ):
+        readings = {_read_number(text, number) for number in affirmed}
+        return readings.pop() if len(readings) == 1 else ()
     values = _read_number(text, numbers[-1])
     if not values or len(numbers) == 1:
         return values
@@ -420,25 +493,9 @@ def _find_list_numbers(text: str) -> set[int]:
     return places
 
 
-def _find_asserted(text: str, numbers: Sequence[re.Match[str]]) -> list[re.Match[str]]:
+def _find_asserted(numbers: Sequence[re.Match[str]], denies: Denies) -> list[re.Match[str]]:
     """Return the numbers that the text does not rule out, as "not 5" and "5 is wrong" do."""
-    return [number for number in numbers if not _is_negated(text, number)] if _has_negation(text) else list(numbers)
-
-
-def _has_negation(text: str) -> bool:
-    """Return false if the two patterns of negations cannot match; much faster than the patterns."""
-    text = text.lower()
-    is_english = "not" in text or "n't" in text or "never" in text or "nor" in text or "neither" in text
-    is_wrong = "wrong" in text or "incorrect" in text or "false" in text or "impossible" in text or " too " in text
-    is_exception = "instead" in text or "rather" in text or "differ" in text or "un" in text or "no way" in text
-    is_exception = is_exception or "except" in text or "other" in text or "but" in text or "? no" in text
-    is_sign = "≠" in text or "!=" in text or "\\ne" in text
-    return is_english or is_wrong or is_exception or is_sign or "不" in text or "非" in text or "错" in text
-
-
-def _is_negated(text: str, number: re.Match[str]) -> bool:
-    before = text[max(0, number.start() - _NUMBER_CONTEXT_CHARS) : number.start()]
-    return bool(_NEGATION_PATTERN.search(before) or _DENIAL_PATTERN.match(text, number.end()))
+    return [number for number in numbers if not denies(*number.span())]
 
 
 def _read_number(text: str, match: re.Match[str]) -> tuple[Rational, ...]:
@@ -451,13 +508,19 @@ def _read_number(text: str, match: re.Match[str]) -> tuple[Rational, ...]:
         return ()
     if match.end() < len(text):
         is_in_latex_group = text[match.end()] == "}" and "\\" in text
-        if is_in_latex_group or _ATTACHED_BEHIND_PATTERN.match(text, match.end()):
+        if is_in_latex_group or _NO_VALUE_BEHIND_PATTERN.match(text, match.end()):
+            return ()
+        if text[match.end()] == "|" and "|" in before:
+            return ()
+        if text[match.end()] == "!" and not _WORD_PATTERN.search(before):  # a factorial; "The answer is 5!" is none
             return ()
     if match.end() - match.start() > MAX_NUMBER_CHARS:
         return ()
     if match.re is CHINESE_NUMERAL_PATTERN:
         numeral = parse_chinese_numeral(match[0])
         assert numeral is not None, "find_numbers returns numerals that have a value"
+        if match[0].endswith("千") and text[match.end() : match.end() + 1] in _THOUSAND_UNITS:  # 三千克, 两千米
+            return tuple({numeral, parse_chinese_numeral(match[0][:-1]) or numeral})
         return (numeral, numeral * 100) if match[0].lstrip("负").startswith("百分之") else (numeral,)
 
     sign = _find_sign(before) if before else "+"
@@ -482,11 +545,28 @@ def _read_number(text: str, match: re.Match[str]) -> tuple[Rational, ...]:
 def _is_term_or_bound(before: str) -> bool:
     """Return true if the text before a number makes it a part of a term, or a bound."""
     end = before.rstrip(" -$").lower()
-    if not end.endswith(_TERM_OR_BOUND_ENDS):
-        return False
-    if end.endswith(_TERM_ENDS) and _ATTACHED_BEFORE_PATTERN.search(before):
+    may_be_term = end.endswith(_TERM_ENDS) or "\\" in before
+    if may_be_term and _ATTACHED_BEFORE_PATTERN.search(before, len(before) - _TERM_CONTEXT_CHARS):
         return True
-    return end.endswith(_BOUND_ENDS) and bool(_BOUND_PATTERN.search(before))
+    may_be_bound = (
+        " at " in before
+        or before.startswith("at ")
+        or " least " in before
+        or " most " in before
+        or " to " in before
+        or " as " in before
+    )
+    may_be_bound = may_be_bound or end.endswith(_BOUND_ENDS) or "\\" in before
+    may_be_bound = may_be_bound or (not before.isascii() and not _BOUND_CHARS.isdisjoint(before))
+    if may_be_bound and _BOUND_PATTERN.search(before, len(before) - _BOUND_CONTEXT_CHARS):
+        return True
+    if not end.endswith(" of"):
+        return False
+    noun = _OF_PATTERN.search(before)
+    if noun is None:
+        return True
+    nouns = {(noun[1] or "").lower(), noun[2].lower()}
+    return bool(nouns & _MADE_NOUNS) or not (noun[0].lower().startswith(("a ", "an ")) or nouns & _PLAIN_NOUNS)
 
 
 def _find_sign(before: str) -> str:

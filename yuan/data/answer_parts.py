@@ -7,21 +7,16 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-_THOUGHT_END = "</think>"
+from yuan.data.answer_clauses import Denies
+
+_THOUGHT_START, _THOUGHT_END = "<think>", "</think>"
 # A base model goes on with the next question of its prompt.
 _NEXT_QUESTION_PATTERN = re.compile(
     r"\n[ \t*#]{0,8}(?:question|q|problem|human|user|问题|问|题目)\s?\d{0,3}\s?[:：]", re.IGNORECASE
 )
 _BULLETS = ("- ", "* ", "• ")
 _BOX_PATTERN = re.compile(r"\\(?:boxed|fbox)\s?\{|\\?[{}]")
-SENTENCE_END_PATTERN = re.compile(r"[。！？!?;；]|\.(?=\s|$)|(?<=\S)\s*\n")
-# "I don't think the answer is", "the wrong answer is", "错误答案是".
-_DENIED_CUE_PATTERN = re.compile(
-    r"(?:(?:n't|\bnot|\bnever|\bcannot)\s(?:think|believe|say|mean|agree)\b[^.!?;\n]*|\b(?:wrong|incorrect|false)\s(?:final\s)?"
-    r"|(?:错误|不正确)的?(?:选项|结果)?)$",
-    re.IGNORECASE,
-)
-_CUE_CONTEXT_CHARS = 40  # characters before a cue that are searched for such words
+_SENTENCE_END_PATTERN = re.compile(r"[。！？!?;；]|\.(?=\s|$)|(?<=\S)\s*\n")
 
 
 class Statement(NamedTuple):
@@ -31,7 +26,7 @@ class Statement(NamedTuple):
     end: int
     cue: str
     text: str
-    is_denied: bool  # or is a question
+    is_denied: bool
 
 
 def cut_to_final_part(text: str, content: re.Pattern[str]) -> str:
@@ -39,6 +34,8 @@ def cut_to_final_part(text: str, content: re.Pattern[str]) -> str:
     if _THOUGHT_END in text:
         final = text.rpartition(_THOUGHT_END)[2].strip()
         text = final or text
+    elif _THOUGHT_START in text:  # reasoning that was cut off gives no answer
+        text = text.partition(_THOUGHT_START)[0]
     if "\n" in text and (question := _NEXT_QUESTION_PATTERN.search(text)):
         part = text[: question.start()]
         if content.search(part):
@@ -65,7 +62,7 @@ def find_last_boxed(text: str) -> str | None:
     return content
 
 
-def find_statements(text: str, cue: re.Pattern[str]) -> Iterator[Statement]:
+def find_statements(text: str, cue: re.Pattern[str], denies: Denies) -> Iterator[Statement]:
     """Yield what follows each cue, in order."""
     cues = list(cue.finditer(text))
     for index, match in enumerate(cues):
@@ -75,24 +72,15 @@ def find_statements(text: str, cue: re.Pattern[str]) -> Iterator[Statement]:
         statement = tail.lstrip()
         if statement.startswith(_BULLETS) and "\n" in tail[: len(tail) - len(statement)]:
             statement = statement[2:].lstrip()
-        sentence_end = SENTENCE_END_PATTERN.search(statement)
+        sentence_end = _SENTENCE_END_PATTERN.search(statement)
         content = statement[: sentence_end.start()] if sentence_end else statement
-        is_denied = sentence_end is not None and sentence_end[0] in "?？"
-        if start > 0 and not is_denied:
-            before = text[max(0, start - _CUE_CONTEXT_CHARS) : start]
-            is_denied = _has_denial(before.lower()) and bool(_DENIED_CUE_PATTERN.search(before))
+        is_denied = denies(start, len(text))
         content_end = end + len(tail) - len(statement) + len(content)
         yield Statement(start, content_end, match[0], content, is_denied)
 
 
-def _has_denial(text: str) -> bool:
-    """Return false if the pattern of denied cues cannot match; much faster than the pattern."""
-    is_english = "n't" in text or "not" in text or "never" in text or "wrong" in text or "incorrect" in text
-    return is_english or "false" in text or "错误" in text or "不正确" in text
-
-
 def cut_denied(text: str, statements: Sequence[Statement]) -> str:
-    """Return a text without the statements that are denied or are questions."""
+    """Return a text without the statements that are denied."""
     pieces, end = [], 0
     for statement in statements:
         if statement.is_denied:

@@ -80,8 +80,7 @@ class Numeric(_CheckerBase):
 
     `read_final_number` finds the number: the last boxed one, else the one that the last statement of an answer gives,
     else the last one.
-    The tolerance is at most half of the value, or 0.5 for values below 1, so that a wrong sign or order of magnitude
-    never passes.
+    The tolerance is at most half of the value, or 0.5 for 0, so that zero and a wrong sign never pass.
     """
 
     type: Literal["numeric"] = "numeric"
@@ -90,8 +89,8 @@ class Numeric(_CheckerBase):
 
     @model_validator(mode="after")
     def _check_tolerance(self) -> "Numeric":
-        if 2 * self.tolerance > max(Decimal(1), abs(self.value)):
-            raise make_rule_error("tolerance", "must be at most half of the value, or 0.5 for values below 1; lower it")
+        if 2 * self.tolerance > (abs(self.value) or 1):
+            raise make_rule_error("tolerance", "must be at most half of the value, or 0.5 for 0; lower it")
         return self
 
     @cached_property

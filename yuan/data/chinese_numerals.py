@@ -13,7 +13,9 @@ _UNITS = {"十": 10, "百": 100, "千": 1000, "拾": 10, "佰": 100, "仟": 1000
 _MYRIADS = {"万": 10**4, "亿": 10**8}
 _NUMERAL_CHARS = "".join((*_DIGITS, *_UNITS, *_MYRIADS))
 MAX_NUMERAL_CHARS = 60
-CHINESE_NUMERAL_PATTERN = re.compile(f"负?(?:[{_NUMERAL_CHARS}]+分之)?[{_NUMERAL_CHARS}]+(?:点[{_NUMERAL_CHARS}]+)?")
+CHINESE_NUMERAL_PATTERN = re.compile(
+    f"负?(?:[{_NUMERAL_CHARS}]+又)?(?:[{_NUMERAL_CHARS}]+分之)?[{_NUMERAL_CHARS}]+(?:点[{_NUMERAL_CHARS}]+)?"
+)
 
 
 def parse_chinese_numeral(text: str) -> Fraction | None:
@@ -29,6 +31,10 @@ def parse_chinese_numeral(text: str) -> Fraction | None:
     if text.startswith("负"):
         magnitude = parse_chinese_numeral(text[1:])
         return None if magnitude is None else -magnitude
+    whole_text, separator, fraction_text = text.partition("又")  # 一又二分之一
+    if separator:
+        whole, fraction = _parse_whole(whole_text), parse_chinese_numeral(fraction_text)
+        return None if whole is None or fraction is None or "分之" not in fraction_text else whole + fraction
     denominator_text, separator, numerator_text = text.partition("分之")
     if separator:
         denominator = 100 if denominator_text == "百" else 1000 if denominator_text == "千" else None

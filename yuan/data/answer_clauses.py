@@ -1,0 +1,152 @@
+"""Clauses around a number or an option letter: if they assert it or deny it; docs/checkers.md has the rules.
+
+Every function takes time linear in the text's length. The texts are in lower case, see `lower_text`.
+"""
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable
+
+Denies = Callable[[int, int], bool]  # tells if the clause around what stands from a start to an end denies it
+
+# Words that deny, doubt or question what follows them in their clause. The first group are phrases that do not.
+_GOVERNORS_PATTERN = re.compile(
+    r"""
+    (?=[abcdefghimnorstuvw!≠\\不没未非勿别莫怀难怎是否排除错会差无分特区级性划去剔删误谁哪为])(?:
+    \b(?=[abcdefhimnorstuvw])(?:(?P<harmless>(?:no\s|not\s(?:a\s)?|(?<=without\s)(?:a\s)?|beyond\s)doubt\b
+        |not\s(?:only|hard|difficult|surprising)|(?:that|which|who)\s(?:are|do|does|did|have|has|were)(?:\snot\b
+        |n't)|(?:that|which|who)\s(?:can(?:not|'t)|never)\b|(?:don't|not)\sforget\b|none\sother\sthan)
+  | (?P<english>(?:not|never|cannot|neither|nor|nobody|no(?:\sone|\sway|\sreason|t)|hardly|scarcely|barely
+        |unlikely|impossible|(?:an?\s)?doubt(?:s|ed|ful)?|disagree|disbelieve|refuse|reject(?:s|ed|ing)?|den(?:y
+        |ies|ied)|eliminat(?:e|es|ed|ing)|exclud(?:e|es|ed|ing)|rul(?:e|es|ed|ing)\sout|(?:cross|strik)(?:e|ed
+        |ing)?\sout|struck\sout|discard(?:s|ed|ing)?|avoid(?:s|ing)?|except|unlike|unequal|false|untrue|wrong
+        |incorrect|mistaken|mistake|by\sno\smeans|far\sfrom|nowhere\snear|unsure|uncertain|nothing|skip
+        |ignor(?:e|es|ed|ing)|forget|drop(?:s|ped)?|dismiss(?:es|ed)?|(?:steer|stay)\s(?:clear|away)|beware
+        |other\sthan|rather\sthan|instead\sof|different\sfrom|(?:any|every)thing\sbut|all\sbut)\b))
+  | (?P<contraction>n't\b)
+  | (?=[不没未非勿别莫怀难怎是否排除错会差无分特区级性划去剔删误谁哪为])(?:
+    (?P<chinese_harmless>不[难妨仅但断管久变]|不同(?!意)|不等式|不得不|非(?=.{1,4}莫属)|不多不少|(?:是|除|无)非
+        |非(?:常|负)|[分特区级性]别|差不多)
+  | (?P<either>不是(?=[^,。]{1,8}就是))
+  | (?P<chinese>(?:错误|不正确|不对)的?(?!(?<=的)(?:选项|说法|一项)?是)|不|没有?|未必|勿|别|莫|怀疑|难道|怎么
+        |是否|会不会|否认|排除|除了?|划掉|去掉|剔除|删[去掉除]?|[误错]选|谁|哪[里能]|莫非|为什么
+        |非(?=是?\s?[-(\da-h])|错误(?!的(?:选项|说法|一项)?是))
+    )
+  | (?P<sign>≠|!=|\\neq?(?![a-z]))
+    )
+    """,
+    re.VERBOSE,
+)
+_MAX_GOVERNED_CHARS = 80  # from such a word to what it governs
+_MAX_EITHER_CHARS = 12
+_CLAUSE_END_PATTERN = re.compile(
+    r"[,;:!?。、\n()]|\.(?=\s|$)|\b(?:but|so|therefore|thus|hence|then|because|since|leav(?:es|ing)|remains?)\b"
+    r"|但|而是|所以|因此|故"
+)
+_GOVERNED_LABEL_PATTERN = re.compile(r"(?:\s(?:the|final|correct|right|true|answer|option|choice|result))*\s?:?")
+_CHINESE_GAP_PATTERN = re.compile(r"[^的共,;:!?。\n()\da-h]{0,8}")
+
+_ADVERBS = r"(?:(?:\w{2,12}ly|also|all|both|just|still|quite|very|be|been)\s){0,3}"
+_REJECTED = (
+    r"(?:reject|discard|eliminat|exclud|ruled\s|crossed\s|wrong|incorrect|false|untrue|impossible|unlikely|implausible"
+    r"|invalid|extraneous)"
+)
+# Predicates that deny what stands before them.
+_DENIED_BEHIND_PATTERN = re.compile(
+    rf"""
+    \s?[)\]}}]?\s?(?:
+    (?:(?:[,(]|\.\s(?=this|that))\s?)?(?:but\s|and\s)?(?:(?:which|that|this)\s?)?(?:
+        (?:is|are|was|were|'s|seems?|looks?|sounds?|would|must|should|could|can|may|might|has|have)\s{_ADVERBS}(?:
+            {_REJECTED}|(?:an?|the)\s(?:\w{{1,12}}\s)?(?:wrong|incorrect|mistake|error|trap|distractor)|a\sbad|out\b
+          | too\s(?:large|small|big|high|low|many|few|long|short)|never|hardly|far\sfrom|nowhere|by\sno\smeans|no\b
+          | not(?=\s?(?:[,.;:)!]|$|(?:the|an?|it|{_ADVERBS}(?:right|correct|possible|valid|true|good|what|my|our
+        |be|fit|work))\b)))
+      | (?:isn't|aren't|wasn't|can't|cannot|couldn't|won't|wouldn't|shouldn't|doesn't|don't|didn't|(?:does|do
+        |did)\snot)\b
+      | (?:fails?|contradicts?|makes?\sno)\b)
+  | \s?(?:,|\.{{1,3}}|…)\s?no(?:pe)?\s?(?:[,.!]|$)|\s?-\s{_REJECTED}|\s?\(?\s?[×✗❌](?!\s?\d)
+  | [,(。]\s?(?:{_REJECTED}|not\s(?:valid|possible|allowed|correct)|舍|不合|不符|不满足|不成立|错(?!误?的[是选])
+        |不对(?!的)|有误|这是错|这不)
+  | (?:[个元块角分人名位只天年米岁]|[两二三四]?个?选?项)?(?:的?说法|答案)?\s?
+    (?:[是也都均皆全应可并太就被来先]|应该|可以|明显|显然|肯定|一定|绝对){{0,3}}
+    (?:错(?!误?的[是选])|不对|不正确|不符|不合|不成立|不满足|不行|不可|不能?选(?!\s?[a-h])|不是(?!\s?[-a-h\d])
+        |不通|行不通|不妥
+      |非正确|非答案|有误|有问题|存在问题|说不通|不存在|不全面|不合理|不当|无效|无关|无中生有|过于|偏[大小]|假的
+        |增根|划掉|删|与\w{{1,6}}不|排除|舍|陷阱|干扰|(?<=太)[\u4e00-\u9fff]|才怪|[以之]?外(?!\w?国))
+    )
+    """,
+    re.VERBOSE,
+)
+# What takes an answer back, so that what follows is the answer.
+RETRACTION_PATTERN = re.compile(
+    r"\b(?:wait|actually|correction|sorry|my\smistake|scratch\sthat)\b|[.,;!]\s?no(?=[.,;!]|\swait|\sit)|actually\sno\b"
+    r"|[。，,；]\s?不[,，对]|更正|说错了|其实",
+    re.IGNORECASE,
+)
+# A clause that gives a letter or number only for the time being.
+_TENTATIVE_PATTERN = re.compile(
+    r"\b(?:thought|guess(?:ed)?|could|might|may|at\sfirst|some|most|people|tempting|maybe|perhaps|possibly)\b"
+    r"|可能|也许|看起来|本来|本想|起初|以为|有人"
+)
+_ASKING_END_PATTERN = re.compile(r"[。！!?;；]|吗[?。]?|\.(?=\s|$)|(?<=\S)\s*\n")
+
+
+def lower_text(text: str) -> str:
+    """Return a text of the same length in lower case, in which places are those of the text."""
+    return text.replace("İ", "I").lower()
+
+
+def blank_questions(text: str) -> str:
+    """Return a text of the same length with spaces in the place of sentences that ask."""
+    if "?" not in text and "吗" not in text:
+        return text
+    pieces, start = [], 0
+    for match in _ASKING_END_PATTERN.finditer(text):
+        is_question = match[0].startswith(("?", "吗"))
+        pieces.append(" " * (match.end() - start - 1) + "\n" if is_question else text[start : match.end()])
+        start = match.end()
+    return "".join((*pieces, text[start:]))
+
+
+def _deny_nothing(_start: int, _end: int) -> bool:
+    return False
+
+
+def find_denials(text: str) -> Denies:
+    """Return a function that tells if the clause around a place (start, end) denies it."""
+    if text.isascii() and not text.islower() and "!=" not in text:  # no word
+        return _deny_nothing
+    governors = [
+        match for match in _GOVERNORS_PATTERN.finditer(text) if match.lastgroup not in ("harmless", "chinese_harmless")
+    ]
+    ends = [match.end() for match in governors]
+
+    def is_denied(start: int, end: int) -> bool:
+        if end < len(text) and _DENIED_BEHIND_PATTERN.match(text, end):
+            return True
+        index = bisect_right(ends, start)
+        return index > 0 and _governs(text, governors[index - 1], start)
+
+    return is_denied
+
+
+def _governs(text: str, governor: re.Match[str], start: int) -> bool:
+    """Return true if a word still governs a later place: no clause ends between them."""
+    if start - governor.end() > _MAX_GOVERNED_CHARS:
+        return False
+    if governor.lastgroup == "sign":
+        return not text[governor.end() : start].strip(" -$")
+    if governor.lastgroup == "either":  # 不是A就是B
+        return "," not in text[governor.end() : start] and start - governor.end() <= _MAX_EITHER_CHARS
+    if governor.lastgroup == "chinese":
+        return _CHINESE_GAP_PATTERN.fullmatch(text, governor.end(), start) is not None
+    label = _GOVERNED_LABEL_PATTERN.match(text, governor.end(), start)  # "Wrong answer: 5"
+    return _CLAUSE_END_PATTERN.search(text, label.end() if label else governor.end(), start) is None
+
+
+def is_tentative(text: str, start: int) -> bool:
+    """Return true if a word such as "might" stands before a place in its clause."""
+    for match in _TENTATIVE_PATTERN.finditer(text, max(0, start - _MAX_GOVERNED_CHARS), start):
+        if not _CLAUSE_END_PATTERN.search(text, match.end(), start):
+            return True
+    return False
