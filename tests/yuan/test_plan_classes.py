@@ -1,4 +1,4 @@
-"""Test the choice of a device class for each stage."""
+"""Test the choice of a device class for each stage, and pools of many classes."""
 
 import random
 from itertools import product
@@ -8,9 +8,10 @@ import pytest
 
 from yuan.config import ModelConfig
 from yuan.plan.class_assignment import assign_classes
-from yuan.plan.pool import DeviceGroup
+from yuan.plan.planner import make_plan
+from yuan.plan.pool import DeviceGroup, Pool
 from yuan.plan.stage_costs import build_stage_costs
-from yuan.plan.workload import Grid, Workload
+from yuan.plan.workload import Grid, Workload, compute_default_loss_block
 
 MODEL = ModelConfig(name="m", num_layers=8, hidden_size=512, num_heads=8, vocab_size=8_000, seq_len=512)
 
@@ -53,3 +54,20 @@ def test_assigned_classes_take_the_most_places_of_all_assignments(seed):
     else:
         assert sum(max_places[stage, c] for stage, c in enumerate(classes)) == most
         assert all(classes.count(c) <= count for c, count in enumerate(counts))
+
+
+@pytest.mark.parametrize(("num_classes", "count", "is_proven"), [(6, 4, False), (10, 1_000_000, True)])
+def test_pools_of_many_classes_are_planned(num_classes, count, is_proven):
+    """With few devices of many classes the search is not exact, and the gap says so."""
+    draw = random.Random(1)
+    pool = Pool(name="p", groups=tuple(make_group(f"class {n}", count, draw) for n in range(num_classes)))
+    work = Workload(
+        model=MODEL, seq_len=512, global_batch_size=24, precision="bf16", loss_block=compute_default_loss_block(MODEL)
+    )
+    plan = make_plan(work, pool, explained=False)
+    assert plan.feasible and plan.step_seconds >= plan.lower_bound
+    assert plan.gap == 0 or not is_proven
+    used = [stage.device_class for stage in plan.stages]
+    assert all(used.count(name) * plan.data_size <= count for name in used)
+    least = make_plan(work, pool, objective="memory", explained=False)
+    assert least.peak_memory_bytes <= plan.peak_memory_bytes

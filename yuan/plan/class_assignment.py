@@ -10,17 +10,11 @@ Letters: P stages, C device classes.
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from yuan.plan.lower_bounds import RelaxedProblem
 from yuan.plan.memory_model import IntArray
 from yuan.plan.stage_costs import StageCosts
 
 IMPOSSIBLE_PLACES = -1e9  # of a stage on a class that it does not fit
 ORDER_WEIGHT = 1e-6  # of a place; of equally good choices, the one with classes in the order of the pool
-
-
-def fits(costs: StageCosts) -> bool:
-    """Return True if any layout fits the devices; exact."""
-    return costs.has_places and assign_classes(costs, RelaxedProblem(costs).compute_max_places(np.inf)) is not None
 
 
 def assign_classes(costs: StageCosts, max_places: IntArray) -> tuple[int, ...] | None:

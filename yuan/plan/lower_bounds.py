@@ -10,6 +10,7 @@ stages, and μ the time that the bottleneck stage adds to it. Places of a stage 
 import numpy as np
 import numpy.typing as npt
 
+from yuan.plan.class_assignment import assign_classes
 from yuan.plan.critical_path import count_filling_batches, count_steady_batches
 from yuan.plan.memory_model import IntArray
 from yuan.plan.stage_costs import StageCosts
@@ -20,6 +21,7 @@ NUM_WAIT_INTERVALS = 24  # intervals of μ
 WAIT_INTERVAL_GROWTH = 1.02  # of μ from one interval to the next
 WAIT_BOUND_TOLERANCE = 1e-3  # relative precision of the minimum μ
 PEAK_BOUND_TOLERANCE = 1e-3  # relative precision of the minimum memory
+MAX_BOUNDED_CLASSES = 2
 FIRST_WAIT_DIVISOR = 64  # of the largest μ; the search for the minimum μ starts at the quotient and doubles it
 NUM_TIGHTENING_PASSES = 2  # passes that lower max. places, since fewer places in early stages mean more in later ones
 
@@ -56,7 +58,7 @@ def bound_step_seconds(costs: StageCosts, cutoff: float = float("inf")) -> float
 def bound_peak_bytes(costs: StageCosts, cutoff: float = float("inf")) -> int | None:
     """Return a lower bound on the bytes of the fullest device; None if no layout fits in less than `cutoff`."""
     costs = costs if cutoff == float("inf") else costs.cap_memory(int(cutoff))
-    if not may_fit(costs):
+    if not fits(costs):
         return None
     low, high = 0, int(costs.memory.capacity.max())
     while high - low > PEAK_BOUND_TOLERANCE * high:
@@ -68,9 +70,9 @@ def bound_peak_bytes(costs: StageCosts, cutoff: float = float("inf")) -> int | N
     return low
 
 
-def may_fit(costs: StageCosts) -> bool:
-    """Return True if a layout may fit; only False is certain."""
-    return costs.has_places and RelaxedProblem(costs).is_feasible()
+def fits(costs: StageCosts) -> bool:
+    """Return True if a layout fits the devices; exact, since memory does not depend on neighbors."""
+    return costs.has_places and assign_classes(costs, RelaxedProblem(costs).compute_max_places(np.inf)) is not None
 
 
 class RelaxedProblem:
@@ -109,12 +111,15 @@ class RelaxedProblem:
         self.later_wait_offset = steady + (next_link_s + costs.time.return_s[:, None])[..., None]
 
     def is_feasible(self, wait: float = np.inf, finish: float = np.inf) -> bool:
-        """Return True if stages and classes may be assigned so that they take all layers, by a bound from the dual."""
+        """Return True if stages and classes may be assigned so that they take all layers; only False is certain."""
         max_places = self.compute_max_places(wait, finish)
         stage_max = max_places.max(axis=1, where=self.slots > 0, initial=0)
         if not (stage_max > 0).all():
             return False
-        return _bound_assigned_places(max_places, self.slots, self.costs.num_places) >= self.costs.num_places
+        if _bound_assigned_places(max_places, self.slots, self.costs.num_places) < self.costs.num_places:
+            return False
+        # With few classes the bound is close to the assignment itself, which takes ten times as long.
+        return len(self.slots) <= MAX_BOUNDED_CLASSES or assign_classes(self.costs, max_places) is not None
 
     def find_minimum_wait(self, max_wait: float) -> float:
         """Return a lower bound on μ over all layouts that fit, by bisection.

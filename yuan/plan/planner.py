@@ -139,7 +139,7 @@ def build_plan(
         tokens_per_s=work.global_batch_size * work.seq_len / layout.seconds,
         bubble_fraction=1 - compute_seconds / (grid.pipeline_size * layout.seconds),
         peak_memory_bytes=layout.peak_bytes,
-        lower_bound=lower_bound,
+        lower_bound=None if lower_bound is None else min(lower_bound, layout.seconds),
         gap=None if lower_bound is None else _compute_gap(layout.seconds, lower_bound),
         feasible=True,
         binding="",

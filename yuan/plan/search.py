@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from yuan.plan.class_assignment import fits
 from yuan.plan.layout import Layout
-from yuan.plan.lower_bounds import bound_peak_bytes, bound_step_seconds
+from yuan.plan.lower_bounds import bound_peak_bytes, bound_step_seconds, fits
 from yuan.plan.pool import DeviceGroup, Pool
 from yuan.plan.simulate import Timeline, simulate, simulate_seconds
 from yuan.plan.solver import is_exact, minimize_peak_memory, solve
@@ -248,7 +247,7 @@ class _GridSearch:
         """Queue a grid if its lower bound is below the cutoff; return True if it is."""
         costs = build_stage_costs(self.work, grid, self.groups)
         if self.objective == "time":
-            bound = bound_step_seconds(costs, self.cutoff)
+            bound = max(bound_step_seconds(costs, self.cutoff), self.bound_grid(grid))
         else:
             peak = bound_peak_bytes(costs, self.cutoff)
             bound = float("inf") if peak is None else peak
@@ -270,7 +269,9 @@ class _GridSearch:
         if layout is None and not is_exact(queued.costs):
             self.floor = min(self.floor, queued.bound)
         if layout is not None:
-            self.floor = min(self.floor, layout.lower_bound)
+            # A bound on seconds, also if the objective is memory.
+            bound = queued.bound if self.objective == "time" else 0.0
+            self.floor = min(self.floor, max(layout.lower_bound, min(bound, layout.seconds)))
             candidate = PlanCandidate(queued.grid, layout, self.groups)
             self.best.append(_RankedCandidate(self._compute_rank(candidate), candidate, queued.costs))
             self.best = sorted(self.best, key=lambda ranked: ranked.rank)[: self.num_candidates]

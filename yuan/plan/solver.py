@@ -16,7 +16,7 @@ from itertools import product
 
 import numpy as np
 
-from yuan.plan.class_assignment import assign_classes, fits
+from yuan.plan.class_assignment import assign_classes
 from yuan.plan.dynamic_program import TIE_TOLERANCE, DynamicProgram, count_states
 from yuan.plan.layout import (
     Layout,
@@ -26,12 +26,12 @@ from yuan.plan.layout import (
     compute_total_seconds,
     make_layout,
 )
-from yuan.plan.lower_bounds import RelaxedProblem, bound_step_seconds
+from yuan.plan.lower_bounds import RelaxedProblem, bound_step_seconds, fits
 from yuan.plan.memory_costs import DOES_NOT_FIT
 from yuan.plan.memory_model import IntArray
 from yuan.plan.stage_costs import StageCosts
 
-MAX_EXACT_STATES = 40_000_000  # most table cells of an exact dynamic program
+MAX_EXACT_STATES = 10_000_000  # most table cells of an exact dynamic program
 # Fraction of a step's time by which a layout may be above the optimum of its grid, if the grid cannot be the best one.
 LAYOUT_SLACK_FRACTION = 1e-2
 MIN_WAIT_TOLERANCE = 1e-3  # relative precision of the minimum μ that is feasible
