@@ -47,12 +47,12 @@ def test_assigned_classes_take_the_most_places_of_all_assignments(seed):
         if all(classes.count(c) <= count for c, count in enumerate(counts))
         and all(max_places[stage, c] for stage, c in enumerate(classes))
     ]
-    most = max(possible, default=0)
+    most_places = max(possible, default=0)
     classes = assign_classes(costs, max_places)
-    if most < costs.num_places:
+    if most_places < costs.num_places:
         assert classes is None
     else:
-        assert sum(max_places[stage, c] for stage, c in enumerate(classes)) == most
+        assert sum(max_places[stage, c] for stage, c in enumerate(classes)) == most_places
         assert all(classes.count(c) <= count for c, count in enumerate(counts))
 
 

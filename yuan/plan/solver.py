@@ -315,13 +315,13 @@ class _LayoutSearch:
             return None
         # Double from a lower bound, then bisect.
         low = high = 0.0 if self.costs.grad_accum_steps == 1 else relaxed.find_minimum_wait(max_wait)
-        while (found := assign(high)) is None:
-            low, high = high, min(max_wait, 2 * high)
-        classes = found
+        while (near := assign(high)) is None:
+            low, high = high, min(max_wait, 2 * high) if high else max_wait
+        classes = near
         while high - low > MIN_WAIT_TOLERANCE * high:
             middle = (low + high) / 2
-            found = assign(middle)
-            low, high, classes = (middle, high, classes) if found is None else (low, middle, found)
+            near = assign(middle)
+            low, high, classes = (middle, high, classes) if near is None else (low, middle, near)
 
         point = _LayoutSearch(self.costs.fix_classes(classes))._minimize_over_waits(np.inf, max_finish)
         if point is None:
