@@ -4,6 +4,7 @@ Memory is what the driver reports to programs; dense bf16 peaks and bandwidths a
 sustained rate is what large transformers are known to reach; `cotrain calibrate` replaces it with a measured rate.
 """
 
+import re
 from dataclasses import dataclass
 
 
@@ -96,4 +97,13 @@ DEVICE_SPECS: dict[str, DeviceSpec] = {
 }
 
 # Rejected with a specific message: they do not support bf16 matrix multiplication, which Yuan's training needs.
-DEVICES_WITHOUT_BF16 = {"V100-32", "V100-16", "T4", "RTX-2080Ti"}
+CLASSES_WITHOUT_BF16 = re.compile(r"(V100|P100|P40|T4|TITAN|RTX-?20[5-8]0(Ti)?|GTX)($|[^0-9A-Z])", re.IGNORECASE)
+
+
+def lacks_bf16(device_class: str) -> bool:
+    """Return True for the known classes that cannot multiply bf16, however the rest of the name is written.
+
+    >>> lacks_bf16("V100-32"), lacks_bf16("v100"), lacks_bf16("RTX-2080Ti"), lacks_bf16("A100-80"), lacks_bf16("T400")
+    (True, True, True, False, False)
+    """
+    return CLASSES_WITHOUT_BF16.match(device_class) is not None

@@ -8,7 +8,7 @@ from typing import Any
 from yuan.plan.json_fields import check_fields, show_value
 
 PLAN_SCHEMA = 1
-PLAN_WORDS = {"objective": ("time", "memory"), "binding": ("compute", "memory")}
+PLAN_WORDS = {"objective": ("time", "memory"), "binding": ("compute", "memory", "")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class PipelinePlan:
         lower_bound: seconds of a step; no layout of the same workload on the pool is faster.
         gap: step_seconds / lower_bound - 1.
         feasible: False if nothing fits; the layout is then the one that is nearest to fitting.
-        binding: the limiting resource, "compute" or "memory".
+        binding: the limiting resource, "compute" or "memory"; empty without an explanation.
     """
 
     model: str
@@ -121,7 +121,7 @@ class PipelinePlan:
             raise ValueError(f"bubble_fraction must be from 0 to 1, got {self.bubble_fraction}")
         for name, values in PLAN_WORDS.items():
             if getattr(self, name) not in values:
-                raise ValueError(f"{name} must be {' or '.join(values)}, got {show_value(getattr(self, name))}")
+                raise ValueError(f"{name} must be {' or '.join(filter(None, values))}, got {show_value(getattr(self, name))}")
         batch_sizes = (self.data_size, self.micro_batch_size, self.grad_accum_steps)
         if math.prod(batch_sizes) != self.global_batch_size:
             raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeGuard, get_args
 
 import tomli_w
 
-from yuan.plan.devices import DEVICE_SPECS, DEVICES_WITHOUT_BF16
+from yuan.plan.devices import DEVICE_SPECS, lacks_bf16
 from yuan.plan.json_fields import show_value
 from yuan.safe_files import read_regular_file
 
@@ -171,7 +171,7 @@ def is_fast_at_bf16(group: DeviceGroup) -> bool:
     >>> is_fast_at_bf16(make_cpu_pool().groups[0])
     False
     """
-    if group.device_class in DEVICES_WITHOUT_BF16:
+    if lacks_bf16(group.device_class):
         return False
     return group.fp32_tflops is None or group.sustained_tflops > group.fp32_tflops
 
@@ -298,7 +298,7 @@ def _parse_group(entry: Mapping[str, Any]) -> DeviceGroup:
     name = entry.get("device_class", "")
     if not isinstance(name, str):
         raise ValueError(f"device_class of a [[pool.group]] must be a text, got {show_value(name)}; write it in quotes")
-    if name in DEVICES_WITHOUT_BF16:
+    if lacks_bf16(name):
         raise ValueError(
             f"device class {show_value(name)} cannot multiply bf16, in which Yuan is trained; "
             f"use one of {_format_known_classes()}"
@@ -344,8 +344,9 @@ def _check_keys(table: Mapping[str, Any], known_keys: set[str], table_name: str)
 
 
 def _suggest_nearest(word: str, words: list[str]) -> str:
-    matches = difflib.get_close_matches(word, words, n=1)
-    return f"; did you mean {matches[0]!r}?" if word and matches else ""
+    by_lower_case = {known.lower(): known for known in words}
+    matches = difflib.get_close_matches(word.lower(), list(by_lower_case), n=1)
+    return f"; did you mean {by_lower_case[matches[0]]!r}?" if word and matches else ""
 
 
 def _check_positive(label: str, value: object) -> None:

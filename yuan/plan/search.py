@@ -125,7 +125,7 @@ def check_limits(work: Workload, pool: Pool, limits: SizeLimits) -> None:
         raise ValueError(
             f"{pipeline} stages of {data} replicas need {pipeline * data} devices, {data} of one class for each stage, "
             f"and pool {pool.name!r} has {', '.join(f'{g.count} {g.device_class}' for g in pool.groups)}; "
-            f"use at most {slots} stages or fewer replicas"
+            f"use {f'at most {slots} stages or ' if slots else ''}fewer replicas"
         )
     if work.global_batch_size % (data * micro):
         raise ValueError(

@@ -31,7 +31,9 @@ from yuan.plan.memory_costs import DOES_NOT_FIT
 from yuan.plan.memory_model import IntArray
 from yuan.plan.stage_costs import StageCosts
 
-MAX_EXACT_STATES = 10_000_000  # most table cells of an exact dynamic program
+# Most table cells of an exact dynamic program, for three classes and for more, of which a search solves more programs.
+MAX_EXACT_STATES = 40_000_000
+MAX_EXACT_STATES_OF_MANY_CLASSES = 10_000_000
 # Fraction of a step's time by which a layout may be above the optimum of its grid, if the grid cannot be the best one.
 LAYOUT_SLACK_FRACTION = 1e-2
 MIN_WAIT_TOLERANCE = 1e-3  # relative precision of the minimum μ that is feasible
@@ -85,7 +87,8 @@ def solve(
 
 def is_exact(costs: StageCosts) -> bool:
     """Return True if `solve` is exact: it finds the optimum, and None only if no layout is below the cutoff."""
-    return costs.num_classes <= 2 or count_states(costs) <= MAX_EXACT_STATES
+    max_states = MAX_EXACT_STATES if costs.num_classes <= 3 else MAX_EXACT_STATES_OF_MANY_CLASSES
+    return costs.num_classes <= 2 or count_states(costs) <= max_states
 
 
 def minimize_peak_memory(costs: StageCosts, best: Layout) -> Layout:
