@@ -26,6 +26,7 @@ _SEPARATOR = r"(?:(?:\s?,)?\s?(?:and/or|and|or|as\swell\sas)\b|\s?(?:[,、，/&+
 _LETTERS_IN_ORDER = rf"(?<![{_WORD}])(?=[A-H]{{2,8}}(?![{_WORD}]))A?B?C?D?E?F?G?H?(?![{_WORD}])"
 _LETTER_LIST = rf"(?=[(\[A-Z])(?:{_LETTER}(?:{_SEPARATOR}{_LETTER})*|{_LETTERS_IN_ORDER})"
 _CAPITALS_PATTERN = re.compile("[A-Z]+")
+_LETTER_START_PATTERN = re.compile(r"[(\[A-Z]")
 _LETTER_LIST_PATTERN = re.compile(_LETTER_LIST)
 
 # An answer that is a letter, or starts with one as "B. Paris" or "(b) Paris" do.
@@ -123,7 +124,7 @@ def read_choices(text: str) -> frozenset[str]:
             return letters
         if any(statement.is_denied for statement in statements):
             text = cut_denied(text, statements)
-            lists = list(_LETTER_LIST_PATTERN.finditer(text))
+            lists = _find_letters(text)
     if affirmed := [letters[0] for letters in lists if _AFFIRMED_BEHIND_PATTERN.match(text, letters.end())]:
         return frozenset().union(*map(_collect_letters, affirmed))
     if letters := _read_leading(text):
@@ -151,9 +152,19 @@ def _has_cue(text: str) -> bool:
     )
 
 
+def _find_letters(text: str) -> list[re.Match[str]]:
+    lists = []
+    first = _LETTER_START_PATTERN.search(text)
+    letters = first and _LETTER_LIST_PATTERN.search(text, first.start())
+    while letters:
+        lists.append(letters)
+        letters = _LETTER_LIST_PATTERN.search(text, letters.end())
+    return lists
+
+
 def _keep_asserted(text: str, lowered: str, denies: Denies) -> tuple[str, list[re.Match[str]]]:
     """Return a text of the same length and its letters, less those that it rules out or that a later part replaces."""
-    lists = list(_LETTER_LIST_PATTERN.finditer(text))
+    lists = _find_letters(text)
     if lists:
         asserted: list[re.Match[str]] = []
         pieces: list[str] = []

@@ -34,6 +34,8 @@ _NUMBER_CHARS = {
     ord("】"): ":",
 }
 _FOREIGN_CHAR_PATTERN = re.compile(f"[{''.join(map(chr, (*_NUMBER_CHARS, *_SUPERSCRIPTS)))}]")
+# Most texts have none of the characters that cleaning, boxes, questions and further questions need.
+_MARK_PATTERN = re.compile(rf"[\n<\\{{$`*_(/?吗半{''.join(map(chr, (*_NUMBER_CHARS, *_SUPERSCRIPTS)))}]")
 _SUPERSCRIPT_PATTERN = re.compile("⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 # What a text must have, a pattern, and what replaces it; searching the former first is faster.
 _LATEX_SUBSTITUTIONS = tuple(
@@ -72,13 +74,14 @@ _TAG_PATTERN = re.compile("</?[A-Za-z][A-Za-z0-9]{0,15}>")
 _EMPHASIS_PATTERN = re.compile(r"(?<!\w)_{1,2}(?=[^\s_])|(?<=[^\s_])_{1,2}(?!\w)")
 
 _VULGAR_FRACTIONS = "".join(chr(code) for code in (*range(0xBC, 0xBF), *range(0x2150, 0x215F), 0x2189))
+_NUMBER_START_PATTERN = re.compile(rf"[\d.{_VULGAR_FRACTIONS}]")
 _NUMBER_PATTERN = re.compile(
     rf"""
-    (?=[\d.{_VULGAR_FRACTIONS}])(?<![A-Za-z0-9_^])(?<!\d\.)(?<!\^[-+])
+    (?<![A-Za-z0-9_^])(?<!\d\.)(?<!\^[-+])
     (?:
-        (?P<several>\d+(?:(?::\d+)+ | (?:-\d+){{2,}} | (?:/\d+){{2,}}))
+        (?P<several>\d++(?:(?::\d+)+ | (?:-\d+){{2,}} | (?:/\d+){{2,}}))
       | (?:
-            (?P<whole>\d{{1,3}}(?:,\d{{3}}(?!\d))+ | \d{{1,3}}(?:\ \d{{3}}(?!\d))+ | \d+)
+            (?P<whole>\d++(?![,\ ]) | \d{{1,3}}(?:,\d{{3}}(?!\d))+ | \d{{1,3}}(?:\ \d{{3}}(?!\d))+ | \d+)
             (?P<decimals>\.\d+)?
           | (?<![.)\]}}])(?P<bare>\.\d+)
           | (?P<vulgar>[{_VULGAR_FRACTIONS}])
@@ -91,9 +94,9 @@ _NUMBER_PATTERN = re.compile(
           | \s?/\s?(?P<denominator>\d+)(?![\d/]|\.\d)
         )?
         (?:
-            \s?(?P<percent>[%‰]|[Pp]er\ ?cent\b)
-          | \s?(?P<scale>(?i:hundred|thousand|million|billion|trillion|dozen)\b
-                |万亿|[十百千]?[万亿]|百(?!分)|千(?![克米瓦卡伏帕焦赫吨安]))
+            \s?+(?:(?P<percent>[%‰]|[Pp]er\ ?cent\b)
+          | (?P<scale>(?i:hundred|thousand|million|billion|trillion|dozen)\b
+                |万亿|[十百千]?[万亿]|百(?!分)|千(?![克米瓦卡伏帕焦赫吨安])))
         )?
     )
     """,
@@ -262,7 +265,8 @@ _BOUND_WORDS = (
     "< > = ≤ ≥ ≦ ≧ than to over under above below exceed exceeds exceeding beyond within from either "
     "about by of least most as"
 )
-_BOUND_ENDS = tuple(_BOUND_WORDS.split())
+_SIGN_CHARS = frozenset(word for word in (_TERM_WORDS + " " + _BOUND_WORDS).split() if len(word) == 1)
+_WORD_ENDS = frozenset(word[-2:] for word in (_TERM_WORDS + " " + _BOUND_WORDS).split() if len(word) > 1)
 _NUMBER_CONTEXT_CHARS = 40  # characters before and behind a number that are searched for signs, negations and bounds
 
 
@@ -277,13 +281,14 @@ def read_final_number(text: str) -> tuple[Rational, ...]:
         magnitude = Fraction(int(whole + decimals), 10 ** len(decimals)) if decimals else int(whole)
         return (-magnitude if sign else magnitude,)
 
-    text = _clean(cut_to_final_part(text, _NUMERAL_PATTERN))
-    boxed = find_last_boxed(text)
-    if boxed is not None and (numbers := find_numbers(boxed)):
-        values = _read_statement(boxed, _find_asserted(numbers, find_denials(lower_text(boxed))))
-        if values is not None:
-            return values
-    text = blank_questions(text)
+    if _MARK_PATTERN.search(text):
+        text = _clean(cut_to_final_part(text, _NUMERAL_PATTERN))
+        boxed = find_last_boxed(text)
+        if boxed is not None and (numbers := find_numbers(boxed)):
+            values = _read_statement(boxed, _find_asserted(numbers, find_denials(lower_text(boxed))))
+            if values is not None:
+                return values
+        text = blank_questions(text)
     lowered = lower_text(text)
     denies = find_denials(lowered)
     if _has_cue(lowered):
@@ -343,7 +348,13 @@ def _clean(text: str) -> str:
 
 def find_numbers(text: str) -> list[re.Match[str]]:
     """Return the numbers of a text in order, without signs; numerals in Chinese characters only if it has no digits."""
-    numbers = list(_NUMBER_PATTERN.finditer(text))
+    numbers = []
+    end = 0
+    while start := _NUMBER_START_PATTERN.search(text, end):
+        number = _NUMBER_PATTERN.match(text, start.start())
+        if number:
+            numbers.append(number)
+        end = number.end() if number else start.end()
     if not numbers and not text.isascii():
         numbers = [match for match in CHINESE_NUMERAL_PATTERN.finditer(text) if _is_chinese_number(match)]
     return numbers
@@ -460,6 +471,11 @@ def _read_last(text: str, denies: Denies) -> tuple[Rational, ...]:
     if "\n" in text and numbers:
         list_numbers = _find_list_numbers(text)
         numbers = [number for number in numbers if number.start() not in list_numbers]
+    if not numbers:
+        return ()
+    if len(numbers) == 1:
+        values = _read_number(text, numbers[0])
+        return () if not values or denies(*numbers[0].span()) else values
     numbers = _find_asserted(numbers, denies)
     if not numbers:
         return ()
@@ -495,7 +511,9 @@ def _find_list_numbers(text: str) -> set[int]:
 
 def _find_asserted(numbers: Sequence[re.Match[str]], denies: Denies) -> list[re.Match[str]]:
     """Return the numbers that the text does not rule out, as "not 5" and "5 is wrong" do."""
-    return [number for number in numbers if not denies(*number.span())]
+    asserted = [number for number in reversed(numbers) if not denies(*number.span())]
+    asserted.reverse()
+    return asserted
 
 
 def _read_number(text: str, match: re.Match[str]) -> tuple[Rational, ...]:
@@ -545,19 +563,20 @@ def _read_number(text: str, match: re.Match[str]) -> tuple[Rational, ...]:
 def _is_term_or_bound(before: str) -> bool:
     """Return true if the text before a number makes it a part of a term, or a bound."""
     end = before.rstrip(" -$").lower()
-    may_be_term = end.endswith(_TERM_ENDS) or "\\" in before
+    is_special = "\\" in before or end[-1:] in _SIGN_CHARS or end[-2:] in _WORD_ENDS
+    may_be_term = is_special and (end.endswith(_TERM_ENDS) or "\\" in before)
     if may_be_term and _ATTACHED_BEFORE_PATTERN.search(before, len(before) - _TERM_CONTEXT_CHARS):
         return True
     may_be_bound = (
-        " at " in before
+        is_special
+        or " at " in before
         or before.startswith("at ")
         or " least " in before
         or " most " in before
         or " to " in before
         or " as " in before
+        or (not before.isascii() and not _BOUND_CHARS.isdisjoint(before))
     )
-    may_be_bound = may_be_bound or end.endswith(_BOUND_ENDS) or "\\" in before
-    may_be_bound = may_be_bound or (not before.isascii() and not _BOUND_CHARS.isdisjoint(before))
     if may_be_bound and _BOUND_PATTERN.search(before, len(before) - _BOUND_CONTEXT_CHARS):
         return True
     if not end.endswith(" of"):
