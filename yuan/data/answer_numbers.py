@@ -74,7 +74,11 @@ _TAG_PATTERN = re.compile("</?[A-Za-z][A-Za-z0-9]{0,15}>")
 _EMPHASIS_PATTERN = re.compile(r"(?<!\w)_{1,2}(?=[^\s_])|(?<=[^\s_])_{1,2}(?!\w)")
 
 _VULGAR_FRACTIONS = "".join(chr(code) for code in (*range(0xBC, 0xBF), *range(0x2150, 0x215F), 0x2189))
-_NUMBER_START_PATTERN = re.compile(rf"[\d.{_VULGAR_FRACTIONS}]")
+# Where a number may start; and, as `whole`, where a plain integer ends that the pattern of numbers would not go beyond.
+_NUMBER_START_PATTERN = re.compile(
+    rf"[\d.{_VULGAR_FRACTIONS}](?:(?<=\d)(?<![A-Za-z0-9_^].)(?<!\d\..)(?<!\^[-+].)\d*+"
+    rf"(?![.,:\s-]\d|\s?[eExX×*·^/%‰pPhHtTmMbBdD十百千万亿{_VULGAR_FRACTIONS}])(?P<whole>))?"
+)
 _NUMBER_PATTERN = re.compile(
     rf"""
     (?<![A-Za-z0-9_^])(?<!\d\.)(?<!\^[-+])
@@ -113,7 +117,7 @@ _SCALES = {
     "trillion": 10**12,
 }
 _PLAIN_NUMBER_PATTERN = re.compile(r"(-?)([0-9]{1,100})(?:\.([0-9]{1,100}))?\.?")
-_SIGN_ENDS = "-+±负sSeE"
+_SIGNS = "-+±负"
 _SIGN_PATTERN = re.compile(r"([-+±]|负|\bminus|\bnegative)(\s?)$", re.IGNORECASE)
 # A minus behind one of these is a subtraction or a hyphen: "3-5", "x-5", "(a)-5", "GPT-4".
 _OPERAND_END_PATTERN = re.compile(r"[A-Za-z0-9)\]}%°]$")
@@ -167,10 +171,11 @@ _BOUND_PATTERN = re.compile(
     r"|(?:[大小多少高低]于(?:或?等于)?|超过|不到|不足|至[少多]|最[少多]|[高多]达|少说)[有为是要需能可以得用花会]{0,3})\s?[-$]?$",
     re.IGNORECASE,
 )
-_BOUND_BEHIND_PATTERN = re.compile(
-    r"\s?(?:[a-z%°$]{1,15}\s)?(?:or|and)\s(?:more|less|fewer|above|below|higher|lower|greater|smaller|larger|over|under|up)\b|\s(?:at\s(?:least|most)|minimum|maximum|upwards)\b"
-    rf"|\s?(?:{'[个元块角分人名位只天年米岁]|小时|千克|厘米'})?(?:左右)?[及或]?(?:以[上下内外])|开外|封顶|多(?=[个元人天年米岁])"
+_BOUND_APART = (
+    r"(?:[a-z%°$]{1,15}\s)?(?:or|and)\s(?:more|less|fewer|above|below|higher|lower|greater|smaller|larger|over|under|up)\b"
+    r"|(?:[个元块角分人名位只天年米岁]|小时|千克|厘米)?(?:左右)?[及或]?(?:以[上下内外])|开外|封顶|多(?=[个元人天年米岁])"
 )
+_BOUND_BEHIND_A_SPACE = r"(?:at\s(?:least|most)|minimum|maximum|upwards)\b"
 # What makes a number a part of something that is not read: "2π", "√2", "x + 2", "2^n", "1.2.3", "3 and a half".
 _ATTACHED_BEFORE_PATTERN = re.compile(
     r"(?:[/{√第|]|/\(|[A-Za-z-][(\[]|(?:∞|\\infty)\s?,\s?|\b(?:twice|double|triple)\s|根号\s?|负的|比|\d的"
@@ -220,28 +225,31 @@ _MADE_NOUNS = frozenset(
         "fraction",
     ]
 )
-_ATTACHED_BEHIND_PATTERN = re.compile(
-    r"[\^_]|\.\d|\s?(?:[π√]|\\(?:pi|sqrt|[dt]?frac|log|ln|sin|cos|tan|alpha|beta|theta|lambda)(?![A-Za-z]))"
-    r"|[abefijknopqruvwxyz](?![A-Za-z])"
-    r"|\s(?:and\sa\s(?:half|third|quarter)|squared|cubed|factorials|of\spi|radians\sof|tenths|hundredths|thousandths|pi|sqrt|log|ln|factorial|choose"
-    r"|times\s(?:pi|[a-z]|sqrt|the))\b"
-    r"|(?:个|天|年|小时|块|倍|米)?半|\s?,\s?\+?(?:∞|\\infty)|e\^|\((?=-?\d|[a-z]\b)|\s?/\s?[(\\]"
-    r"|分之|次方|开方|\s(?:minus|plus|-)\s[a-z]\b"
+_ATTACHED_BEHIND = (
+    r"[\^_]|\.\d|[abefijknopqruvwxyz](?![A-Za-z])|(?:个|天|年|小时|块|倍|米)?半|e\^|\((?=-?\d|[a-z]\b)|分之|次方|开方"
     r"|(?:[个元块角分人名位只天年米岁])?的(?=[\u4e00-\u9fff])"
-    r"|\s?[+×÷]\s?(?:[A-Za-z(\\]|$)|\s?\*\s?[A-Za-z(]"
+)
+_ATTACHED_BEHIND_A_SPACE = (
+    r"and\sa\s(?:half|third|quarter)\b|(?:squared|cubed|factorials|of\spi|radians\sof|tenths|hundredths|thousandths|pi"
+    r"|sqrt|log|ln|factorial|choose|times\s(?:pi|[a-z]|sqrt|the))\b|(?:minus|plus|-)\s[a-z]\b"
+)
+_ATTACHED_APART = (
+    r"[π√]|\\(?:pi|sqrt|[dt]?frac|log|ln|sin|cos|tan|alpha|beta|theta|lambda)(?![A-Za-z])|,\s?\+?(?:∞|\\infty)|/\s?[(\\]"
+    r"|[+×÷]\s?(?:[A-Za-z(\\]|$)|\*\s?[A-Za-z(]"
 )
 # A predicate of the number itself: unknown ones may deny it.
-_UNKNOWN_OF_NUMBER_PATTERN = re.compile(
-    r"\s(?:is|seems|looks|violates|leads|lacks|goes|gets)\s(?!(?:then\s|thus\s|indeed\s|also\s|clearly\s|the\s|my\s|our\s|an?\s)*"
+_UNKNOWN_BEHIND_A_SPACE = (
+    r"(?:is|seems|looks|violates|leads|lacks|goes|gets)\s(?!(?:then\s|thus\s|indeed\s|also\s|clearly\s|the\s|my\s|our\s|an?\s)*"
     r"(?:only\s|final\s|right\s|correct\s|best\s|good\s)?"
     r"(?:answer|correct|right|true|result|number|sum|total|solution|value|best|what|final|valid|prime|even|odd|half|\d|=|fine|ok)"
     r"|divi|less|more|greater|smaller|larger|between|close|equal|in\b|from)"
-    r"|是(?!正确|对|答案|最|所求|我|正解|它|结果|该|本|\d|偶|奇|质|因)"
+)
+_UNKNOWN_BEHIND = (
+    r"是(?!正确|对|答案|最|所求|我|正解|它|结果|该|本|\d|偶|奇|质|因)"
 )
 _NO_VALUE_BEHIND_PATTERN = re.compile(
-    "|".join(
-        pattern.pattern for pattern in (_ATTACHED_BEHIND_PATTERN, _BOUND_BEHIND_PATTERN, _UNKNOWN_OF_NUMBER_PATTERN)
-    )
+    rf"\s(?:{_ATTACHED_BEHIND_A_SPACE}|{_BOUND_BEHIND_A_SPACE}|{_UNKNOWN_BEHIND_A_SPACE})"
+    rf"|\s?+(?:{_ATTACHED_APART}|{_BOUND_APART})|{_ATTACHED_BEHIND}|{_UNKNOWN_BEHIND}"
 )
 _WORD_PATTERN = re.compile(r"[A-Za-z\u4e00-\u9fff]{2}")
 _MEASURES = (
@@ -262,7 +270,7 @@ _TERM_WORDS = (
 )
 _TERM_ENDS = tuple(_TERM_WORDS.split())
 _BOUND_WORDS = (
-    "< > = ≤ ≥ ≦ ≧ than to over under above below exceed exceeds exceeding beyond within from either "
+    "< > <= >= ≤ ≥ ≦ ≧ than to over under above below exceed exceeds exceeding beyond within from either "
     "about by of least most as"
 )
 _SIGN_CHARS = frozenset(word for word in (_TERM_WORDS + " " + _BOUND_WORDS).split() if len(word) == 1)
@@ -351,7 +359,7 @@ def find_numbers(text: str) -> list[re.Match[str]]:
     numbers = []
     end = 0
     while start := _NUMBER_START_PATTERN.search(text, end):
-        number = _NUMBER_PATTERN.match(text, start.start())
+        number = start if start.lastgroup else _NUMBER_PATTERN.match(text, start.start())
         if number:
             numbers.append(number)
         end = number.end() if number else start.end()
@@ -542,9 +550,11 @@ def _read_number(text: str, match: re.Match[str]) -> tuple[Rational, ...]:
         return (numeral, numeral * 100) if match[0].lstrip("负").startswith("百分之") else (numeral,)
 
     sign = _find_sign(before) if before else "+"
-    if match.lastgroup == "whole" and sign != "±" and match[0].isdigit():
+    if sign == "±":
+        return ()
+    if match.lastgroup == "whole" and match[0].isdigit():
         return (-int(match[0]) if sign == "-" else int(match[0]),)
-    if match["several"] or sign == "±":
+    if match["several"]:
         return ()
     magnitude = _compute_magnitude(match)
     if magnitude is None:
@@ -590,7 +600,10 @@ def _is_term_or_bound(before: str) -> bool:
 
 def _find_sign(before: str) -> str:
     """Return the sign of a number behind a text: "+", "-" or "±"."""
-    match = _SIGN_PATTERN.search(before) if before.rstrip()[-1:] in _SIGN_ENDS else None
+    end = before.rstrip()
+    match = None
+    if end[-1:] in _SIGNS or end.lower().endswith(("minus", "negative")):
+        match = _SIGN_PATTERN.search(before)
     if match is None:
         return "+"
     sign, space = match.groups()
