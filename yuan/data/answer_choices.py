@@ -26,7 +26,7 @@ _SEPARATOR = r"(?:(?:\s?,)?\s?(?:and/or|and|or|as\swell\sas)\b|\s?(?:[,、，/&+
 _LETTERS_IN_ORDER = rf"(?<![{_WORD}])(?=[A-H]{{2,8}}(?![{_WORD}]))A?B?C?D?E?F?G?H?(?![{_WORD}])"
 _LETTER_LIST = rf"(?=[(\[A-Z])(?:{_LETTER}(?:{_SEPARATOR}{_LETTER})*|{_LETTERS_IN_ORDER})"
 _CAPITALS_PATTERN = re.compile("[A-Z]+")
-_LETTER_START_PATTERN = re.compile(r"[(\[A-Z]")
+_LETTER_START_PATTERN = re.compile(rf"[(\[A-Z](?<![{_WORD}].)(?:(?<=[A-Z])(?![a-z])|(?<=[(\[])(?=[A-Z]))")
 _LETTER_LIST_PATTERN = re.compile(_LETTER_LIST)
 
 # An answer that is a letter, or starts with one as "B. Paris" or "(b) Paris" do.
@@ -86,10 +86,9 @@ _PRONOUN_PATTERN = re.compile(
     r"|\bA(?=\s[A-Za-z][a-z])(?!\s(?i:is|and|or|because|are|was|seems|but|since|as|over|rather|not|would|must|should|can"
     r"|cannot|could|does|instead|fails|contradicts)\b)"
 )
-_NAME_PATTERN = re.compile(
-    r"\b(?:vitamin|hepatitis|type|plan|grade|group|class|point|figure|table|section|part|person|player|team)s?\s$",
-    re.IGNORECASE,
-)
+_NAMES = "vitamin hepatitis type plan grade group class point figure table section part person player team"
+_NAME_PATTERN = re.compile(rf"\b(?:{_NAMES.replace(' ', '|')})s?\s$", re.IGNORECASE)
+_NAME_ENDS = frozenset(word[-3:] for name in _NAMES.split() for word in (name, name + "s"))
 
 
 def read_choices(text: str) -> frozenset[str]:
@@ -125,14 +124,18 @@ def read_choices(text: str) -> frozenset[str]:
         if any(statement.is_denied for statement in statements):
             text = cut_denied(text, statements)
             lists = _find_letters(text)
-    if affirmed := [letters[0] for letters in lists if _AFFIRMED_BEHIND_PATTERN.match(text, letters.end())]:
-        return frozenset().union(*map(_collect_letters, affirmed))
+    affirmed = [
+        option for option in lists if option.end() < len(text) and _AFFIRMED_BEHIND_PATTERN.match(text, option.end())
+    ]
+    if affirmed:
+        return _join_letters(affirmed)
     if letters := _read_leading(text):
         return letters
     lists = [letters for letters in lists if not _is_in_name(letters)]
-    if any(_UNKNOWN_PREDICATE_PATTERN.match(text, letters.end()) for letters in lists):
-        return frozenset()
-    return frozenset().union(*(_collect_letters(letters[0]) for letters in lists))
+    for option in lists:
+        if option.end() < len(text) and _UNKNOWN_PREDICATE_PATTERN.match(text, option.end()):
+            return frozenset()
+    return _join_letters(lists)
 
 
 def _clean(text: str) -> str:
@@ -154,11 +157,12 @@ def _has_cue(text: str) -> bool:
 
 def _find_letters(text: str) -> list[re.Match[str]]:
     lists = []
-    first = _LETTER_START_PATTERN.search(text)
-    letters = first and _LETTER_LIST_PATTERN.search(text, first.start())
-    while letters:
-        lists.append(letters)
-        letters = _LETTER_LIST_PATTERN.search(text, letters.end())
+    end = 0
+    while start := _LETTER_START_PATTERN.search(text, end):
+        letters = _LETTER_LIST_PATTERN.match(text, start.start())
+        if letters:
+            lists.append(letters)
+        end = letters.end() if letters else start.end()
     return lists
 
 
@@ -166,17 +170,14 @@ def _keep_asserted(text: str, lowered: str, denies: Denies) -> tuple[str, list[r
     """Return a text of the same length and its letters, less those that it rules out or that a later part replaces."""
     lists = _find_letters(text)
     if lists:
-        asserted: list[re.Match[str]] = []
-        pieces: list[str] = []
-        end = 0
-        for letters in lists:
-            start, stop = letters.span()
-            if denies(start, stop):
+        denied = dict.fromkeys(letters.span() for letters in lists if denies(*letters.span()))
+        if denied:
+            lists = [letters for letters in lists if letters.span() not in denied]
+            pieces, end = [], 0
+            for start, stop in denied:
                 pieces += text[end:start], "_" * (stop - start)
                 end = stop
-            else:
-                asserted.append(letters)
-        text, lists = "".join((*pieces, text[end:])), asserted
+            text = "".join((*pieces, text[end:]))
     if len(lists) < 2:
         return text, lists
     first, last = lists[0].start(), lists[-1].start()
@@ -190,7 +191,10 @@ def _keep_asserted(text: str, lowered: str, denies: Denies) -> tuple[str, list[r
 
 
 def _is_in_name(letters: re.Match[str]) -> bool:
-    return bool(_NAME_PATTERN.search(letters.string, max(0, letters.start() - _LETTER_CONTEXT_CHARS), letters.start()))
+    text, start = letters.string, letters.start()
+    if start < 4 or text[start - 4 : start - 1].lower() not in _NAME_ENDS:
+        return False
+    return bool(_NAME_PATTERN.search(text, max(0, start - _LETTER_CONTEXT_CHARS), start))
 
 
 def _read_statements(text: str, statements: Sequence[Statement]) -> frozenset[str]:
@@ -242,5 +246,13 @@ def _read_leading(text: str) -> frozenset[str]:
 
 
 def _collect_letters(text: str) -> frozenset[str]:
+    if len(text) == 1 and "A" <= text <= "Z":
+        return frozenset(text)
     words = _CAPITALS_PATTERN.findall(text)
     return frozenset(words[0] if len(words) == 1 else "".join(word for word in words if word not in ("AND", "OR")))
+
+
+def _join_letters(lists: Sequence[re.Match[str]]) -> frozenset[str]:
+    if len(lists) == 1:
+        return _collect_letters(lists[0][0])
+    return frozenset().union(*(_collect_letters(letters[0]) for letters in lists))

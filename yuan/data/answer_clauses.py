@@ -69,7 +69,7 @@ _REJECTED = (
 _DENIED_BEHIND_PATTERN = re.compile(
     rf"""
     \s?+[)\]}}]?+\s?+(?:
-    (?:(?:[,(]|\.\s(?=this|that))\s?)?+(?:but\s|and\s)?+(?:(?:which|that|this)\s?)?+(?:
+    (?=[a-z',(.])(?:(?:[,(]|\.\s(?=this|that))\s?)?+(?:but\s|and\s)?+(?:(?:which|that|this)\s?)?+(?:
         (?:is|are|was|were|'s|seems?|looks?|sounds?|would|must|should|could|can|may|might|has|have)\s{_ADVERBS}(?:
             {_REJECTED}|(?:an?|the)\s(?:\w{{1,12}}\s)?(?:wrong|incorrect|mistake|error|trap|distractor)|a\sbad|out\b
           | too\s(?:large|small|big|high|low|many|few|long|short)|never|hardly|far\sfrom|nowhere|by\sno\smeans|no\b
@@ -78,10 +78,10 @@ _DENIED_BEHIND_PATTERN = re.compile(
       | (?:isn't|aren't|wasn't|can't|cannot|couldn't|won't|wouldn't|shouldn't|doesn't|don't|didn't|(?:does|do
         |did)\snot)\b
       | (?:fails?|contradicts?|makes?\sno)\b)
-  | \s?(?:,|\.{{1,3}}|…)\s?no(?:pe)?\s?(?:[,.!]|$)|\s?-\s{_REJECTED}|\s?\(?\s?[×✗❌](?!\s?\d)
+  | (?=[\s,.…(×✗❌-])(?:\s?(?:,|\.{{1,3}}|…)\s?no(?:pe)?\s?(?:[,.!]|$)|\s?-\s{_REJECTED}|\s?\(?\s?[×✗❌](?!\s?\d))
   | [,(。]\s?(?:{_REJECTED}|not\s(?:valid|possible|allowed|correct)|舍|不合|不符|不满足|不成立|错(?!误?的[是选])
         |不对(?!的)|有误|这是错|这不)
-  | (?:[个元块角分人名位只天年米岁]|[两二三四]?个?选?项)?(?:的?说法|答案)?\s?
+  | (?=[^!-~])(?:[个元块角分人名位只天年米岁]|[两二三四]?个?选?项)?(?:的?说法|答案)?\s?
     (?:[是也都均皆全应可并太就被来先]|应该|可以|明显|显然|肯定|一定|绝对){{0,3}}
     (?:错(?!误?的[是选])|不对|不正确|不符|不合|不成立|不满足|不行|不可|不能?选(?!\s?[a-h])|不是(?!\s?[-a-h\d])
         |不通|行不通|不妥
