@@ -109,9 +109,8 @@ def read_choices(text: str) -> frozenset[str]:
 
     if "A" in text or "I" in text:
         text = _PRONOUN_PATTERN.sub("_", text)
-    if ("ption" in text or "hoice" in text or "nswer is" in text) and (
-        option := _LOWER_CASE_OPTION_PATTERN.search(text)
-    ):
+    end = text[-4:].rstrip(".!)]")
+    if end[-1:].islower() and not end[-2:-1].isalnum() and (option := _LOWER_CASE_OPTION_PATTERN.search(text)):
         text = text[: option.start(1)] + option[1].upper() + text[option.end(1) :]
     text = blank_questions(text)
     lowered = lower_text(text)

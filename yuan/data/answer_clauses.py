@@ -11,10 +11,16 @@ from operator import itemgetter
 Denies = Callable[[int, int], bool]  # tells if the clause around what stands from a start to an end denies it
 
 # Words that deny, doubt or question what follows them in their clause. The first group of both are phrases that do not.
+_ENGLISH_STARTS = (
+    r"(?=[abcdefhimnorsuw])(?:n(?:o|ev|ei)|cann|hard|scar|bare|un[lestu]|imp|dou|dis|ref|rej|den|elim|exc|rul|cros|strik"
+    r"|struck|st(?:ee|ay)|avo|fals|far\s|wro|inc|inst|mist|skip|ign|forg|drop|bew|other\s|rath|diff|anyt|everyt|all\s)"
+)
+# Most texts have none of these words, and this pattern is much faster.
+_ENGLISH_START_PATTERN = re.compile(rf"\W(?:{_ENGLISH_STARTS}|(?<=!)=|(?<=\\)ne)")
 # A pattern whose first item is a set of characters skips all others fast, so each word takes the character before it.
 _ENGLISH_GOVERNORS_PATTERN = re.compile(
-    r"""
-    [\Wn](?:(?<=\W)(?=[abcdefhimnorstuvw=])(?:
+    rf"""
+    [\Wn](?:(?<=\W)(?:(?=that|which|who|beyond|do|an?\s|by\s|{_ENGLISH_STARTS})(?:
     (?P<harmless>(?:no\s|not\s(?:a\s)?|(?<=without\s)(?:a\s)?|beyond\s)doubt\b
         |not\s(?:only|hard|difficult|surprising)|(?:that|which|who)\s(?:are|do|does|did|have|has|were)(?:\snot\b
         |n't)|(?:that|which|who)\s(?:can(?:not|'t)|never)\b|(?:don't|not)\sforget\b|none\sother\sthan)
@@ -24,19 +30,13 @@ _ENGLISH_GOVERNORS_PATTERN = re.compile(
         |ing)?\sout|struck\sout|discard(?:s|ed|ing)?|avoid(?:s|ing)?|except|unlike|unequal|false|untrue|wrong
         |incorrect|mistaken|mistake|by\sno\smeans|far\sfrom|nowhere\snear|unsure|uncertain|nothing|skip
         |ignor(?:e|es|ed|ing)|forget|drop(?:s|ped)?|dismiss(?:es|ed)?|(?:steer|stay)\s(?:clear|away)|beware
-        |other\sthan|rather\sthan|instead\sof|different\sfrom|(?:any|every)thing\sbut|all\sbut)\b)
+        |other\sthan|rather\sthan|instead\sof|different\sfrom|(?:any|every)thing\sbut|all\sbut)\b))
   | (?P<sign>(?<=!)=|(?<=\\)neq?(?![a-z]))
     )
   | (?P<contraction>(?<=n)'t\b)
     )
     """,
     re.VERBOSE,
-)
-# Starts of those words: most texts have none, and this pattern is much faster.
-_ENGLISH_START_PATTERN = re.compile(
-    r"\W(?=[abcdefhimnorsuw=])(?:n(?:o|ev|ei)|(?<=!)=|(?<=\\)ne|cann|hard|scar|bare|un[lestu]|imp|dou|dis|ref|rej|den|elim"
-    r"|exc|rul|cros|strik|struck|st(?:ee|ay)|avo|fals|far\s|wro|inc|inst|mist|skip|ign|forg|drop|bew|other\s|rath|diff"
-    r"|anyt|everyt|all\s)"
 )
 _CHINESE_GOVERNORS_PATTERN = re.compile(
     r"""
@@ -156,13 +156,17 @@ def _find_governors(text: str, end: int) -> list[tuple[int, str | None]]:
     governors: list[tuple[int, str | None]] = []
     padded = " " + text
     if _ENGLISH_START_PATTERN.search(padded, 0, end + 1) or text.find("n't", 0, end) >= 0:
-        for match in _ENGLISH_GOVERNORS_PATTERN.finditer(padded):
+        place = 0
+        while match := _ENGLISH_GOVERNORS_PATTERN.search(padded, place):
+            place = match.end()
             if match.lastgroup != "harmless":
-                governors.append((match.end() - 1, match.lastgroup))
+                governors.append((place - 1, match.lastgroup))
     if not text.isascii() and (first := _CHINESE_GOVERNOR_CHAR_PATTERN.search(text, 0, end)):
-        for match in _CHINESE_GOVERNORS_PATTERN.finditer(text, first.start()):
+        place = first.start()
+        while match := _CHINESE_GOVERNORS_PATTERN.search(text, place):
+            place = match.end()
             if match.lastgroup != "harmless":
-                governors.append((match.end(), match.lastgroup))
+                governors.append((place, match.lastgroup))
         governors.sort()
     return governors
 
