@@ -71,11 +71,15 @@ _AFFIRMED_BEHIND_PATTERN = re.compile(
 )
 # A predicate that the rules do not know may deny the letter before it.
 _UNKNOWN_PREDICATE_PATTERN = re.compile(
-    r"\s(?!(?:is|are|was|were|as|and|or|but|because|since|for|rather|over|not|it|then|please|if|from|with|in|on|too|by|to"
-    r"|instead|here|only|works?|fits?|satisfies|remains?|holds|stands|matches|(?:must|should|would|could)\sbe|seems\s(?:right|correct|best)"
+    r"\s(?!(?:is|are|was|were|as|and|or|but|because|since|for|rather|over|not|it|then|please|if|from|with|in|on|too|by"
+    r"|to"
+    r"|instead|here|only|works?|fits?|satisfies|remains?|holds|stands|matches|(?:must|should|would|could)\sbe"
+    r"|seems\s(?:right|correct|best)"
     r"|looks\s(?:right|correct|best)|makes\ssense|has\sto)\b)[a-z]{2}"
-    r"|\s(?:is|are|was|were)\s(?!(?:(?:the|my|our|a|an|most|only|clearly|definitely|also|then|thus|indeed|probably|both)\s)*"
-    r"(?:correct|right|best|true|answer|one|choice|option|valid|accurate|appropriate|likely|supported|consistent|final|good"
+    r"|\s(?:is|are|was|were)\s(?!(?:(?:the|my|our|a|an|most|only|clearly|definitely|also|then|thus|indeed|probably"
+    r"|both)\s)*"
+    r"(?:correct|right|best|true|answer|one|choice|option|valid|accurate|appropriate|likely|supported|consistent|final"
+    r"|good"
     r"|possible|better|what|left|city|not\swrong)\b)"
     r"|(?:选?项)?(?:的?说法)?(?=[\u4e00-\u9fff])(?!.{0,3}(?:正确|对|符合|答案|成立|合理|合适|可[行以]|[,和与或、]|[是为]|因为|没有?错|不错|莫属|吧|了|呢|项|选))"
 )
@@ -83,7 +87,8 @@ _LETTER_CONTEXT_CHARS = 48  # characters before and behind letters that are sear
 # "I" as a pronoun and "A" as an article are no letters of options; neither is the letter of a name such as "vitamin C".
 _PRONOUN_PATTERN = re.compile(
     r"\bI(?='|\s[a-z])"
-    r"|\bA(?=\s[A-Za-z][a-z])(?!\s(?i:is|and|or|because|are|was|seems|but|since|as|over|rather|not|would|must|should|can"
+    r"|\bA(?=\s[A-Za-z][a-z])(?!\s(?i:is|and|or|because|are|was|seems|but|since|as|over|rather|not|would|must|should"
+    r"|can"
     r"|cannot|could|does|instead|fails|contradicts)\b)"
 )
 _NAMES = "vitamin hepatitis type plan grade group class point figure table section part person player team"
@@ -172,7 +177,8 @@ def _keep_asserted(text: str, lowered: str, denies: Denies) -> tuple[str, list[r
         denied = dict.fromkeys(letters.span() for letters in lists if denies(*letters.span()))
         if denied:
             lists = [letters for letters in lists if letters.span() not in denied]
-            pieces, end = [], 0
+            pieces: list[str] = []
+            end = 0
             for start, stop in denied:
                 pieces += text[end:start], "_" * (stop - start)
                 end = stop

@@ -12,7 +12,8 @@ Denies = Callable[[int, int], bool]  # tells if the clause around what stands fr
 
 # Words that deny, doubt or question what follows them in their clause. The first group of both are phrases that do not.
 _ENGLISH_STARTS = (
-    r"(?=[abcdefhimnorsuw])(?:n(?:o|ev|ei)|cann|hard|scar|bare|un[lestu]|imp|dou|dis|ref|rej|den|elim|exc|rul|cros|strik"
+    r"(?=[abcdefhimnorsuw])(?:n(?:o|ev|ei)|cann|hard|scar|bare|un[lestu]|imp|dou|dis|ref|rej|den|elim|exc|rul|cros"
+    r"|strik"
     r"|struck|st(?:ee|ay)|avo|fals|far\s|wro|inc|inst|mist|skip|ign|forg|drop|bew|other\s|rath|diff|anyt|everyt|all\s)"
 )
 # Most texts have none of these words, and this pattern is much faster.
