@@ -21,10 +21,11 @@ _ENGLISH_START_PATTERN = re.compile(rf"\W(?:{_ENGLISH_STARTS}|(?<=!)=|(?<=\\)ne)
 # A pattern whose first item is a set of characters skips all others fast, so each word takes the character before it.
 _ENGLISH_GOVERNORS_PATTERN = re.compile(
     rf"""
-    [\Wn](?:(?<=\W)(?:(?=that|which|who|beyond|do|an?\s|by\s|{_ENGLISH_STARTS})(?:
+    [\Wn](?:(?<=\W)(?:(?=that|which|who|beyond|do|can't|could|an?\s|by\s|{_ENGLISH_STARTS})(?:
     (?P<harmless>(?:no\s|not\s(?:a\s)?|(?<=without\s)(?:a\s)?|beyond\s)doubt\b
         |not\s(?:only|hard|difficult|surprising)|(?:that|which|who)\s(?:are|do|does|did|have|has|were)(?:\snot\b
-        |n't)|(?:that|which|who)\s(?:can(?:not|'t)|never)\b|(?:don't|not)\sforget\b|none\sother\sthan)
+        |n't)|(?:that|which|who)\s(?:can(?:not|'t)|never)\b|(?:don't|not)\sforget\b|none\sother\sthan
+        |(?:can(?:not|'t)|could(?:n't|\snot))\s(?:find|see)\s(?:any\s|an?\s)?(?:fault|error|mistake|flaw)s?\b)
   | (?P<english>(?:not|never|cannot|neither|nor|nobody|no(?:\sone|\sway|\sreason|t)|hardly|scarcely|barely
         |unlikely|impossible|(?:an?\s)?doubt(?:s|ed|ful)?|disagree|disbelieve|refuse|reject(?:s|ed|ing)?|den(?:y
         |ies|ied)|eliminat(?:e|es|ed|ing)|exclud(?:e|es|ed|ing)|rul(?:e|es|ed|ing)\sout|(?:cross|strik)(?:e|ed
@@ -70,19 +71,21 @@ _REJECTED = (
 _DENIED_BEHIND_PATTERN = re.compile(
     rf"""
     \s?+[)\]}}]?+\s?+(?:
-    (?=[a-z',(.])(?:(?:[,(]|\.\s(?=this|that))\s?)?+(?:but\s|and\s)?+(?:(?:which|that|this)\s?)?+(?:
-        (?:is|are|was|were|'s|seems?|looks?|sounds?|would|must|should|could|can|may|might|has|have)\s{_ADVERBS}(?:
+    (?=[a-z',(.])(?:(?:[,(]|\.\s(?=this|that))\s?)?+(?:but\s(?:(?:they|he|she)\s)?|and\s)?+
+        (?:(?:which|that|this)\s?)?+(?:
+        (?:is|are|was|were|'s|seems?|looks?|sounds?|would|must|should|could|can|may|might|has|have
+        |turn(?:s|ed)\sout\sto\sbe)\s{_ADVERBS}(?:
             {_REJECTED}|(?:an?|the)\s(?:\w{{1,12}}\s)?(?:wrong|incorrect|mistake|error|trap|distractor)|a\sbad|out\b
           | too\s(?:large|small|big|high|low|many|few|long|short)|never|hardly|far\sfrom|nowhere|by\sno\smeans|no\b
           | not(?=\s?(?:[,.;:)!]|$|(?:the|an?|it|{_ADVERBS}(?:right|correct|possible|valid|true|good|what|my|our
         |be|fit|work))\b)))
       | (?:isn't|aren't|wasn't|can't|cannot|couldn't|won't|wouldn't|shouldn't|doesn't|don't|didn't|(?:does|do
         |did)\snot)\b
-      | (?:fails?|contradicts?|makes?\sno)\b)
+      | (?:fails?|contradicts?|makes?\sno|too\s(?:large|small|big|high|low|many|few|long|short))\b)
   | (?=[\s,.…(×✗❌-])(?:\s?(?:,|\.{{1,3}}|…)\s?no(?:pe)?\s?(?:[,.!]|$)|\s?-\s{_REJECTED}|\s?\(?\s?[×✗❌](?!\s?\d))
   | [,(。]\s?(?:{_REJECTED}|not\s(?:valid|possible|allowed|correct)|舍|不合|不符|不满足|不成立|错(?!误?的[是选])
         |不对(?!的)|有误|这是错|这不)
-  | (?=[^!-~])(?:[个元块角分人名位只天年米岁]|[两二三四]?个?选?项)?(?:的?说法|答案)?\s?
+  | (?=[^!-~])(?:[个元块角分人名位只天年米岁]|[两二三四]?个?选?项)?(?:的?说法|答案|的(?:人|同学|学生))?\s?
     (?:[是也都均皆全应可并太就被来先]|应该|可以|明显|显然|肯定|一定|绝对){{0,3}}
     (?:错(?!误?的[是选])|不对|不正确|不符|不合|不成立|不满足|不行|不可|不能?选(?!\s?[a-h])|不是(?!\s?[-a-h\d])
         |不通|行不通|不妥

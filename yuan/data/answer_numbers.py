@@ -196,7 +196,7 @@ _ATTACHED_APART = (
 )
 # A predicate of the number itself: unknown ones may deny it.
 _UNKNOWN_BEHIND_A_SPACE = (
-    r"(?:is|seems|looks|violates|leads|lacks|goes|gets)\s(?!(?:then\s|thus\s|indeed\s|also\s|clearly\s|the\s|my\s"
+    r"(?:is|would\sbe|seems|looks|violates|leads|lacks|goes|gets)\s(?!(?:then\s|thus\s|indeed\s|also\s|clearly\s|the\s|my\s"
     r"|our\s|an?\s)*"
     r"(?:only\s|final\s|right\s|correct\s|best\s|good\s)?"
     r"(?:answer|correct|right|true|result|number|sum|total|solution|value|best|what|final|valid|prime|even|odd|half|\d"
