@@ -70,7 +70,7 @@ def check_named(data, *names):
         (change(lower_bound=-1.0), "lower_bound must be positive"),
         (change(bubble_fraction=1.5), "bubble_fraction must be from 0 to 1, got 1.5"),
         (change(objective="speed"), "objective must be time or memory, got 'speed'"),
-        (change(binding=""), "binding must be compute or memory, got ''"),
+        (change(binding="time"), "binding must be compute or memory, got 'time'"),
         (change_stage(1, compute_seconds=-1.0), "compute_seconds of stage 1 must be zero or more"),
         (change(stages=[PLAN["stages"][0], 3]), "stages must be objects, got 3 as stage 2"),
         (change(spare=1), "the field 'spare' is unknown"),

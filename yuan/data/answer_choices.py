@@ -26,6 +26,7 @@ _SEPARATOR = r"(?:(?:\s?,)?\s?(?:and/or|and|or|as\swell\sas)\b|\s?(?:[,、，/&+
 _LETTERS_IN_ORDER = rf"(?<![{_WORD}])(?=[A-H]{{2,8}}(?![{_WORD}]))A?B?C?D?E?F?G?H?(?![{_WORD}])"
 _LETTER_LIST = rf"(?=[(\[A-Z])(?:{_LETTER}(?:{_SEPARATOR}{_LETTER})*|{_LETTERS_IN_ORDER})"
 _CAPITALS_PATTERN = re.compile("[A-Z]+")
+_LETTER_START_PATTERN = re.compile(rf"[(\[A-Z](?<![{_WORD}].)(?:(?<=[A-Z])(?![a-z])|(?<=[(\[])(?=[A-Z]))")
 _LETTER_LIST_PATTERN = re.compile(_LETTER_LIST)
 
 # An answer that is a letter, or starts with one as "B. Paris" or "(b) Paris" do.
@@ -70,11 +71,15 @@ _AFFIRMED_BEHIND_PATTERN = re.compile(
 )
 # A predicate that the rules do not know may deny the letter before it.
 _UNKNOWN_PREDICATE_PATTERN = re.compile(
-    r"\s(?!(?:is|are|was|were|as|and|or|but|because|since|for|rather|over|not|it|then|please|if|from|with|in|on|too|by|to"
-    r"|instead|here|only|works?|fits?|satisfies|remains?|holds|stands|matches|(?:must|should|would|could)\sbe|seems\s(?:right|correct|best)"
+    r"\s(?!(?:is|are|was|were|as|and|or|but|because|since|for|rather|over|not|it|then|please|if|from|with|in|on|too|by"
+    r"|to"
+    r"|instead|here|only|works?|fits?|satisfies|remains?|holds|stands|matches|(?:must|should|would|could)\sbe"
+    r"|seems\s(?:right|correct|best)"
     r"|looks\s(?:right|correct|best)|makes\ssense|has\sto)\b)[a-z]{2}"
-    r"|\s(?:is|are|was|were)\s(?!(?:(?:the|my|our|a|an|most|only|clearly|definitely|also|then|thus|indeed|probably|both)\s)*"
-    r"(?:correct|right|best|true|answer|one|choice|option|valid|accurate|appropriate|likely|supported|consistent|final|good"
+    r"|\s(?:is|are|was|were)\s(?!(?:(?:the|my|our|a|an|most|only|clearly|definitely|also|then|thus|indeed|probably"
+    r"|both)\s)*"
+    r"(?:correct|right|best|true|answer|one|choice|option|valid|accurate|appropriate|likely|supported|consistent|final"
+    r"|good"
     r"|possible|better|what|left|city|not\swrong)\b)"
     r"|(?:选?项)?(?:的?说法)?(?=[\u4e00-\u9fff])(?!.{0,3}(?:正确|对|符合|答案|成立|合理|合适|可[行以]|[,和与或、]|[是为]|因为|没有?错|不错|莫属|吧|了|呢|项|选))"
 )
@@ -82,13 +87,13 @@ _LETTER_CONTEXT_CHARS = 48  # characters before and behind letters that are sear
 # "I" as a pronoun and "A" as an article are no letters of options; neither is the letter of a name such as "vitamin C".
 _PRONOUN_PATTERN = re.compile(
     r"\bI(?='|\s[a-z])"
-    r"|\bA(?=\s[A-Za-z][a-z])(?!\s(?i:is|and|or|because|are|was|seems|but|since|as|over|rather|not|would|must|should|can"
+    r"|\bA(?=\s[A-Za-z][a-z])(?!\s(?i:is|and|or|because|are|was|seems|but|since|as|over|rather|not|would|must|should"
+    r"|can"
     r"|cannot|could|does|instead|fails|contradicts)\b)"
 )
-_NAME_PATTERN = re.compile(
-    r"\b(?:vitamin|hepatitis|type|plan|grade|group|class|point|figure|table|section|part|person|player|team)s?\s$",
-    re.IGNORECASE,
-)
+_NAMES = "vitamin hepatitis type plan grade group class point figure table section part person player team"
+_NAME_PATTERN = re.compile(rf"\b(?:{_NAMES.replace(' ', '|')})s?\s$", re.IGNORECASE)
+_NAME_ENDS = frozenset(word[-3:] for name in _NAMES.split() for word in (name, name + "s"))
 
 
 def read_choices(text: str) -> frozenset[str]:
@@ -109,9 +114,8 @@ def read_choices(text: str) -> frozenset[str]:
 
     if "A" in text or "I" in text:
         text = _PRONOUN_PATTERN.sub("_", text)
-    if ("ption" in text or "hoice" in text or "nswer is" in text) and (
-        option := _LOWER_CASE_OPTION_PATTERN.search(text)
-    ):
+    end = text[-4:].rstrip(".!)]")
+    if end[-1:].islower() and not end[-2:-1].isalnum() and (option := _LOWER_CASE_OPTION_PATTERN.search(text)):
         text = text[: option.start(1)] + option[1].upper() + text[option.end(1) :]
     text = blank_questions(text)
     lowered = lower_text(text)
@@ -123,15 +127,19 @@ def read_choices(text: str) -> frozenset[str]:
             return letters
         if any(statement.is_denied for statement in statements):
             text = cut_denied(text, statements)
-            lists = list(_LETTER_LIST_PATTERN.finditer(text))
-    if affirmed := [letters[0] for letters in lists if _AFFIRMED_BEHIND_PATTERN.match(text, letters.end())]:
-        return frozenset().union(*map(_collect_letters, affirmed))
+            lists = _find_letters(text)
+    affirmed = [
+        option for option in lists if option.end() < len(text) and _AFFIRMED_BEHIND_PATTERN.match(text, option.end())
+    ]
+    if affirmed:
+        return _join_letters(affirmed)
     if letters := _read_leading(text):
         return letters
     lists = [letters for letters in lists if not _is_in_name(letters)]
-    if any(_UNKNOWN_PREDICATE_PATTERN.match(text, letters.end()) for letters in lists):
-        return frozenset()
-    return frozenset().union(*(_collect_letters(letters[0]) for letters in lists))
+    for option in lists:
+        if option.end() < len(text) and _UNKNOWN_PREDICATE_PATTERN.match(text, option.end()):
+            return frozenset()
+    return _join_letters(lists)
 
 
 def _clean(text: str) -> str:
@@ -151,21 +159,30 @@ def _has_cue(text: str) -> bool:
     )
 
 
+def _find_letters(text: str) -> list[re.Match[str]]:
+    lists = []
+    end = 0
+    while start := _LETTER_START_PATTERN.search(text, end):
+        letters = _LETTER_LIST_PATTERN.match(text, start.start())
+        if letters:
+            lists.append(letters)
+        end = letters.end() if letters else start.end()
+    return lists
+
+
 def _keep_asserted(text: str, lowered: str, denies: Denies) -> tuple[str, list[re.Match[str]]]:
     """Return a text of the same length and its letters, less those that it rules out or that a later part replaces."""
-    lists = list(_LETTER_LIST_PATTERN.finditer(text))
+    lists = _find_letters(text)
     if lists:
-        asserted: list[re.Match[str]] = []
-        pieces: list[str] = []
-        end = 0
-        for letters in lists:
-            start, stop = letters.span()
-            if denies(start, stop):
+        denied = dict.fromkeys(letters.span() for letters in lists if denies(*letters.span()))
+        if denied:
+            lists = [letters for letters in lists if letters.span() not in denied]
+            pieces: list[str] = []
+            end = 0
+            for start, stop in denied:
                 pieces += text[end:start], "_" * (stop - start)
                 end = stop
-            else:
-                asserted.append(letters)
-        text, lists = "".join((*pieces, text[end:])), asserted
+            text = "".join((*pieces, text[end:]))
     if len(lists) < 2:
         return text, lists
     first, last = lists[0].start(), lists[-1].start()
@@ -179,7 +196,10 @@ def _keep_asserted(text: str, lowered: str, denies: Denies) -> tuple[str, list[r
 
 
 def _is_in_name(letters: re.Match[str]) -> bool:
-    return bool(_NAME_PATTERN.search(letters.string, max(0, letters.start() - _LETTER_CONTEXT_CHARS), letters.start()))
+    text, start = letters.string, letters.start()
+    if start < 4 or text[start - 4 : start - 1].lower() not in _NAME_ENDS:
+        return False
+    return bool(_NAME_PATTERN.search(text, max(0, start - _LETTER_CONTEXT_CHARS), start))
 
 
 def _read_statements(text: str, statements: Sequence[Statement]) -> frozenset[str]:
@@ -231,5 +251,13 @@ def _read_leading(text: str) -> frozenset[str]:
 
 
 def _collect_letters(text: str) -> frozenset[str]:
+    if len(text) == 1 and "A" <= text <= "Z":
+        return frozenset(text)
     words = _CAPITALS_PATTERN.findall(text)
     return frozenset(words[0] if len(words) == 1 else "".join(word for word in words if word not in ("AND", "OR")))
+
+
+def _join_letters(lists: Sequence[re.Match[str]]) -> frozenset[str]:
+    if len(lists) == 1:
+        return _collect_letters(lists[0][0])
+    return frozenset().union(*(_collect_letters(letters[0]) for letters in lists))

@@ -6,16 +6,26 @@ Every function takes time linear in the text's length. The texts are in lower ca
 import re
 from bisect import bisect_right
 from collections.abc import Callable
+from operator import itemgetter
 
 Denies = Callable[[int, int], bool]  # tells if the clause around what stands from a start to an end denies it
 
-# Words that deny, doubt or question what follows them in their clause. The first group are phrases that do not.
-_GOVERNORS_PATTERN = re.compile(
-    r"""
-    (?=[abcdefghimnorstuvw!≠\\不没未非勿别莫怀难怎是否排除错会差无分特区级性划去剔删误谁哪为])(?:
-    \b(?=[abcdefhimnorstuvw])(?:(?P<harmless>(?:no\s|not\s(?:a\s)?|(?<=without\s)(?:a\s)?|beyond\s)doubt\b
+# Words that deny, doubt or question what follows them in their clause. The first group of both are phrases that do not.
+_ENGLISH_STARTS = (
+    r"(?=[abcdefhimnorsuw])(?:n(?:o|ev|ei)|cann|hard|scar|bare|un[lestu]|imp|dou|dis|ref|rej|den|elim|exc|rul|cros"
+    r"|strik"
+    r"|struck|st(?:ee|ay)|avo|fals|far\s|wro|inc|inst|mist|skip|ign|forg|drop|bew|other\s|rath|diff|anyt|everyt|all\s)"
+)
+# Most texts have none of these words, and this pattern is much faster.
+_ENGLISH_START_PATTERN = re.compile(rf"\W(?:{_ENGLISH_STARTS}|(?<=!)=|(?<=\\)ne)")
+# A pattern whose first item is a set of characters skips all others fast, so each word takes the character before it.
+_ENGLISH_GOVERNORS_PATTERN = re.compile(
+    rf"""
+    [\Wn](?:(?<=\W)(?:(?=that|which|who|beyond|do|can't|could|an?\s|by\s|{_ENGLISH_STARTS})(?:
+    (?P<harmless>(?:no\s|not\s(?:a\s)?|(?<=without\s)(?:a\s)?|beyond\s)doubt\b
         |not\s(?:only|hard|difficult|surprising)|(?:that|which|who)\s(?:are|do|does|did|have|has|were)(?:\snot\b
-        |n't)|(?:that|which|who)\s(?:can(?:not|'t)|never)\b|(?:don't|not)\sforget\b|none\sother\sthan)
+        |n't)|(?:that|which|who)\s(?:can(?:not|'t)|never)\b|(?:don't|not)\sforget\b|none\sother\sthan
+        |(?:can(?:not|'t)|could(?:n't|\snot))\s(?:find|see)\s(?:any\s|an?\s)?(?:fault|error|mistake|flaw)s?\b)
   | (?P<english>(?:not|never|cannot|neither|nor|nobody|no(?:\sone|\sway|\sreason|t)|hardly|scarcely|barely
         |unlikely|impossible|(?:an?\s)?doubt(?:s|ed|ful)?|disagree|disbelieve|refuse|reject(?:s|ed|ing)?|den(?:y
         |ies|ied)|eliminat(?:e|es|ed|ing)|exclud(?:e|es|ed|ing)|rul(?:e|es|ed|ing)\sout|(?:cross|strik)(?:e|ed
@@ -23,20 +33,26 @@ _GOVERNORS_PATTERN = re.compile(
         |incorrect|mistaken|mistake|by\sno\smeans|far\sfrom|nowhere\snear|unsure|uncertain|nothing|skip
         |ignor(?:e|es|ed|ing)|forget|drop(?:s|ped)?|dismiss(?:es|ed)?|(?:steer|stay)\s(?:clear|away)|beware
         |other\sthan|rather\sthan|instead\sof|different\sfrom|(?:any|every)thing\sbut|all\sbut)\b))
-  | (?P<contraction>n't\b)
-  | (?=[不没未非勿别莫怀难怎是否排除错会差无分特区级性划去剔删误谁哪为])(?:
-    (?P<chinese_harmless>不[难妨仅但断管久变]|不同(?!意)|不等式|不得不|非(?=.{1,4}莫属)|不多不少|(?:是|除|无)非
+  | (?P<sign>(?<=!)=|(?<=\\)neq?(?![a-z]))
+    )
+  | (?P<contraction>(?<=n)'t\b)
+    )
+    """,
+    re.VERBOSE,
+)
+_CHINESE_GOVERNORS_PATTERN = re.compile(
+    r"""
+    (?P<harmless>不[难妨仅但断管久变]|不同(?!意)|不等式|不得不|非(?=.{1,4}莫属)|不多不少|(?:是|除|无)非
         |非(?:常|负)|[分特区级性]别|差不多)
   | (?P<either>不是(?=[^,。]{1,8}就是))
   | (?P<chinese>(?:错误|不正确|不对)的?(?!(?<=的)(?:选项|说法|一项)?是)|不|没有?|未必|勿|别|莫|怀疑|难道|怎么
         |是否|会不会|否认|排除|除了?|划掉|去掉|剔除|删[去掉除]?|[误错]选|谁|哪[里能]|莫非|为什么
         |非(?=是?\s?[-(\da-h])|错误(?!的(?:选项|说法|一项)?是))
-    )
-  | (?P<sign>≠|!=|\\neq?(?![a-z]))
-    )
+  | (?P<sign>≠)
     """,
     re.VERBOSE,
 )
+_CHINESE_GOVERNOR_CHAR_PATTERN = re.compile("[不没未非勿别莫怀难怎是否排除错会差无分特区级性划去剔删误谁哪为≠]")
 _MAX_GOVERNED_CHARS = 80  # from such a word to what it governs
 _MAX_EITHER_CHARS = 12
 _CLAUSE_END_PATTERN = re.compile(
@@ -54,20 +70,22 @@ _REJECTED = (
 # Predicates that deny what stands before them.
 _DENIED_BEHIND_PATTERN = re.compile(
     rf"""
-    \s?[)\]}}]?\s?(?:
-    (?:(?:[,(]|\.\s(?=this|that))\s?)?(?:but\s|and\s)?(?:(?:which|that|this)\s?)?(?:
-        (?:is|are|was|were|'s|seems?|looks?|sounds?|would|must|should|could|can|may|might|has|have)\s{_ADVERBS}(?:
+    \s?+[)\]}}]?+\s?+(?:
+    (?=[a-z',(.])(?:(?:[,(]|\.\s(?=this|that))\s?)?+(?:but\s(?:(?:they|he|she)\s)?|and\s)?+
+        (?:(?:which|that|this)\s?)?+(?:
+        (?:is|are|was|were|'s|seems?|looks?|sounds?|would|must|should|could|can|may|might|has|have
+        |turn(?:s|ed)\sout\sto\sbe)\s{_ADVERBS}(?:
             {_REJECTED}|(?:an?|the)\s(?:\w{{1,12}}\s)?(?:wrong|incorrect|mistake|error|trap|distractor)|a\sbad|out\b
           | too\s(?:large|small|big|high|low|many|few|long|short)|never|hardly|far\sfrom|nowhere|by\sno\smeans|no\b
           | not(?=\s?(?:[,.;:)!]|$|(?:the|an?|it|{_ADVERBS}(?:right|correct|possible|valid|true|good|what|my|our
         |be|fit|work))\b)))
       | (?:isn't|aren't|wasn't|can't|cannot|couldn't|won't|wouldn't|shouldn't|doesn't|don't|didn't|(?:does|do
         |did)\snot)\b
-      | (?:fails?|contradicts?|makes?\sno)\b)
-  | \s?(?:,|\.{{1,3}}|…)\s?no(?:pe)?\s?(?:[,.!]|$)|\s?-\s{_REJECTED}|\s?\(?\s?[×✗❌](?!\s?\d)
+      | (?:fails?|contradicts?|makes?\sno|too\s(?:large|small|big|high|low|many|few|long|short))\b)
+  | (?=[\s,.…(×✗❌-])(?:\s?(?:,|\.{{1,3}}|…)\s?no(?:pe)?\s?(?:[,.!]|$)|\s?-\s{_REJECTED}|\s?\(?\s?[×✗❌](?!\s?\d))
   | [,(。]\s?(?:{_REJECTED}|not\s(?:valid|possible|allowed|correct)|舍|不合|不符|不满足|不成立|错(?!误?的[是选])
         |不对(?!的)|有误|这是错|这不)
-  | (?:[个元块角分人名位只天年米岁]|[两二三四]?个?选?项)?(?:的?说法|答案)?\s?
+  | (?=[^!-~])(?:[个元块角分人名位只天年米岁]|[两二三四]?个?选?项)?(?:的?说法|答案|的(?:人|同学|学生))?\s?
     (?:[是也都均皆全应可并太就被来先]|应该|可以|明显|显然|肯定|一定|绝对){{0,3}}
     (?:错(?!误?的[是选])|不对|不正确|不符|不合|不成立|不满足|不行|不可|不能?选(?!\s?[a-h])|不是(?!\s?[-a-h\d])
         |不通|行不通|不妥
@@ -113,35 +131,62 @@ def _deny_nothing(_start: int, _end: int) -> bool:
 
 
 def find_denials(text: str) -> Denies:
-    """Return a function that tells if the clause around a place (start, end) denies it."""
+    """Return a function that tells if the clause around a place (start, end) denies it.
+
+    The words before a place are searched when it is asked for, up to that place; then, if a later one is, all of them.
+    """
     if text.isascii() and not text.islower() and "!=" not in text:  # no word
         return _deny_nothing
-    governors = [
-        match for match in _GOVERNORS_PATTERN.finditer(text) if match.lastgroup not in ("harmless", "chinese_harmless")
-    ]
-    ends = [match.end() for match in governors]
+    governors: list[tuple[int, str | None]] = []
+    searched_end = 0
 
     def is_denied(start: int, end: int) -> bool:
+        nonlocal governors, searched_end
         if end < len(text) and _DENIED_BEHIND_PATTERN.match(text, end):
             return True
-        index = bisect_right(ends, start)
-        return index > 0 and _governs(text, governors[index - 1], start)
+        if start > searched_end:
+            searched_end = len(text) if searched_end else start
+            governors = _find_governors(text, searched_end)
+        if not governors:
+            return False
+        index = bisect_right(governors, start, key=itemgetter(0))
+        return index > 0 and _governs(text, *governors[index - 1], start)
 
     return is_denied
 
 
-def _governs(text: str, governor: re.Match[str], start: int) -> bool:
-    """Return true if a word still governs a later place: no clause ends between them."""
-    if start - governor.end() > _MAX_GOVERNED_CHARS:
+def _find_governors(text: str, end: int) -> list[tuple[int, str | None]]:
+    """Return the end and the kind of each word that may deny what follows it; of none if none ends before `end`."""
+    governors: list[tuple[int, str | None]] = []
+    padded = " " + text
+    if _ENGLISH_START_PATTERN.search(padded, 0, end + 1) or text.find("n't", 0, end) >= 0:
+        place = 0
+        while match := _ENGLISH_GOVERNORS_PATTERN.search(padded, place):
+            place = match.end()
+            if match.lastgroup != "harmless":
+                governors.append((place - 1, match.lastgroup))
+    if not text.isascii() and (first := _CHINESE_GOVERNOR_CHAR_PATTERN.search(text, 0, end)):
+        place = first.start()
+        while match := _CHINESE_GOVERNORS_PATTERN.search(text, place):
+            place = match.end()
+            if match.lastgroup != "harmless":
+                governors.append((place, match.lastgroup))
+        governors.sort()
+    return governors
+
+
+def _governs(text: str, end: int, kind: str | None, start: int) -> bool:
+    """Return true if a word of a kind up to `end` still governs a later place: no clause ends between them."""
+    if start - end > _MAX_GOVERNED_CHARS:
         return False
-    if governor.lastgroup == "sign":
-        return not text[governor.end() : start].strip(" -$")
-    if governor.lastgroup == "either":  # 不是A就是B
-        return "," not in text[governor.end() : start] and start - governor.end() <= _MAX_EITHER_CHARS
-    if governor.lastgroup == "chinese":
-        return _CHINESE_GAP_PATTERN.fullmatch(text, governor.end(), start) is not None
-    label = _GOVERNED_LABEL_PATTERN.match(text, governor.end(), start)  # "Wrong answer: 5"
-    return _CLAUSE_END_PATTERN.search(text, label.end() if label else governor.end(), start) is None
+    if kind == "sign":
+        return not text[end:start].strip(" -$")
+    if kind == "either":  # 不是A就是B
+        return "," not in text[end:start] and start - end <= _MAX_EITHER_CHARS
+    if kind == "chinese":
+        return _CHINESE_GAP_PATTERN.fullmatch(text, end, start) is not None
+    label = _GOVERNED_LABEL_PATTERN.match(text, end, start)  # "Wrong answer: 5"
+    return _CLAUSE_END_PATTERN.search(text, label.end() if label else end, start) is None
 
 
 def is_tentative(text: str, start: int) -> bool:

@@ -1,4 +1,4 @@
-"""Numbers in answers as people write them, read as exact fractions; docs/checkers.md states the rules in order.
+"""Numbers in texts as people write them, read as exact fractions; docs/checkers.md states the rules.
 
 Every function takes time linear in the text's length.
 """
@@ -6,20 +6,14 @@ Every function takes time linear in the text's length.
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
 from fractions import Fraction
 
-from yuan.data.answer_clauses import RETRACTION_PATTERN, Denies, blank_questions, find_denials, lower_text
-from yuan.data.answer_parts import cut_denied, cut_to_final_part, find_last_boxed, find_statements
 from yuan.data.chinese_numerals import CHINESE_NUMERAL_PATTERN, parse_chinese_numeral
 from yuan.data.text import INVISIBLE_CHARS
 
 Rational = int | Fraction
-
 MAX_NUMBER_CHARS = 200
-MAX_GAP_CHARS = 80  # between two numbers that are alternatives, a range or terms of a calculation
 MAX_EXPONENT = 200  # of the powers and of the scientific notation that are read
-
 _MINUS_SIGNS = "\u2212\u2010\u2011\u2012\u2013\ufe63"
 _GROUPING_SPACES = "\u00a0\u2007\u2009\u202f"  # no-break, figure, thin and narrow no-break space
 _SUPERSCRIPTS = {ord(char): digit for char, digit in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-", strict=True)}
@@ -34,6 +28,8 @@ _NUMBER_CHARS = {
     ord("】"): ":",
 }
 _FOREIGN_CHAR_PATTERN = re.compile(f"[{''.join(map(chr, (*_NUMBER_CHARS, *_SUPERSCRIPTS)))}]")
+# Most texts have none of the characters that cleaning, boxes, questions and further questions need.
+NUMBER_MARK_PATTERN = re.compile(rf"[\n<\\{{$`*_(/?吗半{''.join(map(chr, (*_NUMBER_CHARS, *_SUPERSCRIPTS)))}]")
 _SUPERSCRIPT_PATTERN = re.compile("⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 # What a text must have, a pattern, and what replaces it; searching the former first is faster.
 _LATEX_SUBSTITUTIONS = tuple(
@@ -70,15 +66,19 @@ _AND_HALF_PATTERN = re.compile(r"(?<![\d.,/])(\d{1,15})\s?([个天年块倍米]|
 _MIXED_PATTERN = re.compile(r"(?<![\d.,/])(\d{1,15}) and (\d{1,15}/\d{1,15})(?![\d/.])")
 _TAG_PATTERN = re.compile("</?[A-Za-z][A-Za-z0-9]{0,15}>")
 _EMPHASIS_PATTERN = re.compile(r"(?<!\w)_{1,2}(?=[^\s_])|(?<=[^\s_])_{1,2}(?!\w)")
-
 _VULGAR_FRACTIONS = "".join(chr(code) for code in (*range(0xBC, 0xBF), *range(0x2150, 0x215F), 0x2189))
+# Where a number may start; and, as `whole`, where a plain integer ends that the pattern of numbers would not go beyond.
+_NUMBER_START_PATTERN = re.compile(
+    rf"[\d.{_VULGAR_FRACTIONS}](?:(?<=\d)(?<![A-Za-z0-9_^].)(?<!\d\..)(?<!\^[-+].)\d*+"
+    rf"(?![.,:\s-]\d|\s?[eExX×*·^/%‰pPhHtTmMbBdD十百千万亿{_VULGAR_FRACTIONS}])(?P<whole>))?"
+)
 _NUMBER_PATTERN = re.compile(
     rf"""
-    (?=[\d.{_VULGAR_FRACTIONS}])(?<![A-Za-z0-9_^])(?<!\d\.)(?<!\^[-+])
+    (?<![A-Za-z0-9_^])(?<!\d\.)(?<!\^[-+])
     (?:
-        (?P<several>\d+(?:(?::\d+)+ | (?:-\d+){{2,}} | (?:/\d+){{2,}}))
+        (?P<several>\d++(?:(?::\d+)+ | (?:-\d+){{2,}} | (?:/\d+){{2,}}))
       | (?:
-            (?P<whole>\d{{1,3}}(?:,\d{{3}}(?!\d))+ | \d{{1,3}}(?:\ \d{{3}}(?!\d))+ | \d+)
+            (?P<whole>\d++(?![,\ ]) | \d{{1,3}}(?:,\d{{3}}(?!\d))+ | \d{{1,3}}(?:\ \d{{3}}(?!\d))+ | \d+)
             (?P<decimals>\.\d+)?
           | (?<![.)\]}}])(?P<bare>\.\d+)
           | (?P<vulgar>[{_VULGAR_FRACTIONS}])
@@ -91,9 +91,9 @@ _NUMBER_PATTERN = re.compile(
           | \s?/\s?(?P<denominator>\d+)(?![\d/]|\.\d)
         )?
         (?:
-            \s?(?P<percent>[%‰]|[Pp]er\ ?cent\b)
-          | \s?(?P<scale>(?i:hundred|thousand|million|billion|trillion|dozen)\b
-                |万亿|[十百千]?[万亿]|百(?!分)|千(?![克米瓦卡伏帕焦赫吨安]))
+            \s?+(?:(?P<percent>[%‰]|[Pp]er\ ?cent\b)
+          | (?P<scale>(?i:hundred|thousand|million|billion|trillion|dozen)\b
+                |万亿|[十百千]?[万亿]|百(?!分)|千(?![克米瓦卡伏帕焦赫吨安])))
         )?
     )
     """,
@@ -109,70 +109,34 @@ _SCALES = {
     "billion": 10**9,
     "trillion": 10**12,
 }
-_PLAIN_NUMBER_PATTERN = re.compile(r"(-?)([0-9]{1,100})(?:\.([0-9]{1,100}))?\.?")
-_SIGN_ENDS = "-+±负sSeE"
+_SIGNS = "-+±负"
 _SIGN_PATTERN = re.compile(r"([-+±]|负|\bminus|\bnegative)(\s?)$", re.IGNORECASE)
 # A minus behind one of these is a subtraction or a hyphen: "3-5", "x-5", "(a)-5", "GPT-4".
 _OPERAND_END_PATTERN = re.compile(r"[A-Za-z0-9)\]}%°]$")
 _BULLET_PATTERN = re.compile(r"\n\s?-\s$")
-
-_NUMBER_CUE_PATTERN = re.compile(
-    r"""
-    (?=[ar\#答结得])(?:  # the first characters of the cues: most characters need no other test
-    \#{4}
-  | \b(?:answer|result)s?
-    (?:\s(?:to|for|of)\b[^.!?:=\n]{1,80}?)?
-    (?:\s(?:is|are|was|equals|comes\ to|must\ be|should\ be|would\ be)\b(?:\s(?:therefore|then|thus|just))?\s?[:=]?
-      | \s?[:=])
-  | \bans\s?[.:=]
-  | (?:答案|结果|得数)(?:应该|应当|应|就|也)?\s?(?:是|为|等于|得|[:=])[:=]?
-  | 答\s?:
-    )
-    """,
-    re.VERBOSE | re.IGNORECASE,
-)
-_AFFIRMED_NUMBER_PATTERN = re.compile(
-    r"\s(?:is|must\sbe)\s(?:the\s|my\s|our\s)?(?:final\s|correct\s|right\s)?(?:answer|correct|right|result)\b"
-    r"|[个元块人天年米岁]?(?:就是|才?是|为)?(?:正确的?)?(?:答案|正确)"
-)
-_EQUALS_PATTERN = re.compile(r"(?<![!<>=])=(?!=)|[≈≃]|(?<!不)等于|约为|\bequals\b|\bwhich\s(?:is|equals|makes|gives)\b")
-
-# What two numbers in a row are to each other, by the text between them.
-_ALTERNATIVE_PATTERN = re.compile(r"\b(?:or|maybe|perhaps|possibly)\b|或|还是|要么|可能|也许|±", re.IGNORECASE)
-_GAP_END_PATTERN = re.compile(r"[.;。；\n]|\b(?:because|since|if)\b|因为|如果", re.IGNORECASE)
-# "甲有42个，乙有24个": the second of two things that have a number each.
-_PARALLEL_PATTERN = re.compile(
-    r"[^\d,.;]{0,4},\s?(?![因由即每比所共一不剩还多约等其也])[\u4e00-\u9fff]{1,6}"
-    r"|(?!\sbecause)[^\d,.;]{0,20}?(?:,\s?(?:and\s)?|\sand\s)(?!which|that|as|since|because|so|it|i\.e|where)[a-z]{1,12}\s(?:has|have|gets?|is)\s?",
-    re.IGNORECASE,
-)
-_ASSIGNMENT_PATTERN = re.compile(r"\s?(?:[,;、，；]|,?\s?and\b|和|且|,)\s?[A-Za-z]\w{0,3}\s?=\s?", re.IGNORECASE)
-_LIST_PATTERN = re.compile(r"\s?(?:[,、，;；&]\s?(?:and\b)?|\band\b|和|与|及|以及)\s?", re.IGNORECASE)
-_RANGE_PATTERN = re.compile(r"\s?(?:[~～至到]|\bto\b)\s?", re.IGNORECASE)
-_RANGE_START_PATTERN = re.compile(r"\bbetween\s?\$?-?$|介于$", re.IGNORECASE)
-_OPERATOR_PATTERN = re.compile(
-    r"\s?(?:[+*×÷·/xX]|\b(?:plus|times|multiplied\sby|divided\sby)\b|加上?|乘以?|除以)\s?", re.IGNORECASE
-)
-_SUBTRACTION_PATTERN = re.compile(r"\s?(?:-|\bminus\b|减去?)\s?", re.IGNORECASE)
-
 _BOUND_PATTERN = re.compile(
     r"(?:[<>]=|(?<![=-])<|(?<![=-])>(?=[-$]?$)|(?<=[^\s=-])\s?>|[≤≥≦≧]|\\(?:[gl]eq?|[gl]eqslant|[gl]t)(?![A-Za-z])"
     r"|\b(?:more|less|greater|fewer|larger|smaller|higher|lower)\sthan(?:\sor\sequal\sto)?"
-    r"|\b(?:over|under|above|below|exceed(?:s|ing)?|beyond|within|anywhere\sfrom|either|than\sabout|bounded\sby|a\s(?:maximum|minimum|limit)\sof)"
-    r"|\b(?:at\s(?:least|most|minimum|maximum|the\svery\s(?:least|most))|(?<!add\s)(?<!adds\s)(?<!sum\s)(?<!sums\s)(?<!comes\s)(?<!round\s)(?<!rounds\s)(?<!rounded\s)up\sto"
+    r"|\b(?:over|under|above|below|exceed(?:s|ing)?|beyond|within|anywhere\sfrom|either|than\sabout|bounded\sby"
+    r"|a\s(?:maximum|minimum|limit)\sof)"
+    r"|\b(?:at\s(?:least|most|minimum|maximum|the\svery\s(?:least|most))"
+    r"|(?<!add\s)(?<!adds\s)(?<!sum\s)(?<!sums\s)(?<!comes\s)(?<!round\s)(?<!rounds\s)(?<!rounded\s)up\sto"
     r"|as\s(?:many|much|few|little|high|low)\sas)(?:\s(?!is\b|are\b|was\b|equals\b)[a-z]+){0,2}"
     r"|(?:[大小多少高低]于(?:或?等于)?|超过|不到|不足|至[少多]|最[少多]|[高多]达|少说)[有为是要需能可以得用花会]{0,3})\s?[-$]?$",
     re.IGNORECASE,
 )
-_BOUND_BEHIND_PATTERN = re.compile(
-    r"\s?(?:[a-z%°$]{1,15}\s)?(?:or|and)\s(?:more|less|fewer|above|below|higher|lower|greater|smaller|larger|over|under|up)\b|\s(?:at\s(?:least|most)|minimum|maximum|upwards)\b"
-    rf"|\s?(?:{'[个元块角分人名位只天年米岁]|小时|千克|厘米'})?(?:左右)?[及或]?(?:以[上下内外])|开外|封顶|多(?=[个元人天年米岁])"
+_BOUND_APART = (
+    r"(?:[a-z%°$]{1,15}\s)?(?:or|and)\s(?:more|less|fewer|above|below|higher|lower|greater|smaller|larger|over|under"
+    r"|up)\b"
+    r"|(?:[个元块角分人名位只天年米岁]|小时|千克|厘米)?(?:左右)?[及或]?(?:以[上下内外])|开外|封顶|多(?=[个元人天年米岁])"
 )
+_BOUND_BEHIND_A_SPACE = r"(?:at\s(?:least|most)|minimum|maximum|upwards)\b"
 # What makes a number a part of something that is not read: "2π", "√2", "x + 2", "2^n", "1.2.3", "3 and a half".
 _ATTACHED_BEFORE_PATTERN = re.compile(
     r"(?:[/{√第|]|/\(|[A-Za-z-][(\[]|(?:∞|\\infty)\s?,\s?|\b(?:twice|double|triple)\s|根号\s?|负的|比|\d的"
     r"|\b(?:sqrt|cbrt|log|ln|lg|exp|(?:arc|a)?(?:sin|cos|tan)h?|cot|sec|csc|abs|mod|floor|ceil)\s?\(?"
-    r"|\\(?!(?:approx|sim|simeq|cong|equiv|to|q?quad|implies|therefore|boldsymbol|[Rr]ightarrow|text|colon)\s?-?$)[A-Za-z]+\s?[{|(\[]?"
+    r"|\\(?!(?:approx|sim|simeq|cong|equiv|to|q?quad|implies|therefore|boldsymbol|[Rr]ightarrow|text"
+    r"|colon)\s?-?$)[A-Za-z]+\s?[{|(\[]?"
     r"|(?:[A-Za-z)\]}]|\^-?\d{1,6})(?:[+*]|\s[+*]\s|\s?[×÷]\s?))-?$",
     re.IGNORECASE,
 )
@@ -217,28 +181,32 @@ _MADE_NOUNS = frozenset(
         "fraction",
     ]
 )
-_ATTACHED_BEHIND_PATTERN = re.compile(
-    r"[\^_]|\.\d|\s?(?:[π√]|\\(?:pi|sqrt|[dt]?frac|log|ln|sin|cos|tan|alpha|beta|theta|lambda)(?![A-Za-z]))"
-    r"|[abefijknopqruvwxyz](?![A-Za-z])"
-    r"|\s(?:and\sa\s(?:half|third|quarter)|squared|cubed|factorials|of\spi|radians\sof|tenths|hundredths|thousandths|pi|sqrt|log|ln|factorial|choose"
-    r"|times\s(?:pi|[a-z]|sqrt|the))\b"
-    r"|(?:个|天|年|小时|块|倍|米)?半|\s?,\s?\+?(?:∞|\\infty)|e\^|\((?=-?\d|[a-z]\b)|\s?/\s?[(\\]"
-    r"|分之|次方|开方|\s(?:minus|plus|-)\s[a-z]\b"
+_ATTACHED_BEHIND = (
+    r"[\^_]|\.\d|[abefijknopqruvwxyz](?![A-Za-z])|(?:个|天|年|小时|块|倍|米)?半|e\^|\((?=-?\d|[a-z]\b)|分之|次方|开方"
     r"|(?:[个元块角分人名位只天年米岁])?的(?=[\u4e00-\u9fff])"
-    r"|\s?[+×÷]\s?(?:[A-Za-z(\\]|$)|\s?\*\s?[A-Za-z(]"
+)
+_ATTACHED_BEHIND_A_SPACE = (
+    r"and\sa\s(?:half|third|quarter)\b|(?:squared|cubed|factorials|of\spi|radians\sof|tenths|hundredths|thousandths|pi"
+    r"|sqrt|log|ln|factorial|choose|times\s(?:pi|[a-z]|sqrt|the))\b|(?:minus|plus|-)\s[a-z]\b"
+)
+_ATTACHED_APART = (
+    r"[π√]|\\(?:pi|sqrt|[dt]?frac|log|ln|sin|cos|tan|alpha|beta|theta|lambda)(?![A-Za-z])|,\s?\+?(?:∞|\\infty)"
+    r"|/\s?[(\\]"
+    r"|[+×÷]\s?(?:[A-Za-z(\\]|$)|\*\s?[A-Za-z(]"
 )
 # A predicate of the number itself: unknown ones may deny it.
-_UNKNOWN_OF_NUMBER_PATTERN = re.compile(
-    r"\s(?:is|seems|looks|violates|leads|lacks|goes|gets)\s(?!(?:then\s|thus\s|indeed\s|also\s|clearly\s|the\s|my\s|our\s|an?\s)*"
+_UNKNOWN_BEHIND_A_SPACE = (
+    r"(?:is|would\sbe|seems|looks|violates|leads|lacks|goes|gets)\s(?!(?:then\s|thus\s|indeed\s|also\s|clearly\s|the\s|my\s"
+    r"|our\s|an?\s)*"
     r"(?:only\s|final\s|right\s|correct\s|best\s|good\s)?"
-    r"(?:answer|correct|right|true|result|number|sum|total|solution|value|best|what|final|valid|prime|even|odd|half|\d|=|fine|ok)"
+    r"(?:answer|correct|right|true|result|number|sum|total|solution|value|best|what|final|valid|prime|even|odd|half|\d"
+    r"|=|fine|ok)"
     r"|divi|less|more|greater|smaller|larger|between|close|equal|in\b|from)"
-    r"|是(?!正确|对|答案|最|所求|我|正解|它|结果|该|本|\d|偶|奇|质|因)"
 )
+_UNKNOWN_BEHIND = r"是(?!正确|对|答案|最|所求|我|正解|它|结果|该|本|\d|偶|奇|质|因)"
 _NO_VALUE_BEHIND_PATTERN = re.compile(
-    "|".join(
-        pattern.pattern for pattern in (_ATTACHED_BEHIND_PATTERN, _BOUND_BEHIND_PATTERN, _UNKNOWN_OF_NUMBER_PATTERN)
-    )
+    rf"\s(?:{_ATTACHED_BEHIND_A_SPACE}|{_BOUND_BEHIND_A_SPACE}|{_UNKNOWN_BEHIND_A_SPACE})"
+    rf"|\s?+(?:{_ATTACHED_APART}|{_BOUND_APART})|{_ATTACHED_BEHIND}|{_UNKNOWN_BEHIND}"
 )
 _WORD_PATTERN = re.compile(r"[A-Za-z\u4e00-\u9fff]{2}")
 _MEASURES = (
@@ -248,8 +216,7 @@ _MEASURES = (
 _COUNTED_PATTERN = re.compile(rf"(?:{_MEASURES})?(?:\s|[^\w\s]|[到至或和与]|等于|$)")
 _COUNTED_THINGS_PATTERN = re.compile("[个本张只条头匹辆颗棵名]")
 _COMPOUND_CHARS = "第之唯统单专同"  # 第一, 之一, 唯一: no numerals
-_NUMERAL_PATTERN = re.compile(rf"\d|[{_VULGAR_FRACTIONS}]|{CHINESE_NUMERAL_PATTERN.pattern}")
-_LIST_NUMBER_PATTERN = re.compile(r"^[ \t]{0,8}(\d{1,2})[.)、](?=\s)", re.MULTILINE)
+NUMERAL_PATTERN = re.compile(rf"\d|[{_VULGAR_FRACTIONS}]|{CHINESE_NUMERAL_PATTERN.pattern}")
 # What ends or holds all that these two patterns match: they are searched only where it occurs.
 _TERM_CONTEXT_CHARS, _BOUND_CONTEXT_CHARS = 24, 36
 _BOUND_CHARS = frozenset("于过到足少多达")
@@ -259,63 +226,15 @@ _TERM_WORDS = (
 )
 _TERM_ENDS = tuple(_TERM_WORDS.split())
 _BOUND_WORDS = (
-    "< > = ≤ ≥ ≦ ≧ than to over under above below exceed exceeds exceeding beyond within from either "
+    "< > <= >= ≤ ≥ ≦ ≧ than to over under above below exceed exceeds exceeding beyond within from either "
     "about by of least most as"
 )
-_BOUND_ENDS = tuple(_BOUND_WORDS.split())
-_NUMBER_CONTEXT_CHARS = 40  # characters before and behind a number that are searched for signs, negations and bounds
+_SIGN_CHARS = frozenset(word for word in (_TERM_WORDS + " " + _BOUND_WORDS).split() if len(word) == 1)
+_WORD_ENDS = frozenset(word[-2:] for word in (_TERM_WORDS + " " + _BOUND_WORDS).split() if len(word) > 1)
+NUMBER_CONTEXT_CHARS = 40  # characters before and behind a number that are searched for signs, negations and bounds
 
 
-def read_final_number(text: str) -> tuple[Rational, ...]:
-    r"""Return the values that the final answer of a text may stand for; none if it has no number, or several.
-
-    >>> read_final_number("3-5"), read_final_number("答案是四十二。"), read_final_number(r"so \boxed{1{,}000}")
-    ((5,), (Fraction(42, 1),), (Fraction(1000, 1),))
-    """
-    if plain := _PLAIN_NUMBER_PATTERN.fullmatch(text):
-        sign, whole, decimals = plain.groups(default="")
-        magnitude = Fraction(int(whole + decimals), 10 ** len(decimals)) if decimals else int(whole)
-        return (-magnitude if sign else magnitude,)
-
-    text = _clean(cut_to_final_part(text, _NUMERAL_PATTERN))
-    boxed = find_last_boxed(text)
-    if boxed is not None and (numbers := find_numbers(boxed)):
-        values = _read_statement(boxed, _find_asserted(numbers, find_denials(lower_text(boxed))))
-        if values is not None:
-            return values
-    text = blank_questions(text)
-    lowered = lower_text(text)
-    denies = find_denials(lowered)
-    if _has_cue(lowered):
-        statements = list(find_statements(text, _NUMBER_CUE_PATTERN, denies))
-        for statement in reversed(statements):
-            if not statement.is_denied and (numbers := find_numbers(statement.text)):
-                offset = statement.end - len(statement.text)
-                numbers = [n for n in numbers if not denies(offset + n.start(), offset + n.end())]
-                values = _read_statement(statement.text, numbers)
-                if values is not None:
-                    return _read_correction(text, statements[-1].start + len(statements[-1].cue)) or values
-        if any(statement.is_denied for statement in statements):
-            text = cut_denied(text, statements)
-            denies = find_denials(lower_text(text))
-    return _read_last(text, denies)
-
-
-def _read_correction(text: str, start: int) -> tuple[Rational, ...]:
-    """Read the number of what takes the last statement back, as "Wait, it is 7" does; none if nothing does."""
-    correction = RETRACTION_PATTERN.search(text, start)
-    if correction is None:
-        return ()
-    text = text[correction.end() :]
-    return _read_last(text, find_denials(lower_text(text)))
-
-
-def _has_cue(text: str) -> bool:
-    """Return false if the pattern of cues cannot match; much faster than the pattern."""
-    return "ans" in text or "result" in text or "###" in text or "答" in text or "结果" in text or "得数" in text
-
-
-def _clean(text: str) -> str:
+def clean_number_text(text: str) -> str:
     """Remove characters without width and markup, and write each minus, space and exponent in one way."""
     if not text.isascii() and _FOREIGN_CHAR_PATTERN.search(text):
         text = _SUPERSCRIPT_PATTERN.sub(lambda match: "^" + match[0].translate(_SUPERSCRIPTS), text)
@@ -343,7 +262,13 @@ def _clean(text: str) -> str:
 
 def find_numbers(text: str) -> list[re.Match[str]]:
     """Return the numbers of a text in order, without signs; numerals in Chinese characters only if it has no digits."""
-    numbers = list(_NUMBER_PATTERN.finditer(text))
+    numbers = []
+    end = 0
+    while start := _NUMBER_START_PATTERN.search(text, end):
+        number = start if start.lastgroup else _NUMBER_PATTERN.match(text, start.start())
+        if number:
+            numbers.append(number)
+        end = number.end() if number else start.end()
     if not numbers and not text.isascii():
         numbers = [match for match in CHINESE_NUMERAL_PATTERN.finditer(text) if _is_chinese_number(match)]
     return numbers
@@ -361,149 +286,17 @@ def _is_chinese_number(match: re.Match[str]) -> bool:
     return match[0] != "一" and bool(_COUNTED_THINGS_PATTERN.match(text, end))
 
 
-def _read_statement(statement: str, numbers: Sequence[re.Match[str]]) -> tuple[Rational, ...] | None:
-    """Read the number that a statement gives; None if it only negates numbers, empty if it gives no single one.
-
-    The sides of its equals signs are tried from the last one; a side that is a calculation is passed over.
-    """
-    if not numbers:
-        return None
-    bounds = [0, *(match.end() for match in _EQUALS_PATTERN.finditer(statement))] if _has_equals(statement) else [0]
-    last = len(numbers)
-    for bound in reversed(bounds):
-        first = last
-        while first > 0 and numbers[first - 1].start() >= bound:
-            first -= 1
-        if first == last:
-            continue
-        final = _find_result(statement, numbers[first:last], has_sides=len(bounds) > 1)
-        if final is not None:
-            index = first + final
-            if _is_one_of_several(statement, numbers, index):
-                return ()
-            return _read_number(statement, numbers[index])
-        last = first
-    return ()
+def has_scale(number: re.Match[str]) -> bool:
+    """Return true if a scale word such as "million" or 万 belongs to a number in digits."""
+    return number.re is _NUMBER_PATTERN and number["scale"] is not None
 
 
-def _has_equals(text: str) -> bool:
-    """Return false if the pattern of equals signs cannot match; much faster than the pattern."""
-    return (
-        "=" in text or "≈" in text or "≃" in text or "于" in text or "约" in text or "equal" in text or "which" in text
-    )
-
-
-def _find_result(text: str, numbers: Sequence[re.Match[str]], *, has_sides: bool) -> int | None:
-    """Return the index of the number that a side gives, its first; None if that is a term of a calculation.
-
-    A subtraction without a result, as in "3 - 5", is read as its last number: the minus may be a hyphen.
-    """
-    for index in range(len(numbers) - 1):
-        gap = _get_gap(text, numbers[index], numbers[index + 1], has_sign=True)
-        if _OPERATOR_PATTERN.fullmatch(gap) or (has_sides and _SUBTRACTION_PATTERN.fullmatch(gap)):
-            return None
-        if not _SUBTRACTION_PATTERN.fullmatch(gap):
-            return index
-    return len(numbers) - 1
-
-
-def _is_one_of_several(text: str, numbers: Sequence[re.Match[str]], index: int) -> bool:
-    """Return true if a number is one of alternatives, of a list or of a range, unless all have the same value."""
-    for first, second in ((index - 1, index), (index, index + 1)):
-        if first < 0 or second >= len(numbers):
-            continue
-        previous, following = numbers[first], numbers[second]
-        gap = _get_gap(text, previous, following)
-        is_list = (
-            _LIST_PATTERN.fullmatch(gap)
-            or _ASSIGNMENT_PATTERN.fullmatch(gap)
-            or _is_joined(text, previous, following, gap)
-        )
-        if is_list or _is_alternative(gap) or _PARALLEL_PATTERN.fullmatch(gap):
-            values = set(_read_number(text, previous))
-            if values.isdisjoint(_read_number(text, following)):
-                return True
-    return False
-
-
-def _is_alternative(gap: str) -> bool:
-    return bool(_ALTERNATIVE_PATTERN.search(gap)) and not _GAP_END_PATTERN.search(gap)
-
-
-def _get_gap(text: str, previous: re.Match[str], following: re.Match[str], *, has_sign: bool = False) -> str:
-    """Return the text between two numbers, with single spaces; without the sign of the second one if told so."""
-    gap = text[previous.end() : following.start()]
-    if "  " in gap:
-        gap = re.sub(" +", " ", gap)
-    return gap if has_sign else gap.rstrip("-$")
-
-
-def _is_joined(text: str, previous: re.Match[str], following: re.Match[str], gap: str) -> bool:
-    """Return true for ranges, parts of one number ("1亿2000万") and pairs in brackets."""
-    if _RANGE_PATTERN.fullmatch(gap):
-        return True
-    before = text[max(0, previous.start() - _NUMBER_CONTEXT_CHARS) : previous.start()]
-    if not gap.strip() or gap.strip() == "and":
-        has_scale = previous.re is _NUMBER_PATTERN and previous["scale"]
-        return bool(has_scale or _RANGE_START_PATTERN.search(before))
-    if _LIST_PATTERN.fullmatch(gap):
-        return bool(_RANGE_START_PATTERN.search(before)) or (
-            before.rstrip("-$ ")[-1:] in ("(", "[", "{")
-            and text[following.end() : following.end() + 1] in (")", "]", "}")
-        )
-    return False
-
-
-def _read_last(text: str, denies: Denies) -> tuple[Rational, ...]:
-    """Read the last number that is not negated and that does not number a line of a list."""
-    numbers = find_numbers(text)
-    if "\n" in text and numbers:
-        list_numbers = _find_list_numbers(text)
-        numbers = [number for number in numbers if number.start() not in list_numbers]
-    numbers = _find_asserted(numbers, denies)
-    if not numbers:
-        return ()
-    may_affirm = " is " in text or " be " in text or not text.isascii()
-    if may_affirm and (
-        affirmed := [number for number in numbers if _AFFIRMED_NUMBER_PATTERN.match(text, number.end())]
-    ):
-        readings = {_read_number(text, number) for number in affirmed}
-        return readings.pop() if len(readings) == 1 else ()
-    values = _read_number(text, numbers[-1])
-    if not values or len(numbers) == 1:
-        return values
-    gap = _get_gap(text, numbers[-2], numbers[-1])
-    if len(gap) > MAX_GAP_CHARS:
-        return values
-    if _OPERATOR_PATTERN.fullmatch(gap):
-        return ()
-    is_one_of_several = (
-        _is_alternative(gap) or _ASSIGNMENT_PATTERN.fullmatch(gap) or _is_joined(text, numbers[-2], numbers[-1], gap)
-    )
-    return () if is_one_of_several and set(values).isdisjoint(_read_number(text, numbers[-2])) else values
-
-
-def _find_list_numbers(text: str) -> set[int]:
-    """Return the places of the numbers of list items: 1 at the start of a line, and each number that follows it."""
-    places, expected = set(), 1
-    for match in _LIST_NUMBER_PATTERN.finditer(text):
-        if int(match[1]) in (1, expected):
-            places.add(match.start(1))
-            expected = int(match[1]) + 1
-    return places
-
-
-def _find_asserted(numbers: Sequence[re.Match[str]], denies: Denies) -> list[re.Match[str]]:
-    """Return the numbers that the text does not rule out, as "not 5" and "5 is wrong" do."""
-    return [number for number in numbers if not denies(*number.span())]
-
-
-def _read_number(text: str, match: re.Match[str]) -> tuple[Rational, ...]:
+def read_number(text: str, match: re.Match[str]) -> tuple[Rational, ...]:
     """Return the values that a number may stand for: none for "±5", "1/0", dates, bounds and parts of terms.
 
     A number with a percent sign or a scale word, as "3 million", has two: the sign is part of the number or its unit.
     """
-    before = text[max(0, match.start() - _NUMBER_CONTEXT_CHARS) : match.start()]
+    before = text[max(0, match.start() - NUMBER_CONTEXT_CHARS) : match.start()]
     if before and _is_term_or_bound(before):
         return ()
     if match.end() < len(text):
@@ -524,9 +317,11 @@ def _read_number(text: str, match: re.Match[str]) -> tuple[Rational, ...]:
         return (numeral, numeral * 100) if match[0].lstrip("负").startswith("百分之") else (numeral,)
 
     sign = _find_sign(before) if before else "+"
-    if match.lastgroup == "whole" and sign != "±" and match[0].isdigit():
+    if sign == "±":
+        return ()
+    if match.lastgroup == "whole" and match[0].isdigit():
         return (-int(match[0]) if sign == "-" else int(match[0]),)
-    if match["several"] or sign == "±":
+    if match["several"]:
         return ()
     magnitude = _compute_magnitude(match)
     if magnitude is None:
@@ -545,19 +340,20 @@ def _read_number(text: str, match: re.Match[str]) -> tuple[Rational, ...]:
 def _is_term_or_bound(before: str) -> bool:
     """Return true if the text before a number makes it a part of a term, or a bound."""
     end = before.rstrip(" -$").lower()
-    may_be_term = end.endswith(_TERM_ENDS) or "\\" in before
+    is_special = "\\" in before or end[-1:] in _SIGN_CHARS or end[-2:] in _WORD_ENDS
+    may_be_term = is_special and (end.endswith(_TERM_ENDS) or "\\" in before)
     if may_be_term and _ATTACHED_BEFORE_PATTERN.search(before, len(before) - _TERM_CONTEXT_CHARS):
         return True
     may_be_bound = (
-        " at " in before
+        is_special
+        or " at " in before
         or before.startswith("at ")
         or " least " in before
         or " most " in before
         or " to " in before
         or " as " in before
+        or (not before.isascii() and not _BOUND_CHARS.isdisjoint(before))
     )
-    may_be_bound = may_be_bound or end.endswith(_BOUND_ENDS) or "\\" in before
-    may_be_bound = may_be_bound or (not before.isascii() and not _BOUND_CHARS.isdisjoint(before))
     if may_be_bound and _BOUND_PATTERN.search(before, len(before) - _BOUND_CONTEXT_CHARS):
         return True
     if not end.endswith(" of"):
@@ -571,7 +367,10 @@ def _is_term_or_bound(before: str) -> bool:
 
 def _find_sign(before: str) -> str:
     """Return the sign of a number behind a text: "+", "-" or "±"."""
-    match = _SIGN_PATTERN.search(before) if before.rstrip()[-1:] in _SIGN_ENDS else None
+    end = before.rstrip()
+    match = None
+    if end[-1:] in _SIGNS or end.lower().endswith(("minus", "negative")):
+        match = _SIGN_PATTERN.search(before)
     if match is None:
         return "+"
     sign, space = match.groups()

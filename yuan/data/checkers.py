@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from pydantic_core import PydanticCustomError
 
 from yuan.data.answer_choices import read_choices
-from yuan.data.answer_numbers import read_final_number
+from yuan.data.final_number import read_final_number
 from yuan.data.text import MAX_TEXT_CHARS, TextRule, WrittenFloat, make_rule_error, normalize_text
 
 MAX_CONTAINED_CHARS = 2_000  # of each value of `contains`

@@ -52,7 +52,7 @@ _TEXT_SIGNATURES = {  # in lower case, after white space
     b"<?xml": ("XML", _EXPORT),
     b"{\\rtf": ("RTF", "export its text as rows"),
 }
-_TAR_MARK, _TAR_MARK_OFFSET = b"ustar", 257
+_TAR_MARKS, _TAR_MARK_OFFSET = (b"ustar\0", b"ustar  "), 257
 _MP4_MARK, _MP4_MARK_OFFSET = b"ftyp", 4
 MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_CONTROL_SHARE = 0.02  # of the bytes of a text; random bytes have 0.1
@@ -68,7 +68,7 @@ def describe_foreign_format(head: bytes) -> str | None:
     Args:
         head: the first HEAD_BYTES of the file, or all of a smaller file.
     """
-    if head.startswith(_TAR_MARK, _TAR_MARK_OFFSET):
+    if head.startswith(_TAR_MARKS, _TAR_MARK_OFFSET):
         return "the file is a tar archive; extract it with tar, and push a file of it that is JSONL"
     if file_format := _find_format(head):
         name, fix = file_format

@@ -271,11 +271,16 @@ _OUTER_CHARS = INVISIBLE_CHARS + "".join(chr(code) for code in range(0x3001) if 
 def fold_coarsely(text: str) -> str:
     """Fold Unicode compatibility forms (NFKC), case and white space, so that near-equal prompts get one split.
 
+    Coarser than `normalize_text`, on which it builds: equal prompts always get one split.
+
     >>> fold_coarsely("  What is\\tＡ + 1? ")
     'what is a + 1?'
+    >>> fold_coarsely("\\u200bWhat is A + 1?\\ufeff")
+    'what is a + 1?'
     """
+    text = normalize_text(text)
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", _limit_combining_marks(text.translate(_FOLDED_CHARS)))
+        text = unicodedata.normalize("NFKC", text)
     return " ".join(text.casefold().split())
 
 

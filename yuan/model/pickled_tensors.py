@@ -24,7 +24,9 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     if not isinstance(loaded, dict) or not all(map(_is_named_tensor, loaded.items())):
-        content = f"the keys {', '.join(map(str, list(loaded)[:5]))}" if isinstance(loaded, dict) else type(loaded)
+        keys = list(loaded)[:5] if isinstance(loaded, dict) else []
+        names = ", ".join(key if isinstance(key, str) else type(key).__name__ for key in keys)
+        content = f"the keys {names}" if isinstance(loaded, dict) else type(loaded)
         raise ValueError(
             f"{path} must hold a dictionary of tensors, or one under the key state_dict, got "
             f"{make_printable(str(content))}; save the model's state_dict alone"
@@ -41,23 +43,45 @@ def _is_named_tensor(item: tuple[object, object]) -> bool:
 def _check_stored(path: Path, tensors: dict[str, Tensor]) -> None:
     """Check that a pickle holds every number of its tensors.
 
-    A pickled tensor may repeat stored numbers, by a stride of 0 or by a storage that several tensors share, so a file
-    of some kilobytes could fill the memory and the disk. Published files share the tied embedding only.
+    A pickled tensor may repeat stored numbers, by a stride of 0 or by a storage that several tensors share or that
+    overlaps another one, so a file of some kilobytes could fill the memory and the disk. Published files share the tied
+    embedding only.
 
     Raises:
         ValueError: naming a tensor that the file does not hold.
     """
-    dense = {name: tensor for name, tensor in tensors.items() if tensor.layout == torch.strided}
+    for name, tensor in tensors.items():
+        if tensor.is_nested:
+            raise ValueError(f"{format_tensor_name(name)} in {path} is a nested tensor; save it as a plain tensor")
+    dense = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if tensor.layout == torch.strided and tensor.device.type == "cpu"
+    }
     for name, tensor in dense.items():
         if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
             raise ValueError(
                 f"{path} stores only a part of the numbers of {format_tensor_name(name)}, and repeats them; "
                 "save a copy of the tensor (tensor.contiguous())"
             )
-    num_stored = sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in dense.values())}.values())
+    storages = [tensor.untyped_storage() for tensor in dense.values()]
+    num_stored = count_covered_bytes([(storage.data_ptr(), storage.nbytes()) for storage in storages])
     num_bytes = sum(tensor.numel() * tensor.itemsize for tensor in dense.values())
     if num_bytes > 2 * num_stored:
         raise ValueError(
             f"the tensors of {path} have {num_bytes} bytes, but it stores {num_stored}, shared by several of them; "
             "save a copy of each tensor"
         )
+
+
+def count_covered_bytes(spans: list[tuple[int, int]]) -> int:
+    """Count the bytes that spans of memory, each an address and a size, cover together.
+
+    >>> count_covered_bytes([(100, 10), (105, 10), (100, 10), (200, 5)])
+    20
+    """
+    covered, end = 0, 0
+    for address, size in sorted(spans):
+        covered += max(address + size - max(address, end), 0)
+        end = max(end, address + size)
+    return covered

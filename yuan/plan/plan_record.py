@@ -121,7 +121,9 @@ class PipelinePlan:
             raise ValueError(f"bubble_fraction must be from 0 to 1, got {self.bubble_fraction}")
         for name, values in PLAN_WORDS.items():
             if getattr(self, name) not in values:
-                raise ValueError(f"{name} must be {' or '.join(filter(None, values))}, got {show_value(getattr(self, name))}")
+                raise ValueError(
+                    f"{name} must be {' or '.join(filter(None, values))}, got {show_value(getattr(self, name))}"
+                )
         batch_sizes = (self.data_size, self.micro_batch_size, self.grad_accum_steps)
         if math.prod(batch_sizes) != self.global_batch_size:
             raise ValueError(
