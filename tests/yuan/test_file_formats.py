@@ -61,7 +61,7 @@ def npy_bytes():
         (b"%PDF-1.7\nrest", "PDF"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1rest", "XLS"),
         (b"7z\xbc\xaf\x27\x1crest", "7z"),
-        (b"a.jsonl" + bytes(250) + b"ustar", "tar"),
+        (b"a.jsonl" + bytes(250) + b"ustar\x0000", "tar"),
         (b"<!DOCTYPE html><html>", "HTML"),
         (b"PK\x03\x04rest", "ZIP"),
         (b"Rar!\x1a\x07\x01\x00rest", "RAR"),
