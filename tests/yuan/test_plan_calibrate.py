@@ -9,7 +9,7 @@ from yuan.plan.calibration_fit import DeviceTimings, StepTiming, calibrate_group
 from yuan.plan.flops import count_head_forward_flops, count_layer_forward_flops
 from yuan.plan.layout_prediction import predict_layout
 from yuan.plan.pool import DeviceGroup, MeasuredRates
-from yuan.plan.time_model import count_embedding_bytes
+from yuan.plan.time_model import count_embedding_bytes, predict_compute_seconds, predict_forward_seconds
 from yuan.plan.workload import Grid, Workload
 
 MODEL = ModelConfig(name="m", num_layers=2, hidden_size=512, num_heads=8, vocab_size=8_000, seq_len=512)
@@ -61,3 +61,19 @@ def test_calibration_recovers_the_true_rates_from_timings():
     assert rates.pop("what") == truth.pop("what")
     assert rates == pytest.approx(truth, rel=0.02)
     assert predict_step_seconds(calibrated, 30) == pytest.approx(predict_step_seconds(TRUE, 30), rel=1e-3)
+
+
+def test_a_layer_takes_its_measured_overheads_in_micro_batches_of_any_size():
+    """0.7 ms forward, also when recomputed, and 4 ms backward."""
+    plain = dataclasses.replace(
+        TRUE.measured, layer_forward_overhead_us=0.0, layer_backward_overhead_us=0.0, what="no overhead"
+    )
+    without = dataclasses.replace(TRUE, measured=plain)
+    for size in (1, 8):
+        grid = Grid(pipeline_size=2, data_size=1, micro_batch_size=size, grad_accum_steps=4)
+
+        def compute_difference(predict, *numbers, grid=grid):
+            return float(predict(WORK, grid, TRUE, *numbers)) - float(predict(WORK, grid, without, *numbers))
+
+        assert compute_difference(predict_compute_seconds, 0, 3, 2) == pytest.approx(5 * 0.7e-3 + 3 * 4e-3)
+        assert compute_difference(predict_forward_seconds, 0, 3) == pytest.approx(3 * 0.7e-3)

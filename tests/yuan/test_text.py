@@ -251,4 +251,11 @@ def test_letters_and_digits_of_ordinary_width_are_kept(text):
 
 @given(st.text(max_size=50))
 def test_coarse_folding_equals_nfkc_casefold_and_single_spaces(text):
+    text = normalize_text(text)
     assert fold_coarsely(text) == " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+@given(st.text(alphabet=INVISIBLE_CHARS + " \t\n", max_size=5), st.text(max_size=50))
+def test_texts_that_differ_in_invisible_characters_around_them_fold_alike(outer, text):
+    """Else an account could move another one's prompt to the other split with copies of it."""
+    assert fold_coarsely(outer + text + outer) == fold_coarsely(text)

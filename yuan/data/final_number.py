@@ -52,7 +52,8 @@ _PARALLEL_PATTERN = re.compile(
     r"|where)[a-z]{1,12}\s(?:has|have|gets?|is)\s?",
     re.IGNORECASE,
 )
-_ASSIGNMENT_PATTERN = re.compile(r"\s?(?:[,;、，；]|,?\s?and\b|和|且|,)\s?[A-Za-z]\w{0,3}\s?=\s?", re.IGNORECASE)
+_ASSIGNMENT_PATTERN = re.compile(r"\s?(?:[,;、，；]|,?\s?and\b|和|且|,)\s?([A-Za-z]\w{0,3})\s?=\s?", re.IGNORECASE)
+_CLAUSE_START_PATTERN = re.compile(r"[,;:、，；：。\n]|\b(?:and|so|then)\b|所以|得")
 _LIST_PATTERN = re.compile(r"\s?(?:[,、，;；&]\s?(?:and\b)?|\band\b|和|与|及|以及)\s?", re.IGNORECASE)
 _RANGE_PATTERN = re.compile(r"\s?(?:[~～至到]|\bto\b)\s?", re.IGNORECASE)
 _RANGE_START_PATTERN = re.compile(r"\bbetween\s?\$?-?$|介于$", re.IGNORECASE)
@@ -168,7 +169,7 @@ def _is_one_of_several(text: str, numbers: Sequence[re.Match[str]], index: int) 
         gap = _get_gap(text, previous, following)
         is_list = (
             _LIST_PATTERN.fullmatch(gap)
-            or _ASSIGNMENT_PATTERN.fullmatch(gap)
+            or _assigns_another_unknown(text, previous, gap)
             or _is_joined(text, previous, following, gap)
         )
         if is_list or _is_alternative(gap) or _PARALLEL_PATTERN.fullmatch(gap):
@@ -176,6 +177,20 @@ def _is_one_of_several(text: str, numbers: Sequence[re.Match[str]], index: int) 
             if values.isdisjoint(read_number(text, following)):
                 return True
     return False
+
+
+def _assigns_another_unknown(text: str, previous: re.Match[str], gap: str) -> bool:
+    """Return true if two numbers are values of a list, "x = 1, y = 2", not an equation and its solution.
+
+    "2x = 84, x = 42" solves its equation; "x = 3, x = 5" has two values.
+    """
+    assignment = _ASSIGNMENT_PATTERN.fullmatch(gap)
+    if assignment is None:
+        return False
+    before = _CLAUSE_START_PATTERN.split(text[max(0, previous.start() - NUMBER_CONTEXT_CHARS) : previous.start()])[-1]
+    unknown = assignment[1].lower()
+    has_unknown = re.search(rf"(?<![a-z]){re.escape(unknown)}(?![a-z0-9_])", before.lower()) is not None
+    return not has_unknown or before.strip("$ ").lower().rstrip("= ") == unknown
 
 
 def _is_alternative(gap: str) -> bool:
@@ -234,7 +249,9 @@ def _read_last(text: str, denies: Denies) -> tuple[Rational, ...]:
     if _OPERATOR_PATTERN.fullmatch(gap):
         return ()
     is_one_of_several = (
-        _is_alternative(gap) or _ASSIGNMENT_PATTERN.fullmatch(gap) or _is_joined(text, numbers[-2], numbers[-1], gap)
+        _is_alternative(gap)
+        or _assigns_another_unknown(text, numbers[-2], gap)
+        or _is_joined(text, numbers[-2], numbers[-1], gap)
     )
     return () if is_one_of_several and set(values).isdisjoint(read_number(text, numbers[-2])) else values
 
