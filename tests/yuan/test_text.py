@@ -259,3 +259,8 @@ def test_coarse_folding_equals_nfkc_casefold_and_single_spaces(text):
 def test_texts_that_differ_in_invisible_characters_around_them_fold_alike(outer, text):
     """Else an account could move another one's prompt to the other split with copies of it."""
     assert fold_coarsely(outer + text + outer) == fold_coarsely(text)
+
+
+@pytest.mark.parametrize("data", [b"\xef\xbb\xbf[1]", "\ufeff[1]", b"[1]"])
+def test_a_byte_order_mark_before_json_is_left_out(data):
+    assert parse_json(data) == [1]

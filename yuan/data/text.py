@@ -182,7 +182,7 @@ class WrittenFloat(float):
 
 
 def parse_json(data: bytes | str, max_values: int | None = None, *, keep_written: bool = False) -> Any:
-    """Parse untrusted JSON by RFC 8259, without Python's extensions.
+    """Parse untrusted JSON by RFC 8259, without Python's extensions; a byte order mark at its start is left out.
 
     Args:
         max_values: limit on the values in lists and objects together; None for no limit.
@@ -197,7 +197,7 @@ def parse_json(data: bytes | str, max_values: int | None = None, *, keep_written
     if isinstance(data, bytes) and (data.startswith(UTF16_BYTE_ORDER_MARKS) or b"\0" in data[:2]):
         raise BadJson("must be JSON in UTF-8, got UTF-16 or UTF-32; encode it in UTF-8")
     try:
-        text = data if isinstance(data, str) else data.decode()
+        text = (data if isinstance(data, str) else data.decode()).removeprefix("\ufeff")
         parse_float = WrittenFloat if keep_written else None
         value = json.loads(text, object_pairs_hook=_make_object, parse_float=parse_float)
     except UnicodeDecodeError as error:

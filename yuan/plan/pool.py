@@ -17,7 +17,7 @@ from yuan.safe_files import read_regular_file
 LauncherName = Literal["local", "slurm", "kubernetes"]
 
 MAX_POOL_FILE_BYTES = 2**20
-MAX_DEVICE_CLASSES = 10  # the search takes time and memory exponential in it: 5 s with 10, more than 35 s with 16
+MAX_DEVICE_CLASSES = 10  # the search takes time and memory exponential in it: up to a minute with 10
 MAX_SHOWN_NAMES = 12
 CPU_POOL_NAME = "cpu-2"
 DEFAULT_RESERVE_GIB = 2.0

@@ -1,6 +1,5 @@
 """Rules that every request must keep, whatever its route: single headers and parameters, no coded body, strict JSON."""
 
-import codecs
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +95,7 @@ class StrictRequest(Request):
 
     async def json(self) -> Any:
         try:
-            return parse_json((await self.body()).removeprefix(codecs.BOM_UTF8), keep_written=True)
+            return parse_json(await self.body(), keep_written=True)
         except BadJson as error:
             self.scope[JSON_FAULT_KEY] = error
             return None
