@@ -262,5 +262,5 @@ def test_texts_that_differ_in_invisible_characters_around_them_fold_alike(outer,
 
 
 @pytest.mark.parametrize("data", [b"\xef\xbb\xbf[1]", "\ufeff[1]", b"[1]"])
-def test_a_byte_order_mark_before_json_is_left_out(data):
+def test_a_byte_order_mark_before_json_is_ignored(data):
     assert parse_json(data) == [1]
