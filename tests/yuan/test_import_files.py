@@ -2,6 +2,8 @@
 
 import json
 import os
+import pickle
+import zipfile
 
 import pytest
 import torch
@@ -203,3 +205,37 @@ def test_tokenizer_of_another_size_than_the_vocabulary_is_refused(write_publishe
     big.save(folder)
     with pytest.raises(ValueError, match=r"the tokenizer has .* pieces and the model"):
         import_hf(folder, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("depth", [1_000, 3_000_000])
+@pytest.mark.parametrize("with_zip", [True, False])
+def test_a_pickle_of_nested_tuples_is_one_line_with_its_file(published_folder, tmp_path, depth, with_zip):
+    """Python's hash of a tuple descends without a limit; such a key of a dictionary ended the process."""
+    nested = b"\x80\x02}" + b")" + b"\x85" * depth + b"K\x01s."
+    file = tmp_path / "pytorch_model.bin"
+    if with_zip:
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, content in (("data.pkl", nested), ("version", b"3\n"), ("byteorder", b"little")):
+                archive.writestr(f"archive/{name}", content)
+    else:
+        file.write_bytes(b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {})) + nested)
+    (tmp_path / "config.json").write_bytes((published_folder / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin") as raised:
+        import_hf(tmp_path, tmp_path / "ours")
+    assert "\n" not in str(raised.value) and "recursion" not in str(raised.value)
+
+
+def test_a_pickle_whose_tensors_overlap_in_the_file_is_refused(published_folder, tmp_path):
+    """Half of the tensors claim a storage that reaches over the next ones, so 2 MB could become 249 MB."""
+    file, num_tensors, num_values = tmp_path / "whole.bin", 40, 1_000
+    torch.save({f"t{n:02}": torch.full((num_values,), float(n)) for n in range(num_tensors)}, file)
+    with zipfile.ZipFile(file) as whole, zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w") as overlapping:
+        for item in whole.infolist():
+            content = whole.read(item)
+            if item.filename.endswith("data.pkl"):
+                size, claimed = num_values.to_bytes(2, "little"), (20 * num_values).to_bytes(2, "little")
+                content = content.replace(b"M" + size, b"M" + claimed, num_tensors)
+            overlapping.writestr(item.filename, content)
+    (tmp_path / "config.json").write_bytes((published_folder / "config.json").read_bytes())
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin have \d+ bytes, but it stores"):
+        import_hf(tmp_path, tmp_path / "ours")

@@ -1,14 +1,24 @@
 """Pickles of tensors, read with torch's restricted unpickler, which runs no code, and memory-mapped."""
 
+import io
+import pickletools
 import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from yuan.data.text import make_printable
 from yuan.model.file_damage import DamageReporter, format_tensor_name
+
+MAX_PICKLED_TUPLES = 50_000
+MAX_PICKLED_OPCODES = 2_000_000
+MAX_PICKLE_BYTES = 2**26  # of an archive's pickle, which holds names and shapes alone
+MAX_PICKLES_OF_A_FILE = 5  # torch before 1.6 writes five, before the numbers
+TUPLE_OPCODES = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
 
 
 def load_pickle(path: Path) -> dict[str, Tensor]:
@@ -17,6 +27,7 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: if it is damaged, holds anything else than tensors by name, or fewer numbers than they have.
     """
+    _check_nesting(path)
     with DamageReporter(path), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch's own, of the storages of quantized tensors
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -33,6 +44,46 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
         )
     _check_stored(path, loaded)
     return loaded
+
+
+def _check_nesting(path: Path) -> None:
+    """Check that a pickle is small, and builds no value so deeply nested that Python crashes when it hashes it.
+
+    Raises:
+        ValueError: if it has many more instructions, or tuples, than any published file; a tensor takes about five
+            tuples.
+    """
+    with DamageReporter(path), _open_pickle(path) as stream:
+        num_tuples = 0
+        for num_opcodes, name in enumerate(_iter_opcodes(stream), 1):
+            num_tuples += name in TUPLE_OPCODES
+            if num_opcodes > MAX_PICKLED_OPCODES or num_tuples > MAX_PICKLED_TUPLES:
+                raise ValueError(
+                    f"its pickle has more than {MAX_PICKLED_OPCODES:,} instructions or {MAX_PICKLED_TUPLES:,} tuples"
+                )
+
+
+def _iter_opcodes(stream: IO[bytes]) -> Iterator[str]:
+    """Yield the names of a file's pickle instructions, up to its end or the first byte that is none."""
+    try:
+        for _ in range(MAX_PICKLES_OF_A_FILE):
+            for opcode, _, _ in pickletools.genops(stream):
+                yield opcode.name
+    except ValueError:
+        return  # torch names what is wrong, if anything is
+
+
+def _open_pickle(path: Path) -> IO[bytes]:
+    """Open the pickle of a file: a member of an archive, or the file itself in the format of torch before 1.6."""
+    if not zipfile.is_zipfile(path):
+        return path.open("rb")
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if not names:
+            return io.BytesIO()
+        if archive.getinfo(names[0]).file_size > MAX_PICKLE_BYTES:
+            raise ValueError(f"its data.pkl may have {MAX_PICKLE_BYTES:,} bytes")
+        return io.BytesIO(archive.read(names[0]))
 
 
 def _is_named_tensor(item: tuple[object, object]) -> bool:
