@@ -1,14 +1,14 @@
 """Authentication, checks of a request, upload limits, and idempotency of requests."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
 import anyio
+import anyio.to_thread
 from fastapi import Depends, Header, Path, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -33,6 +33,7 @@ from yuan.serve.strict_requests import StrictRoute
 MAX_UPLOADS_PER_ACCOUNT = 2  # per account at the same time
 MAX_PARALLEL_FILE_CHECKS = 2  # at the same time; each uses a CPU core that all other requests share
 ID_PATTERN = "^[0-9a-f]{32}$"
+CheckResult = TypeVar("CheckResult")
 
 
 def _check_digits(value: Any) -> Any:
@@ -92,33 +93,47 @@ class AccountRoute(StrictRoute):
         return handle_authenticated
 
 
-class UploadLimiter:
-    """Limits of parallel uploads per account, and of file checks.
+class AccountUploads:
+    """The uploads of one account that are in progress: their number, and a lock that one of them checks its file."""
 
-    Attributes:
-        checks: limit of the file checks of all accounts together.
+    def __init__(self) -> None:
+        self.num_running, self.check_lock = 0, anyio.Lock()
+
+
+class UploadLimiter:
+    """Limits of parallel uploads per account, and of file checks: one per account, and a few of all together.
+
+    A hostile file takes minutes to check, and must not keep every other account's file waiting.
     """
 
     def __init__(self) -> None:
-        self._running: Counter[str] = Counter()
-        self.checks = anyio.CapacityLimiter(MAX_PARALLEL_FILE_CHECKS)
+        self._uploads: dict[str, AccountUploads] = {}
+        self._checks = anyio.CapacityLimiter(MAX_PARALLEL_FILE_CHECKS)
 
     @contextmanager
-    def begin(self, contributor_id: str) -> Iterator[None]:
+    def begin(self, contributor_id: str) -> Iterator[AccountUploads]:
         """Count one more upload of the account while the block runs.
 
         Raises:
             TooManyRequests: if the account has the maximum of parallel uploads.
         """
-        if self._running[contributor_id] >= MAX_UPLOADS_PER_ACCOUNT:
+        uploads = self._uploads.setdefault(contributor_id, AccountUploads())
+        if uploads.num_running >= MAX_UPLOADS_PER_ACCOUNT:
             raise TooManyRequests(
                 f"{MAX_UPLOADS_PER_ACCOUNT} uploads of yours are in progress; send the next when one has ended"
             )
-        self._running[contributor_id] += 1
+        uploads.num_running += 1
         try:
-            yield
+            yield uploads
         finally:
-            self._running[contributor_id] -= 1
+            uploads.num_running -= 1
+            if not uploads.num_running:
+                del self._uploads[contributor_id]
+
+    async def check(self, uploads: AccountUploads, check_file: Callable[[], CheckResult]) -> CheckResult:
+        """Run a check on a worker thread, after other checks of the account."""
+        async with uploads.check_lock:
+            return await anyio.to_thread.run_sync(check_file, limiter=self._checks)
 
 
 BearerToken = Annotated[

@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
@@ -186,7 +185,7 @@ async def push_dataset(
         datasets.check_suite_name(name)
     state, run = request.app.state, get_transactions(request).run
     has_limits = account.role != AccountRole.OPERATOR
-    with state.uploads.begin(account.id), open_scratch_file(state.scratch) as file:
+    with state.uploads.begin(account.id) as uploads, open_scratch_file(state.scratch) as file:
         if has_limits:
             daily_limit = state.max_daily_datasets
             await run(request, _check_daily_datasets, account, idempotency_key, daily_limit)
@@ -196,7 +195,7 @@ async def push_dataset(
         # Claim the key before the bytes are stored: without a record they would count in no quota.
         dataset_id = await run(request, _claim_dataset_id, account, repeat)
 
-        checked = await to_thread.run_sync(datasets.check_file, file, limiter=state.uploads.checks)
+        checked = await state.uploads.check(uploads, functools.partial(datasets.check_file, file))
         if checked.reason is None:
             if has_limits:
                 await run(request, _check_storage_quota, account, body, state.max_account_bytes)

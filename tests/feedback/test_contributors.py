@@ -1,14 +1,17 @@
 """The portal's API for contributors."""
 
+import asyncio
 import contextlib
 import json
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 from sqlalchemy import text
 
+from feedback.api.access import UploadLimiter
 from feedback.api.app import make_app
 from feedback.tables import new_id
 from tests.serving import serve_app
@@ -227,3 +230,19 @@ def test_a_file_of_too_many_lines_or_bad_rows_is_refused_without_reading_the_res
     bad = portal.post("/api/v1/datasets?name=bad", content=b"1\n" * 5_000, headers=account.headers)
     assert len(bad.json()["error"]["rows"]) == 1_000
     assert "the rest was not read" in bad.json()["error"]["message"]
+
+
+def test_a_file_of_one_account_that_takes_long_to_check_leaves_room_for_others():
+    limiter, release = UploadLimiter(), threading.Event()
+
+    async def check_files():
+        with limiter.begin("slow") as slow, limiter.begin("slow"), limiter.begin("other") as other:
+            checks = [asyncio.create_task(limiter.check(slow, release.wait)) for _ in range(2)]
+            await asyncio.sleep(0.1)
+            try:
+                assert await asyncio.wait_for(limiter.check(other, lambda: "checked"), 20) == "checked"
+            finally:
+                release.set()
+            assert await asyncio.gather(*checks) == [True, True]
+
+    asyncio.run(check_files())
