@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from yuan.config import format_count
 from yuan.plan.device_counts import MAX_SUGGESTED_DEVICES, CountSearch
 from yuan.plan.even_split import find_best_even_split, is_even_split
 from yuan.plan.layout import compute_added_seconds, compute_busy_seconds
@@ -106,15 +107,14 @@ def _suggest_counts(work: Workload, pool: Pool, limits: SizeLimits) -> Iterator[
     search_counts = CountSearch(work, pool.groups, limits)
     counts = [group.count for group in pool.groups]
     for c, group in enumerate(pool.groups):
-        step = group.devices_per_node if group.count >= group.devices_per_node else 1
 
-        def add_nodes(nodes: int, c: int = c, step: int = step) -> list[int]:
-            return [count + nodes * step * (n == c) for n, count in enumerate(counts)]
+        def add_devices(added: int, c: int = c) -> list[int]:
+            return [count + added * (n == c) for n, count in enumerate(counts)]
 
-        nodes = search_counts.find_minimum(add_nodes, MAX_SUGGESTED_DEVICES // step)
-        if nodes is not None:
-            total = f" ({group.count + nodes * step} in all)" if len(counts) == 1 else ""
-            yield f"{nodes * step} more devices of {group.device_class}{total}"
+        added = search_counts.find_minimum(add_devices, MAX_SUGGESTED_DEVICES)
+        if added is not None:
+            total = f" ({group.count + added} in all)" if len(counts) == 1 else ""
+            yield f"{format_count(added, 'more device')} of {group.device_class}{total}"
 
     if len(counts) > 1:
         smallest = [count // math.gcd(*counts) for count in counts]

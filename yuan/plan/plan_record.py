@@ -8,6 +8,7 @@ from typing import Any
 from yuan.plan.json_fields import check_fields, show_value
 
 PLAN_SCHEMA = 1
+PLAN_TOLERANCE = 1e-6  # of figures that follow from others
 PLAN_WORDS = {"objective": ("time", "memory"), "binding": ("compute", "memory", "")}
 
 
@@ -130,6 +131,20 @@ class PipelinePlan:
                 "data_size x micro_batch_size x grad_accum_steps must be global_batch_size, got "
                 f"{' x '.join(map(str, batch_sizes))} and {self.global_batch_size}"
             )
+
+        if self.loss_block is not None and self.loss_block < 1:
+            raise ValueError(f"loss_block must be at least 1 or null, got {self.loss_block}")
+        tokens_per_s = self.global_batch_size * self.sequence_length / self.step_seconds
+        if not math.isclose(self.tokens_per_s, tokens_per_s, rel_tol=PLAN_TOLERANCE):
+            raise ValueError(
+                f"tokens_per_s must be global_batch_size x sequence_length / step_seconds, {tokens_per_s:g}, got "
+                f"{self.tokens_per_s:g}"
+            )
+        gap = None if self.lower_bound is None else self.step_seconds / self.lower_bound - 1
+        if (self.gap is None) != (gap is None) or (
+            self.gap is not None and gap is not None and abs(self.gap - gap) > PLAN_TOLERANCE
+        ):
+            raise ValueError(f"gap must be step_seconds / lower_bound - 1, {gap}, got {self.gap}")
 
         if len(self.stages) != self.pipeline_size:
             raise ValueError(
