@@ -14,40 +14,7 @@ ENTRIES = [
     json.loads(line) for line in Path(__file__).with_name("checker_answers.jsonl").read_text("utf-8").splitlines()
 ]
 # Answers on which a pattern that backtracks would take minutes.
-REPEATED = [
-    "9",
-    "1,",
-    "111,",
-    "1 111 ",
-    "1/",
-    "1^",
-    "⁻²",
-    "- ",
-    "\\frac{1}",
-    "\\boxed{",
-    "{",
-    "一",
-    "一分之",
-    "答案是",
-    "1\n",
-    " ",
-]
-REPEATED += [
-    "answer is ",
-    "A",
-    "A,",
-    "A, ",
-    "A and ",
-    "A or ",
-    "(A",
-    "选",
-    "选A",
-    "not A, ",
-    "choose ",
-    "a\u0301",
-    "\ufeff",
-    "等于1",
-]
+REPEATED = json.loads(Path(__file__).with_name("repeated_answer_parts.json").read_text())
 
 
 def list_labelled_answers():
