@@ -1,6 +1,5 @@
 """Options of `cotrain plan` and `calibrate`: models, pools and their changes, plans."""
 
-import codecs
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -47,7 +46,7 @@ def read_current_plan_option(file: Path, work: Workload, pools: Sequence[Pool]) 
     """
     try:
         content = read_regular_file(file, MAX_PLAN_BYTES)
-        plan = parse_current_plan(parse_json(content.removeprefix(codecs.BOM_UTF8)), work)
+        plan = parse_current_plan(parse_json(content), work)
     except OSError as error:
         raise ValueError(
             f"--current {file} cannot be read: {error.strerror}; write it with `cotrain plan --json`"
