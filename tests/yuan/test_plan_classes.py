@@ -8,6 +8,7 @@ import pytest
 
 from yuan.config import ModelConfig
 from yuan.plan.class_assignment import assign_classes
+from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import make_plan
 from yuan.plan.pool import DeviceGroup, Pool
 from yuan.plan.stage_costs import build_stage_costs
@@ -67,6 +68,7 @@ def test_pools_of_many_classes_are_planned(num_classes, count, is_proven):
     plan = make_plan(work, pool, explained=False)
     assert plan.feasible and plan.step_seconds >= plan.lower_bound
     assert plan.gap == 0 or not is_proven
+    assert PipelinePlan.from_json(plan.to_json()) == plan  # its gap is that of its bound
     used = [stage.device_class for stage in plan.stages]
     assert all(used.count(name) * plan.data_size <= count for name in used)
     least = make_plan(work, pool, objective="memory", explained=False)

@@ -10,6 +10,7 @@ from itertools import pairwise, product
 import pytest
 
 from yuan.config import ModelConfig
+from yuan.plan import solver
 from yuan.plan.pool import DeviceGroup, Pool
 from yuan.plan.search import search
 from yuan.plan.workload import Workload
@@ -232,3 +233,21 @@ def test_plan_is_the_fastest_of_all_layouts_and_of_those_the_smallest(first):
             smallest = min(num_bytes for seconds, num_bytes in layouts if seconds <= fastest * (1 + EXACT))
             layout = candidates[0].layout
             assert (layout.seconds, layout.peak_bytes) == (pytest.approx(fastest, rel=EXACT), smallest), seed
+
+
+def test_bounds_are_true_where_the_search_is_not_exact(monkeypatch):
+    """Pools of three classes as if they had too many states: the bound is below every layout."""
+    monkeypatch.setattr(solver, "MAX_EXACT_STATES", 0)
+    cases = [case for case in map(draw_case, range(NUM_CASES)) if len(case.pool.groups) == 3]
+    num_compared = 0
+    for case in cases:
+        layouts = list(case.list_layouts())
+        result = search(case.work, case.pool)
+        assert bool(result.candidates) == bool(layouts)
+        if layouts:
+            fastest, found = min(seconds for seconds, _ in layouts), result.candidates[0].layout.seconds
+            assert result.lower_bound <= fastest * (1 + EXACT) and found >= fastest * (1 - EXACT)
+            least = search(case.work, case.pool, objective="memory").candidates[0].layout.peak_bytes
+            assert least <= min(num_bytes for _, num_bytes in layouts)  # which recompute no more than they need
+            num_compared += 1
+    assert num_compared > 20
