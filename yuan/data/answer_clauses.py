@@ -106,7 +106,7 @@ _TENTATIVE_PATTERN = re.compile(
     r"\b(?:thought|guess(?:ed)?|could|might|may|at\sfirst|some|most|people|tempting|maybe|perhaps|possibly)\b"
     r"|可能|也许|看起来|本来|本想|起初|以为|有人"
 )
-_ASKING_END_PATTERN = re.compile(r"[。！!?;；]|吗[?。]?|\.(?=\s|$)|(?<=\S)\s*\n")
+_ASKING_END_PATTERN = re.compile(r"[。！!?;；]+|吗[?。]?|\.(?=\s|$)|(?<=\S)\s*\n")
 
 
 def lower_text(text: str) -> str:
@@ -120,7 +120,7 @@ def blank_questions(text: str) -> str:
         return text
     pieces, start = [], 0
     for match in _ASKING_END_PATTERN.finditer(text):
-        is_question = match[0].startswith(("?", "吗"))
+        is_question = "?" in match[0] or match[0].startswith("吗")
         pieces.append(" " * (match.end() - start - 1) + "\n" if is_question else text[start : match.end()])
         start = match.end()
     return "".join((*pieces, text[start:]))
