@@ -26,7 +26,7 @@ _ENGLISH_GOVERNORS_PATTERN = re.compile(
         |not\s(?:only|hard|difficult|surprising)|(?:that|which|who)\s(?:are|do|does|did|have|has|were)(?:\snot\b
         |n't)|(?:that|which|who)\s(?:can(?:not|'t)|never)\b|(?:don't|not)\sforget\b|none\sother\sthan
         |(?:can(?:not|'t)|could(?:n't|\snot))\s(?:find|see)\s(?:any\s|an?\s)?(?:fault|error|mistake|flaw)s?\b)
-  | (?P<english>(?:not|never|cannot|neither|nor|nobody|no(?:\sone|\sway|\sreason|t)|hardly|scarcely|barely
+  | (?P<english>(?:not|never|cannot|neither|nor|nobody|no(?:\sone|\sway|\sreason|ne\sof|t)|hardly|scarcely|barely
         |unlikely|impossible|(?:an?\s)?doubt(?:s|ed|ful)?|disagree|disbelieve|refuse|reject(?:s|ed|ing)?|den(?:y
         |ies|ied)|eliminat(?:e|es|ed|ing)|exclud(?:e|es|ed|ing)|rul(?:e|es|ed|ing)\sout|(?:cross|strik)(?:e|ed
         |ing)?\sout|struck\sout|discard(?:s|ed|ing)?|avoid(?:s|ing)?|except|unlike|unequal|false|untrue|wrong
@@ -60,7 +60,14 @@ _CLAUSE_END_PATTERN = re.compile(
     r"|但|而是|所以|因此|故"
 )
 _GOVERNED_LABEL_PATTERN = re.compile(r"(?:\s(?:the|final|correct|right|true|answer|option|choice|result))*\s?:?")
-_CHINESE_GAP_PATTERN = re.compile(r"[^的共,;:!?。\n()\da-h]{0,8}")
+# What stands between a Chinese word and what it governs; longer behind a word of opinion or before "of the answer".
+_CHINESE_OF_ANSWER = r"的(?=(?:最[终后]的?|正确的?)?(?:结果|答案|得数|选项)(?![有数的个种]))"
+_CHINESE_GAP_PATTERN = re.compile(
+    rf"(?!考虑|计|含|算|包[括含]|带|用|需|超过)"
+    rf"(?=认为|觉得|相信|同意|赞[成同]|支持|接受|承认|认可|[^,;:!?。\n()\da-h]{{0,12}}{_CHINESE_OF_ANSWER})"
+    rf"(?:[^的共而但,;:!?。\n()\da-h]|{_CHINESE_OF_ANSWER}){{0,20}}"
+    r"|[^的共,;:!?。\n()\da-h]{0,8}"
+)
 
 _ADVERBS = r"(?:(?:\w{2,12}ly|also|all|both|just|still|quite|very|be|been)\s){0,3}"
 _REJECTED = (
