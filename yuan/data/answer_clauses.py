@@ -58,17 +58,20 @@ _SIGN_GAP_PATTERN = re.compile(r"[ $-]*")
 # "The apples that he did not eat are 42": a denial in a clause about the subject, and the verb that follows it.
 _RELATIVE_PATTERN = re.compile(
     r"(?:^|[,;:.!?()\n]\s?|\b(?:so|then|that|therefore|thus|hence|but|and|if)\s)(?:the|an?|all)\s"
-    r"(?:(?!(?:fact|claim|idea|view|notion|belief|proof|said|says|told|tells|claims|claimed|shows|thinks|knows|believes)\b)"
+    r"(?:(?!(?:fact|claim|idea|view|notion|belief|proof|said|says|told|tells|claimed|shows|thinks|knows|believes)s?\b"
+    r"|(?<!of\s)(?:option|choice|answer|letter|result|value|solution|root|one)s?\b|numbers?\s(?:that|which)\b)"
     r"[a-z]+\s){1,4}"
     r"(?:that|which|who)\s(?:[a-z']+\s){0,4}[a-z']+$"
 )
 _MAX_RELATIVE_CHARS = 100
+_NEGATIONS = ("n", "cannot", "hardly", "scarcely", "barely")  # "The value that we reject is 42" gives none, though
 _MAIN_VERB_PATTERN = re.compile(
     r"(?:\s(?!(?:it|this|that|which|there|answer|result|option|choice|think|believe|agree|know|say|mean|see|expect|accept"
     r"|but|so|because|since|then)\b)[a-z']++){1,6}?\s(?:is|are|was|were|equals)\b"
 )
 _CLAUSE_END_PATTERN = re.compile(
-    r"[,;:!?。、\n()]|\.(?=\s|$|\(?[a-z](?![a-z.])|(?<!\d\.)\d)|\b(?:but|so|therefore|thus|hence|then|because|since|leav(?:es|ing)|remains?)\b"
+    r"[,;:!?。、\n()]|\.(?=\s|$|\(?[a-z](?![a-z.])|(?<!\d\.)\d)"
+    r"|\b(?:but|so|therefore|thus|hence|then|because|since|leav(?:es|ing)|remains?)\b"
     r"|但|而是|所以|因此|故"
 )
 _GOVERNED_LABEL_PATTERN = re.compile(r"(?:\s(?:the|final|correct|right|true|answer|option|choice|result))*\s?:?")
@@ -177,7 +180,7 @@ def find_denials(text: str) -> Denies:
 def _find_governors(text: str, end: int) -> list[tuple[int, int]]:
     """Return where each word ends that may deny what follows it, and the last place that it denies.
 
-    None is returned if no word ends before `end`.
+    The list is empty if no word ends before `end`.
     """
     governors: list[tuple[int, int]] = []
     padded = " " + text
@@ -189,7 +192,9 @@ def _find_governors(text: str, end: int) -> list[tuple[int, int]]:
             after = place - 1
             if match.lastgroup == "sign":
                 governors.append((after, _reach(_SIGN_GAP_PATTERN, text, after)))
-            elif match.lastgroup != "harmless" and not _is_relative(text, after):
+            elif match.lastgroup != "harmless" and not (
+                (match["contraction"] or match["english"].startswith(_NEGATIONS)) and _is_relative(text, after)
+            ):
                 label = _GOVERNED_LABEL_PATTERN.match(text, after)  # "Wrong answer: 5"
                 first = label.end() if label else after
                 if clause_start < first:
