@@ -1,12 +1,15 @@
 """Labelled answers in English and Chinese that each checker must accept or refuse; docs/checkers.md has the rules."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 from pydantic import TypeAdapter
 
+from yuan.data.answer_numbers import MAX_EXPONENT
 from yuan.data.checkers import Checker, Choice, Contains, Exact, Numeric
+from yuan.data.final_number import read_final_number
 from yuan.data.text import MAX_TEXT_CHARS
 
 CHECKERS = TypeAdapter(Checker)
@@ -55,3 +58,38 @@ def test_answer_beyond_the_limit_is_wrong(checker):
     right = {"exact": "x", "numeric": "5", "choice": "B", "contains": "x"}[checker.type]
     assert checker.check(right + " " * (MAX_TEXT_CHARS - 1))
     assert not checker.check(right + " " * MAX_TEXT_CHARS)
+
+
+@pytest.mark.parametrize("form", ["10^{}", "1e{}", "1×10^{}"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_exponents_beyond_the_limit_have_no_number(form, sign):
+    exponent = sign * MAX_EXPONENT
+    (value,) = read_final_number(form.format(exponent))
+    assert value * 10 ** (MAX_EXPONENT - exponent) == 10**MAX_EXPONENT
+    assert read_final_number(form.format(exponent + sign)) == ()
+
+
+@pytest.mark.parametrize(
+    ("checker", "start", "part"),
+    [
+        (Numeric(value="5"), "not ", "6 x "),
+        (Numeric(value="5"), "", "not 6 x "),
+        (Numeric(value="5"), "wrong ", "the 6 x "),
+        (Numeric(value="5"), "", "the a that not b "),
+        (Numeric(value="5"), "", "不认为6他 "),
+        (Choice(value="B"), "not ", "A x "),
+        (Choice(value="B"), "might ", "A x "),
+    ],
+    ids=str,
+)
+def test_long_clauses_with_a_denial_take_linear_time(checker, start, part):
+    def measure(length):
+        answer = start + part * (length // len(part)) + "6"
+        best = float("inf")
+        for _ in range(5):
+            began = time.thread_time()
+            checker.check(answer)
+            best = min(best, time.thread_time() - began)
+        return best
+
+    assert any(measure(19_000) <= 12 * measure(1_900) for _ in range(3))  # other processes disturb the first ones

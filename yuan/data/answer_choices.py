@@ -30,7 +30,7 @@ _LETTER_START_PATTERN = re.compile(rf"[(\[A-Z](?<![{_WORD}].)(?:(?<=[A-Z])(?![a-
 _LETTER_LIST_PATTERN = re.compile(_LETTER_LIST)
 
 # An answer that is a letter, or starts with one as "B. Paris" or "(b) Paris" do.
-_LONE_PATTERN = re.compile(rf"(?:[(\[]?[a-z][)\]]?|{_LETTER_LIST})[.。,:;!?、，：；！]?")
+_LONE_PATTERN = re.compile(rf"(?:[(\[]?[a-z][)\]]?|{_LETTER_LIST})[.。,:;!、，：；！]?")
 _LABEL_PATTERN = re.compile(
     r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])\s?[.):：、])(?=\s?[\d\u4e00-\u9fff]|\s?[^\W\d_]{2,}|\s\S+\s\S)"
 )
@@ -102,7 +102,7 @@ def read_choices(text: str) -> frozenset[str]:
     >>> sorted(read_choices("I think the answer is B")), sorted(read_choices("故选：AC")), sorted(read_choices("b"))
     (['B'], ['A', 'C'], ['B'])
     """
-    text = _clean(cut_to_final_part(text, _LETTER_LIST_PATTERN))
+    text = blank_questions(_clean(cut_to_final_part(text, _LETTER_LIST_PATTERN))).strip()
     boxed = find_last_boxed(text)
     if boxed is not None:
         lowered = lower_text(boxed)
@@ -117,7 +117,6 @@ def read_choices(text: str) -> frozenset[str]:
     end = text[-4:].rstrip(".!)]")
     if end[-1:].islower() and not end[-2:-1].isalnum() and (option := _LOWER_CASE_OPTION_PATTERN.search(text)):
         text = text[: option.start(1)] + option[1].upper() + text[option.end(1) :]
-    text = blank_questions(text)
     lowered = lower_text(text)
     denies = find_denials(lowered)
     text, lists = _keep_asserted(text, lowered, denies)
@@ -147,7 +146,7 @@ def _clean(text: str) -> str:
         text = text.translate(_CHOICE_CHARS)
     if "\\" in text:
         text = _LATEX_TEXT_PATTERN.sub(r"\1", text)
-    return text.strip()
+    return text
 
 
 def _has_cue(text: str) -> bool:

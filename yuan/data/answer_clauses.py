@@ -26,7 +26,7 @@ _ENGLISH_GOVERNORS_PATTERN = re.compile(
         |not\s(?:only|hard|difficult|surprising)|(?:that|which|who)\s(?:are|do|does|did|have|has|were)(?:\snot\b
         |n't)|(?:that|which|who)\s(?:can(?:not|'t)|never)\b|(?:don't|not)\sforget\b|none\sother\sthan
         |(?:can(?:not|'t)|could(?:n't|\snot))\s(?:find|see)\s(?:any\s|an?\s)?(?:fault|error|mistake|flaw)s?\b)
-  | (?P<english>(?:not|never|cannot|neither|nor|nobody|no(?:\sone|\sway|\sreason|t)|hardly|scarcely|barely
+  | (?P<english>(?:not|never|cannot|neither|nor|nobody|no(?:\sone|\sway|\sreason|ne\sof|t)|hardly|scarcely|barely
         |unlikely|impossible|(?:an?\s)?doubt(?:s|ed|ful)?|disagree|disbelieve|refuse|reject(?:s|ed|ing)?|den(?:y
         |ies|ied)|eliminat(?:e|es|ed|ing)|exclud(?:e|es|ed|ing)|rul(?:e|es|ed|ing)\sout|(?:cross|strik)(?:e|ed
         |ing)?\sout|struck\sout|discard(?:s|ed|ing)?|avoid(?:s|ing)?|except|unlike|unequal|false|untrue|wrong
@@ -53,14 +53,36 @@ _CHINESE_GOVERNORS_PATTERN = re.compile(
     re.VERBOSE,
 )
 _CHINESE_GOVERNOR_CHAR_PATTERN = re.compile("[不没未非勿别莫怀难怎是否排除错会差无分特区级性划去剔删误谁哪为≠]")
-_MAX_GOVERNED_CHARS = 80  # from such a word to what it governs
-_MAX_EITHER_CHARS = 12
+_EITHER_GAP_PATTERN = re.compile(r"[^,]{0,12}")
+_SIGN_GAP_PATTERN = re.compile(r"[ $-]*")
+# "The apples that he did not eat are 42": a denial in a clause about the subject, and the verb that follows it.
+_RELATIVE_PATTERN = re.compile(
+    r"(?:^|[,;:.!?()\n]\s?|\b(?:so|then|that|therefore|thus|hence|but|and|if)\s)(?:the|an?|all)\s"
+    r"(?:(?!(?:fact|claim|idea|view|notion|belief|proof|said|says|told|tells|claimed|shows|thinks|knows|believes)s?\b"
+    r"|(?<!of\s)(?:option|choice|answer|letter|result|value|solution|root|one)s?\b|numbers?\s(?:that|which)\b)"
+    r"[a-z]+\s){1,4}"
+    r"(?:that|which|who)\s(?:[a-z']+\s){0,4}[a-z']+$"
+)
+_MAX_RELATIVE_CHARS = 100
+_NEGATIONS = ("n", "cannot", "hardly", "scarcely", "barely")  # "The value that we reject is 42" gives none, though
+_MAIN_VERB_PATTERN = re.compile(
+    r"(?:\s(?!(?:it|this|that|which|there|answer|result|option|choice|think|believe|agree|know|say|mean|see|expect|accept"
+    r"|but|so|because|since|then)\b)[a-z']++){1,6}?\s(?:is|are|was|were|equals)\b"
+)
 _CLAUSE_END_PATTERN = re.compile(
-    r"[,;:!?。、\n()]|\.(?=\s|$)|\b(?:but|so|therefore|thus|hence|then|because|since|leav(?:es|ing)|remains?)\b"
+    r"[,;:!?。、\n()]|\.(?=\s|$|\(?[a-z](?![a-z.])|(?<!\d\.)\d)"
+    r"|\b(?:but|so|therefore|thus|hence|then|because|since|leav(?:es|ing)|remains?)\b"
     r"|但|而是|所以|因此|故"
 )
 _GOVERNED_LABEL_PATTERN = re.compile(r"(?:\s(?:the|final|correct|right|true|answer|option|choice|result))*\s?:?")
-_CHINESE_GAP_PATTERN = re.compile(r"[^的共,;:!?。\n()\da-h]{0,8}")
+# What stands between a Chinese word and what it governs; longer behind a word of opinion or before "of the answer".
+_CHINESE_OF_ANSWER = r"的(?=(?:最[终后]的?|正确的?)?(?:结果|答案|得数|选项)(?![有数的个种]))"
+_CHINESE_GAP_PATTERN = re.compile(
+    rf"(?!考虑|计|含|算|包[括含]|带|用|需|超过)"
+    rf"(?=认为|觉得|相信|同意|赞[成同]|支持|接受|承认|认可|[^,;:!?。\n()\da-h]{{0,12}}{_CHINESE_OF_ANSWER})"
+    rf"(?:[^的共而但,;:!?。\n()\da-h]|{_CHINESE_OF_ANSWER}){{0,20}}"
+    r"|[^的共,;:!?。\n()\da-h]{0,8}"
+)
 
 _ADVERBS = r"(?:(?:\w{2,12}ly|also|all|both|just|still|quite|very|be|been)\s){0,3}"
 _REJECTED = (
@@ -106,7 +128,7 @@ _TENTATIVE_PATTERN = re.compile(
     r"\b(?:thought|guess(?:ed)?|could|might|may|at\sfirst|some|most|people|tempting|maybe|perhaps|possibly)\b"
     r"|可能|也许|看起来|本来|本想|起初|以为|有人"
 )
-_ASKING_END_PATTERN = re.compile(r"[。！!?;；]|吗[?。]?|\.(?=\s|$)|(?<=\S)\s*\n")
+_ASKING_END_PATTERN = re.compile(r"[。！!?;；]+|吗[?。]?|\.(?=\s|$)|(?<=\S)\s*\n")
 
 
 def lower_text(text: str) -> str:
@@ -120,7 +142,7 @@ def blank_questions(text: str) -> str:
         return text
     pieces, start = [], 0
     for match in _ASKING_END_PATTERN.finditer(text):
-        is_question = match[0].startswith(("?", "吗"))
+        is_question = "?" in match[0] or match[0].startswith("吗")
         pieces.append(" " * (match.end() - start - 1) + "\n" if is_question else text[start : match.end()])
         start = match.end()
     return "".join((*pieces, text[start:]))
@@ -137,7 +159,7 @@ def find_denials(text: str) -> Denies:
     """
     if text.isascii() and not text.islower() and "!=" not in text:  # no word
         return _deny_nothing
-    governors: list[tuple[int, str | None]] = []
+    governors: list[tuple[int, int]] = []
     searched_end = 0
 
     def is_denied(start: int, end: int) -> bool:
@@ -150,48 +172,63 @@ def find_denials(text: str) -> Denies:
         if not governors:
             return False
         index = bisect_right(governors, start, key=itemgetter(0))
-        return index > 0 and _governs(text, *governors[index - 1], start)
+        return index > 0 and start <= governors[index - 1][1]
 
     return is_denied
 
 
-def _find_governors(text: str, end: int) -> list[tuple[int, str | None]]:
-    """Return the end and the kind of each word that may deny what follows it; of none if none ends before `end`."""
-    governors: list[tuple[int, str | None]] = []
+def _find_governors(text: str, end: int) -> list[tuple[int, int]]:
+    """Return where each word ends that may deny what follows it, and the last place that it denies.
+
+    The list is empty if no word ends before `end`.
+    """
+    governors: list[tuple[int, int]] = []
     padded = " " + text
     if _ENGLISH_START_PATTERN.search(padded, 0, end + 1) or text.find("n't", 0, end) >= 0:
         place = 0
+        clause_start, clause_end = -1, -1  # of the last mark that ends a clause
         while match := _ENGLISH_GOVERNORS_PATTERN.search(padded, place):
             place = match.end()
-            if match.lastgroup != "harmless":
-                governors.append((place - 1, match.lastgroup))
-    if not text.isascii() and (first := _CHINESE_GOVERNOR_CHAR_PATTERN.search(text, 0, end)):
-        place = first.start()
+            after = place - 1
+            if match.lastgroup == "sign":
+                governors.append((after, _reach(_SIGN_GAP_PATTERN, text, after)))
+            elif match.lastgroup != "harmless" and not (
+                (match["contraction"] or match["english"].startswith(_NEGATIONS)) and _is_relative(text, after)
+            ):
+                label = _GOVERNED_LABEL_PATTERN.match(text, after)  # "Wrong answer: 5"
+                first = label.end() if label else after
+                if clause_start < first:
+                    mark = _CLAUSE_END_PATTERN.search(text, first)
+                    clause_start, clause_end = mark.span() if mark else (len(text), len(text) + 1)
+                governors.append((after, clause_end - 1))
+    if not text.isascii() and (first_char := _CHINESE_GOVERNOR_CHAR_PATTERN.search(text, 0, end)):
+        place = first_char.start()
         while match := _CHINESE_GOVERNORS_PATTERN.search(text, place):
             place = match.end()
             if match.lastgroup != "harmless":
-                governors.append((place, match.lastgroup))
+                gap = {"sign": _SIGN_GAP_PATTERN, "either": _EITHER_GAP_PATTERN}.get(
+                    match.lastgroup or "", _CHINESE_GAP_PATTERN
+                )
+                governors.append((place, _reach(gap, text, place)))
         governors.sort()
     return governors
 
 
-def _governs(text: str, end: int, kind: str | None, start: int) -> bool:
-    """Return true if a word of a kind up to `end` still governs a later place: no clause ends between them."""
-    if start - end > _MAX_GOVERNED_CHARS:
+def _reach(gap: re.Pattern[str], text: str, start: int) -> int:
+    match = gap.match(text, start)
+    return match.end() if match else start
+
+
+def _is_relative(text: str, end: int) -> bool:
+    """Return true if a word that ends there denies only what a relative clause says of the subject."""
+    if not _MAIN_VERB_PATTERN.match(text, end):
         return False
-    if kind == "sign":
-        return not text[end:start].strip(" -$")
-    if kind == "either":  # 不是A就是B
-        return "," not in text[end:start] and start - end <= _MAX_EITHER_CHARS
-    if kind == "chinese":
-        return _CHINESE_GAP_PATTERN.fullmatch(text, end, start) is not None
-    label = _GOVERNED_LABEL_PATTERN.match(text, end, start)  # "Wrong answer: 5"
-    return _CLAUSE_END_PATTERN.search(text, label.end() if label else end, start) is None
+    return _RELATIVE_PATTERN.search(text, max(0, end - _MAX_RELATIVE_CHARS), end) is not None
 
 
 def is_tentative(text: str, start: int) -> bool:
     """Return true if a word such as "might" stands before a place in its clause."""
-    for match in _TENTATIVE_PATTERN.finditer(text, max(0, start - _MAX_GOVERNED_CHARS), start):
-        if not _CLAUSE_END_PATTERN.search(text, match.end(), start):
-            return True
-    return False
+    clause_start = 0
+    for mark in _CLAUSE_END_PATTERN.finditer(text, 0, start):
+        clause_start = mark.end()
+    return _TENTATIVE_PATTERN.search(text, clause_start, start) is not None

@@ -58,7 +58,8 @@ class _CheckerBase(BaseModel, ABC):
         return len(answer) <= MAX_TEXT_CHARS and self._accepts(normalize_text(answer))
 
     @abstractmethod
-    def _accepts(self, text: str) -> bool: ...
+    def _accepts(self, text: str) -> bool:
+        """Return true if an answer is correct; the text is that of `normalize_text`."""
 
 
 class Exact(_CheckerBase):

@@ -76,13 +76,12 @@ def read_final_number(text: str) -> tuple[Rational, ...]:
         return (-magnitude if sign else magnitude,)
 
     if NUMBER_MARK_PATTERN.search(text):
-        text = clean_number_text(cut_to_final_part(text, NUMERAL_PATTERN))
+        text = blank_questions(clean_number_text(cut_to_final_part(text, NUMERAL_PATTERN)))
         boxed = find_last_boxed(text)
         if boxed is not None and (numbers := find_numbers(boxed)):
             values = _read_statement(boxed, _find_asserted(numbers, find_denials(lower_text(boxed))))
             if values is not None:
                 return values
-        text = blank_questions(text)
     lowered = lower_text(text)
     denies = find_denials(lowered)
     if _has_cue(lowered):
