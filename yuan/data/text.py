@@ -204,8 +204,6 @@ def parse_json(data: bytes | str, max_values: int | None = None, *, keep_written
         raise BadJson(f"must be JSON in UTF-8, byte {error.start} is not; encode it in UTF-8") from None
     except RecursionError:
         raise BadJson("must not be nested so deeply; send fewer levels") from None
-    except BadJson:
-        raise
     except json.JSONDecodeError as error:
         raise BadJson(f"must be JSON, at character {error.pos}: {error.msg}; correct it there") from None
     except ValueError:  # Python parses integers of 4,300 digits at most
@@ -214,12 +212,18 @@ def parse_json(data: bytes | str, max_values: int | None = None, *, keep_written
     return value
 
 
+class _RepeatingObject(dict[str, Any]):
+    """An object that JSON writes with a key twice; `_check_values` refuses it, as it knows the object's place."""
+
+    repeated_key = ""
+
+
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object of its keys and values; RFC 8259 leaves open which value of a repeated key counts."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise BadJson("must not occur twice; remove one", repeated)
+        fields = _RepeatingObject(fields)
+        fields.repeated_key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
     return fields
 
 
@@ -232,6 +236,8 @@ def _check_values(document: Any, max_values: int | None) -> None:
             count += len(value)
             if max_values is not None and count > max_values:  # before time is spent on them
                 raise BadJson(f"must not have more than {max_values} values; send less at a time")
+        if isinstance(value, _RepeatingObject):
+            raise BadJson("must not occur twice; remove one", _extend_path(place, value.repeated_key))
         if isinstance(value, dict):
             for key, item in value.items():
                 if fault := find_unstorable(key):
