@@ -23,7 +23,8 @@ from feedback.states import DatasetState, ReportState, RoundState, list_values
 from feedback.verdicts import Verdict
 from yuan.data.checkers import Checker, Exact
 from yuan.data.rows import BadRow
-from yuan.data.text import MAX_TEXT_CHARS, TextRule, describe_errors, make_rule_error, normalize_text
+from yuan.data.rule_text import describe_errors
+from yuan.data.text import MAX_TEXT_CHARS, PatternRule, TextRule, make_rule_error, normalize_text
 from yuan.serve.response_schemas import TextChoice, TextCompletion
 from yuan.train.run_status import RunStatus
 
@@ -210,7 +211,7 @@ class ContributorIn(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str = Field(min_length=1, max_length=80, pattern=r"^[\w.@-]+$", strict=True)
+    name: Annotated[str, PatternRule(r"^[\w.@-]+$", "letters, digits, and the signs . _ @ -", max_length=80)]
 
 
 class ContributorOut(BaseModel):

@@ -14,7 +14,6 @@ from sqlalchemy.orm import Session
 from feedback import datasets, paging, provenance, report_records, reports
 from feedback.accounts import Account, audit, compute_quota_wait_s, find_claimed_record, lock_idempotency_key
 from feedback.api.access import (
-    ID_PATTERN,
     AccountRoute,
     CurrentAccount,
     CurrentContributor,
@@ -22,6 +21,7 @@ from feedback.api.access import (
     Forbidden,
     IdempotencyKeyHeader,
     IdempotentRequest,
+    RecordId,
     RecordIdPath,
     StorageQuotaExceeded,
     SubmissionRequestDep,
@@ -56,8 +56,8 @@ upload_router = APIRouter(
 
 PageLimit = Annotated[DigitsInt, Query(ge=1, le=MAX_PAGE_SIZE, description="maximum number of items")]
 AfterId = Annotated[
-    str | None,
-    Query(pattern=ID_PATTERN, description="id of the last item of the previous page; the page starts after it"),
+    RecordId | None,
+    Query(description="id of the last item of the previous page; the page starts after it"),
 ]
 AfterNumber = Annotated[
     DigitsInt | None,

@@ -7,7 +7,8 @@ import typer
 from pydantic import ValidationError
 
 from feedback.client import UNUSABLE_RESPONSE, PortalError
-from yuan.data.text import describe_errors, make_printable
+from yuan.data.rule_text import describe_errors
+from yuan.data.text import make_printable
 
 # Errors of servers and records, compared by the names of their classes, since importing their modules takes seconds.
 DATABASE_ERROR_NAMES = {"sqlalchemy.exc.SQLAlchemyError", "psycopg.Error"}

@@ -15,22 +15,16 @@ from decimal import Decimal, InvalidOperation
 from itertools import groupby
 from typing import Any, Literal
 
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError, ValidatorFunctionWrapHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 MAX_TEXT_CHARS = 20_000
 MAX_COMBINING_MARKS = 30  # marks on one letter; Unicode's stream-safe text format, UAX 15 section 13
 MAX_PRINTED_CHARS = 200
-MAX_DESCRIBED_ERRORS = 3
+MAX_PATTERN_VALUE_CHARS = 60
 BLANK_TEXT = "white space or invisible characters alone"
 BLANK_TEXT_RULE = f"must not be empty, {BLANK_TEXT}"
-_RULES_BY_TYPE = {  # rules whose sentence in pydantic does not fit behind the name of a field
-    "missing": "is missing; add it",
-    "extra_forbidden": "is unknown; leave it out",
-    "json_invalid": "must be JSON; correct it",
-}
-_PYDANTIC_SUBJECT_PATTERN = re.compile(r"^[A-Z][A-Za-z]+ should")  # "Input should", "String should", "List should"
 UTF16_BYTE_ORDER_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the first also begins that of UTF-32
 _UNSTORABLE_PATTERN = re.compile("[\0\ud800-\udfff]")
 # Characters that show nothing: white space, controls, the default-ignorable characters of Unicode 15 (joiners, marks of
@@ -81,6 +75,34 @@ class TextRule:
         return value
 
 
+@dataclass(frozen=True)
+class PatternRule:
+    """Validate an annotated `str` by a pattern, which errors put in words.
+
+    Attributes:
+        words: what the pattern matches, behind "must be".
+    """
+
+    pattern: str
+    words: str
+    max_length: int
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        text = core_schema.str_schema(pattern=self.pattern, max_length=self.max_length, strict=True)
+        return core_schema.no_info_wrap_validator_function(self._check_text, text)
+
+    def _check_text(self, value: object, parse: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return parse(value)
+        except ValidationError as error:
+            if error.errors()[0]["type"] != "string_pattern_mismatch":
+                raise
+        shown = make_printable(str(value), MAX_PATTERN_VALUE_CHARS)
+        raise PydanticCustomError(
+            "pattern", "must be {words}, got '{shown}'; correct it", {"words": self.words, "shown": shown}
+        )
+
+
 def is_blank(text: str) -> bool:
     """Return True if no character of a text shows anything: it is empty, or of white space and invisible characters.
 
@@ -122,36 +144,6 @@ def make_printable(text: str, limit: int = MAX_PRINTED_CHARS) -> str:
     """
     escaped = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: limit + 1])
     return escaped if len(escaped) <= limit else f"{escaped[: limit - 1]}…"
-
-
-def describe_errors(error: ValidationError) -> str:
-    """Format a validation error as one printable line: field and rule of the first three entries."""
-    entries = error.errors(include_url=False, include_input=False)[:MAX_DESCRIBED_ERRORS]
-    return "; ".join(
-        f"{make_printable(get_field_path(entry)) or 'line'}: {make_printable(describe_rule(entry))}"
-        for entry in entries
-    )
-
-
-def describe_rule(entry: Any) -> str:
-    """Return the rule of an entry of `ValidationError.errors()` in the words of the platform's own errors.
-
-    >>> describe_rule({"type": "missing", "msg": "Field required"})
-    'is missing; add it'
-    >>> describe_rule({"type": "less_than_equal", "msg": "Input should be less than or equal to 5"})
-    'must be less than or equal to 5'
-    >>> describe_rule({"type": "value_error", "msg": "Value error, there is no such day"})
-    'there is no such day'
-    """
-    if entry["type"] in _RULES_BY_TYPE:
-        return _RULES_BY_TYPE[entry["type"]]
-    return _PYDANTIC_SUBJECT_PATTERN.sub("must", str(entry["msg"]).removeprefix("Value error, "), count=1)
-
-
-def get_field_path(error: Any) -> str:
-    """Return the dotted field path of an entry of `ValidationError.errors()`; empty for the whole document."""
-    param = error.get("ctx", {}).get("param")
-    return ".".join(str(part) for part in (*error["loc"], *([param] if param else ())))
 
 
 def make_rule_error(param: str, message: str) -> PydanticCustomError:
@@ -249,7 +241,7 @@ def _check_values(document: Any, max_values: int | None) -> None:
             if fault := find_unstorable(value):
                 raise BadJson(f"must not contain {fault}; leave it out", place)
         elif isinstance(value, float) and not math.isfinite(value):
-            raise BadJson("must be a finite number; replace NaN or infinity", place)
+            raise BadJson("must be a finite number below 1.8e308; replace NaN, infinity or the larger number", place)
 
 
 def _extend_path(place: str, key: str) -> str:

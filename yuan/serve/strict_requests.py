@@ -108,6 +108,12 @@ def get_json_fault(request: Request) -> BadJson | None:
     return request.scope.get(JSON_FAULT_KEY)
 
 
+def get_body_type(request: Request) -> Any:
+    """Return the type of the body of a request's route; None if it takes no body of JSON."""
+    params = request.scope["route"].dependant.body_params
+    return params[0].field_info.annotation if params else None
+
+
 class StrictRoute(APIRoute):
     """A route that parses its requests as `StrictRequest`."""
 
