@@ -80,7 +80,7 @@ class FeedbackIn(BaseModel):
     response: Annotated[str, TextRule(MAX_TEXT_CHARS, allow="blank")] = Field(
         description="the response that the model returned"
     )
-    response_id: Annotated[str, TextRule(100)] | None = Field(
+    response_id: Annotated[str, TextRule(100, allow="line")] | None = Field(
         default=None, description="response_id from /v1, if the response came from there"
     )
     model_version: VersionNumber = Field(description="version of the model that responded")
@@ -172,7 +172,7 @@ class WithdrawalIn(BaseModel):
 class AccountWithdrawalIn(WithdrawalIn):
     """A request to withdraw an account's reports and datasets."""
 
-    account: Annotated[str, TextRule(80)] = Field(description="id or name of a contributor's account")
+    account: Annotated[str, TextRule(80, allow="line")] = Field(description="id or name of a contributor's account")
     kind: Literal["reports", "datasets"] | None = Field(default=None, description="only these; empty: both")
 
 

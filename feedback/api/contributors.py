@@ -171,7 +171,7 @@ async def push_dataset(
     request: Request,
     name: Annotated[
         str,
-        TextRule(100),
+        TextRule(100, allow="line"),
         Query(description=f"name of the dataset; that of a suite may have {datasets.SUITE_NAME_RULE}"),
     ],
     account: CurrentAccount,

@@ -36,10 +36,14 @@ BLANK_CLASS = (
     "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
 _VISIBLE_PATTERN = re.compile(rf"[^{BLANK_CLASS}]")
+# Characters that break a line, or change its direction, which a name in a list or a log line must not have.
+_LINE_CONTROL_CLASS = r"\u0000-\u001f\u007f-\u009f\u2028-\u202e\u2066-\u2069"
+_LINE_CONTROL_PATTERN = re.compile(f"[{_LINE_CONTROL_CLASS}]")
 _JSON_SCHEMA_PATTERNS = {  # the same rules for readers of the JSON schema
     "text": rf"^[^\u0000]*[^{BLANK_CLASS}\u0000][^\u0000]*$",
     "empty": rf"^([^\u0000]*[^{BLANK_CLASS}\u0000][^\u0000]*)?$",
     "blank": r"^[^\u0000]*$",
+    "line": rf"^[^{_LINE_CONTROL_CLASS}]*[^{BLANK_CLASS}\u0000][^{_LINE_CONTROL_CLASS}]*$",
 }
 
 
@@ -49,18 +53,19 @@ class TextRule:
 
     Attributes:
         allow: values accepted besides non-blank text: none ("text"), the empty string ("empty"), or the empty string
-            and characters that show nothing ("blank").
+            and characters that show nothing ("blank"); "line" accepts less: text without line ends, other control
+            characters and marks of direction.
     """
 
     max_length: int
-    allow: Literal["text", "empty", "blank"] = "text"
+    allow: Literal["text", "empty", "blank", "line"] = "text"
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         text = core_schema.str_schema(max_length=self.max_length, strict=True)
         return core_schema.no_info_before_validator_function(self._check_text, text)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        min_length = {"minLength": 1} if self.allow == "text" else {}
+        min_length = {"minLength": 1} if self.allow in ("text", "line") else {}
         return {**handler(schema), **min_length, "pattern": _JSON_SCHEMA_PATTERNS[self.allow]}
 
     def _check_text(self, value: object) -> object:
@@ -68,10 +73,13 @@ class TextRule:
             return value
         if fault := find_unstorable(value):
             raise PydanticCustomError("text", "must not contain {fault}; leave it out", {"fault": fault})
-        if self.allow == "text" and is_blank(value):
+        if self.allow in ("text", "line") and is_blank(value):
             raise PydanticCustomError("text", f"{BLANK_TEXT_RULE}; write text")
         if self.allow == "empty" and value and is_blank(value):
             raise PydanticCustomError("text", f"must not be {BLANK_TEXT}; leave it empty or write text")
+        if self.allow == "line" and (control := _LINE_CONTROL_PATTERN.search(value)):
+            place = {"char": f"U+{ord(control[0]):04X}"}
+            raise PydanticCustomError("text", "must be one line, got the control character {char}; remove it", place)
         return value
 
 

@@ -160,7 +160,7 @@ class DecodingFields(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: Annotated[str, Field(strict=True, max_length=200)] = Field(
+    model: Annotated[str, TextRule(200, allow="line")] = Field(
         default=SERVED_MODEL_NAME, description="yuan, or yuan-v7 for that version only"
     )
     max_tokens: int = Field(default=64, ge=1, le=MAX_COMPLETION_TOKENS, strict=True)
