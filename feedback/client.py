@@ -23,7 +23,8 @@ from feedback.contracts import (
     StoredCompletion,
 )
 from feedback.states import DatasetPurpose
-from yuan.data.text import describe_errors, make_printable
+from yuan.data.rule_text import describe_errors
+from yuan.data.text import make_printable
 
 ResponseModel = TypeVar("ResponseModel", bound=BaseModel)
 Parsed = TypeVar("Parsed")

@@ -23,7 +23,8 @@ from feedback.states import DatasetState, ReportState, RoundState, list_values
 from feedback.verdicts import Verdict
 from yuan.data.checkers import Checker, Exact
 from yuan.data.rows import BadRow
-from yuan.data.text import MAX_TEXT_CHARS, TextRule, describe_errors, make_rule_error, normalize_text
+from yuan.data.rule_text import describe_errors
+from yuan.data.text import MAX_TEXT_CHARS, PatternRule, TextRule, make_rule_error, normalize_text
 from yuan.serve.response_schemas import TextChoice, TextCompletion
 from yuan.train.run_status import RunStatus
 
@@ -79,7 +80,7 @@ class FeedbackIn(BaseModel):
     response: Annotated[str, TextRule(MAX_TEXT_CHARS, allow="blank")] = Field(
         description="the response that the model returned"
     )
-    response_id: Annotated[str, TextRule(100)] | None = Field(
+    response_id: Annotated[str, TextRule(100, allow="line")] | None = Field(
         default=None, description="response_id from /v1, if the response came from there"
     )
     model_version: VersionNumber = Field(description="version of the model that responded")
@@ -171,7 +172,7 @@ class WithdrawalIn(BaseModel):
 class AccountWithdrawalIn(WithdrawalIn):
     """A request to withdraw an account's reports and datasets."""
 
-    account: Annotated[str, TextRule(80)] = Field(description="id or name of a contributor's account")
+    account: Annotated[str, TextRule(80, allow="line")] = Field(description="id or name of a contributor's account")
     kind: Literal["reports", "datasets"] | None = Field(default=None, description="only these; empty: both")
 
 
@@ -210,7 +211,7 @@ class ContributorIn(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str = Field(min_length=1, max_length=80, pattern=r"^[\w.@-]+$", strict=True)
+    name: Annotated[str, PatternRule(r"^[\w.@-]+$", "letters, digits, and the signs . _ @ -", max_length=80)]
 
 
 class ContributorOut(BaseModel):

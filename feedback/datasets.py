@@ -22,7 +22,8 @@ from feedback.withdrawal import find_withdrawal_events
 from yuan.config import format_count
 from yuan.data.file_formats import HEAD_BYTES, describe_foreign_format
 from yuan.data.rows import BadRow, Row, parse_rows
-from yuan.data.text import describe_errors, make_printable
+from yuan.data.rule_text import describe_errors
+from yuan.data.text import make_printable
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ from feedback.contracts import Event
 from feedback.round_steps import get_item_step_name
 from feedback.tables import AuditEvent
 from infra.faults import is_item_error
-from yuan.data.text import describe_errors, make_storable
+from yuan.data.rule_text import describe_errors
+from yuan.data.text import make_storable
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from feedback.tables import Feedback
 from infra.faults import REFUSED_INPUT_STATUSES
 from infra.settings import ModelServerAccess
 from yuan.data.checkers import Exact
-from yuan.data.text import describe_errors, make_printable
+from yuan.data.rule_text import describe_errors
+from yuan.data.text import make_printable
 from yuan.serve.response_schemas import TextChoice, TextCompletion
 from yuan.serve.schemas import MAX_COMPLETION_TOKENS
 from yuan.version_names import format_model_name

@@ -18,7 +18,7 @@ from feedback.round_steps import STEP_ACTIVITIES, ItemStep, RoundStep, get_item_
 from feedback.states import RoundState
 from feedback.tables import AuditEvent, Case, CaseResult, ModelVersion, Plan, Round, TrainingRun
 from infra.error_text import SafeMessageError
-from yuan.data.text import describe_errors
+from yuan.data.rule_text import describe_errors
 from yuan.model.model_manifest import ModelManifest
 from yuan.plan.plan_record import PipelinePlan
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from feedback.contracts import RoundParameters
-from yuan.data.text import describe_rule
+from yuan.data.rule_text import describe_rule
 
 if TYPE_CHECKING:
     from prefect import Flow
@@ -107,10 +107,13 @@ def parse_form(name: str, parameters: Mapping[str, Any]) -> BaseModel:
     Raises:
         ValueError: in one line, naming every wrong or unknown parameter.
     """
+    form = find_flow(name).form
     try:
-        return find_flow(name).form.model_validate(parameters)
+        return form.model_validate(parameters)
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, e['loc']))[:80] or 'together'}: {describe_rule(e)}" for e in error.errors()]
+        faults = [
+            f"{'.'.join(map(str, e['loc']))[:80] or 'together'}: {describe_rule(e, form)}" for e in error.errors()
+        ]
         num_hidden = len(faults) - MAX_SHOWN_PARAMETER_ERRORS
         hidden_hint = f"; and {num_hidden} more" if num_hidden > 0 else ""
         raise ValueError(

@@ -22,6 +22,7 @@ from tests.yuan.model_server import TOKEN, make_served_model
 from yuan.serve.api import make_api
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.service import ModelService
+from yuan.serve.strict_requests import find_request_fault
 
 JSON_TYPE = ("Content-Type", "application/json")
 GZIPPED = gzip.compress(b"{}")
@@ -226,3 +227,20 @@ def test_malformed_request_gets_an_error_in_the_one_form(server, data):
     assert b"connection: close" in head.lower() and b"content-type: application/json" in head.lower()
     error = json.loads(body)["error"]
     assert error["type"] == "invalid" and error["message"].isprintable() and len(error["message"]) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "has_fault"),
+    [
+        ("content-type", 'multipart/form-data; boundary="a;charset=latin-1"', False),
+        ("content-type", 'multipart/form-data; boundary="a\\";charset=latin-1"', False),
+        ("content-type", 'multipart/form-data; boundary="a;b"; charset=latin-1', True),
+        ("content-type", 'text/plain; charset="UTF-8" ; a=b', False),
+        ("content-type", "text/plain; charset", True),
+        ("content-encoding", "identity, identity", False),
+        ("content-encoding", "identity, gzip", True),
+    ],
+)
+def test_quoted_parameter_is_no_charset_and_identity_no_compression(name, value, has_fault):
+    scope = {"path": "/", "headers": [(name.encode(), value.encode())], "query_string": b""}
+    assert (find_request_fault(scope) is not None) == has_fault

@@ -27,7 +27,7 @@ from feedback.accounts import (
 from feedback.api.transactions import SessionDep, get_transactions
 from feedback.states import AccountRole
 from feedback.tables import Contributor, new_id
-from yuan.data.text import make_printable
+from yuan.data.text import PatternRule, make_printable
 from yuan.serve.strict_requests import StrictRoute
 
 MAX_UPLOADS_PER_ACCOUNT = 2  # per account at the same time
@@ -49,8 +49,13 @@ def _check_digits(value: Any) -> Any:
 # A number in a path or query; pydantic also reads `1_0`, ` 10` and `10.0` as 10.
 DigitsInt = Annotated[int, BeforeValidator(_check_digits)]
 
-RecordIdPath = Annotated[str, Path(pattern=ID_PATTERN, description="id of the record")]
-RoundIdPath = Annotated[str, Path(pattern="^([0-9a-f]{32}|latest)$", description="id of a round, or latest")]
+RecordId = Annotated[str, PatternRule(ID_PATTERN, "the id of a record", max_length=32)]
+RecordIdPath = Annotated[RecordId, Path(description="id of the record")]
+RoundId = Annotated[
+    str,
+    PatternRule("^([0-9a-f]{32}|latest)$", "the id of a round, or latest", max_length=32),
+]
+RoundIdPath = Annotated[RoundId, Path(description="id of a round, or latest")]
 
 
 class Unauthorized(Exception):
@@ -272,10 +277,8 @@ class IdempotentRequest:
 
 
 IdempotencyKeyHeader = Annotated[
-    str | None,
+    Annotated[str, PatternRule("^[!-~]+$", "visible ASCII characters without spaces", max_length=200)] | None,
     Header(
-        max_length=200,
-        pattern="^[!-~]+$",
         description="key to repeat a request safely; visible ASCII characters only",
     ),
 ]

@@ -13,7 +13,6 @@ from sqlalchemy.orm import Session
 from feedback import datasets, paging, provenance, report_records, reports
 from feedback.accounts import Account, audit, compute_quota_wait_s, find_claimed_record, lock_idempotency_key
 from feedback.api.access import (
-    ID_PATTERN,
     AccountRoute,
     CurrentAccount,
     CurrentContributor,
@@ -21,6 +20,7 @@ from feedback.api.access import (
     Forbidden,
     IdempotencyKeyHeader,
     IdempotentRequest,
+    RecordId,
     RecordIdPath,
     StorageQuotaExceeded,
     SubmissionRequestDep,
@@ -55,8 +55,8 @@ upload_router = APIRouter(
 
 PageLimit = Annotated[DigitsInt, Query(ge=1, le=MAX_PAGE_SIZE, description="maximum number of items")]
 AfterId = Annotated[
-    str | None,
-    Query(pattern=ID_PATTERN, description="id of the last item of the previous page; the page starts after it"),
+    RecordId | None,
+    Query(description="id of the last item of the previous page; the page starts after it"),
 ]
 AfterNumber = Annotated[
     DigitsInt | None,
@@ -170,7 +170,7 @@ async def push_dataset(
     request: Request,
     name: Annotated[
         str,
-        TextRule(100),
+        TextRule(100, allow="line"),
         Query(description=f"name of the dataset; that of a suite may have {datasets.SUITE_NAME_RULE}"),
     ],
     account: CurrentAccount,

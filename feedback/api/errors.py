@@ -20,8 +20,9 @@ from feedback.contracts import ErrorBody, ErrorOut
 from infra.error_text import describe_error
 from infra.faults import DATABASE_ERRORS, OBJECT_STORE_ERRORS
 from yuan.data.rows import BadRow
-from yuan.data.text import describe_rule, get_field_path, make_printable
-from yuan.serve.strict_requests import find_request_fault, get_json_fault
+from yuan.data.rule_text import describe_rule, get_field_path
+from yuan.data.text import make_printable
+from yuan.serve.strict_requests import find_request_fault, get_body_type, get_json_fault
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +86,9 @@ def add_error_handlers(app: FastAPI) -> None:
         if first["loc"] == ("body",):
             return make_error_response(422, "invalid", *describe_body_error(request, first))
         # The first part of loc is the location: body, query, path or header.
-        param = get_field_path({**first, "loc": first["loc"][1:]})
-        return make_error_response(422, "invalid", describe_rule(first), param=param or None)
+        relative = {**first, "loc": first["loc"][1:]}
+        message = describe_rule(relative, get_body_type(request))
+        return make_error_response(422, "invalid", message, param=get_field_path(relative) or None)
 
     def handle_http(request: Request, error: HTTPException) -> JSONResponse:
         headers = dict(error.headers or {}) | (

@@ -7,7 +7,8 @@ import typer
 from pydantic import ValidationError
 
 from feedback.client import UNUSABLE_RESPONSE, PortalError
-from yuan.data.text import describe_errors, make_printable
+from yuan.data.rule_text import describe_errors, describe_rule
+from yuan.data.text import make_printable
 
 # Errors of servers and records, compared by the names of their classes, since importing their modules takes seconds.
 DATABASE_ERROR_NAMES = {"sqlalchemy.exc.SQLAlchemyError", "psycopg.Error"}
@@ -76,7 +77,11 @@ def describe_usage_error(error: Exception) -> str | None:
     if type(error).__name__ == "NoArgsIsHelpError":
         return None
     message: str = error.format_message()  # type: ignore[attr-defined]
-    message = message.replace("Input should be", "must be").replace(". Did you mean", "; did you mean")
+    cause = error.__context__
+    if isinstance(cause, ValidationError):  # of the value of an option or argument
+        entry = cause.errors(include_url=False)[0]
+        message = message.replace(entry["msg"], describe_rule(entry))
+    message = message.replace(". Did you mean", "; did you mean")
     context = error.ctx  # type: ignore[attr-defined]
     help_text = f"see `{context.command_path} --help`" if context is not None else "see `cotrain --help`"
     shown = make_printable(message.strip().rstrip("."), MAX_USAGE_CHARACTERS)

@@ -15,15 +15,8 @@ from rich.table import Table
 
 from feedback.client import PortalError
 from flows.cli.error_lines import USAGE_ERROR, describe_failure, describe_usage_error
-from yuan.data.text import (
-    BLANK_TEXT,
-    BadJson,
-    describe_errors,
-    find_unstorable,
-    is_blank,
-    make_printable,
-    parse_json,
-)
+from yuan.data.rule_text import describe_errors
+from yuan.data.text import BLANK_TEXT, BadJson, find_unstorable, is_blank, make_printable, parse_json
 from yuan.version_names import parse_version_number
 
 EXIT_FAILED = 1
@@ -75,7 +68,7 @@ def build_form(model: type[Form], fields: dict[str, Any]) -> Form:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        raise fail(describe_errors(error), EXIT_USAGE) from None
+        raise fail(describe_errors(error, model), EXIT_USAGE) from None
 
 
 def parse_json_option(name: str, text: str) -> Any:

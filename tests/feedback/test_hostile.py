@@ -223,3 +223,21 @@ def test_connection_survives_an_unexpected_error_and_contributor_text_is_not_log
         connection.close()
     assert "KeyError" in caplog.text
     assert "1st contributor's" not in caplog.text
+
+
+@pytest.mark.parametrize("char", ["%0a", "%C2%85", "%E2%80%A8", "%1b"])
+def test_dataset_name_must_be_one_line(portal, account, char):
+    response = portal.post(f"/api/v1/datasets?name=a{char}b", content=b'{"answer": "b"}', headers=account.headers)
+    error = response.json()["error"]
+    assert response.status_code == 422 and error["param"] == "name" and "must be one line" in error["message"]
+
+
+def test_idempotency_key_and_body_are_refused_in_own_words(portal, account):
+    spaced = portal.post("/api/v1/feedback", json={}, headers=account.headers | {"Idempotency-Key": "a b"})
+    message = "must be visible ASCII characters without spaces, got 'a b'; correct it"
+    assert spaced.status_code == 422 and message in spaced.text
+    for body in ([], 1):
+        refused = portal.post("/api/v1/feedback", json=body, headers=account.headers)
+        assert refused.status_code == 422 and "must be a JSON object, got" in refused.text
+    misspelt = portal.post("/api/v1/feedback", json=REPORT | {"promt": "a"}, headers=account.headers)
+    assert misspelt.json()["error"]["message"] == "is unknown; did you mean 'prompt'?"

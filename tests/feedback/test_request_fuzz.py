@@ -14,7 +14,8 @@ from feedback.contracts import AccountWithdrawalIn, ContributorIn, FeedbackIn, R
 from feedback.tables import Feedback
 from infra.database import make_session_factory
 from tests.fuzzing import ANY_TEXT, JSON_VALUES, NUM_QUICK_CASES, SCALARS, each_size, fuzz
-from yuan.data.text import describe_errors, find_unstorable
+from yuan.data.rule_text import describe_errors
+from yuan.data.text import find_unstorable
 
 MAX_MESSAGE_CHARACTERS = 2000
 JSON_HEADERS = {"Content-Type": "application/json"}

@@ -15,7 +15,7 @@ def test_unknown_flow_is_refused_with_the_list_of_allowed_flows():
 @pytest.mark.parametrize(
     ("parameters", "named"),
     [
-        ({"nonsense": 1}, "nonsense: is unknown; leave it out"),
+        ({"nonsense": 1}, "nonsense: is unknown; use one of max_steps, learning_rate"),
         ({"max_steps": 0}, "max_steps"),
         ({"learning_rate": float("inf")}, "learning_rate"),
         ({"weights": {"base": -1}}, "weights.base"),

@@ -204,7 +204,7 @@ def test_doctor_reports_that_no_stack_was_ever_started(tmp_path):
         (
             ["plan", "--model", "tiny", "--lost-steps", "x"],
             2,
-            "invalid value for '--lost-steps': must be a valid integer",
+            "invalid value for '--lost-steps': must be an integer, got 'x'; write digits alone",
         ),
         (
             ["submit", "--prompt", "p", "--response", "r", "--model-version", "1", "--checker", "{"],

@@ -72,7 +72,7 @@ def test_duplicate_weight_of_a_part_is_rejected():
 )
 def test_value_outside_an_options_choices_is_rejected_and_help_lists_the_choices(command, option, choices):
     result = CliRunner(env={"COLUMNS": "300"}).invoke(app, [*command, option, "fastest"])
-    assert result.exit_code == 2 and "'fastest' is not one of" in result.stderr
+    assert result.exit_code == 2 and f"'{option}': 'fastest' is not one of" in result.stderr
     shown = CliRunner(env={"COLUMNS": "300"}).invoke(app, [command[0], "--help"]).output
     assert f"<{choices}>" in shown
 

@@ -80,6 +80,10 @@ def npy_bytes():
         (marshal.dumps([ROW] * 30), "binary"),
         (LINE.strip().encode() * 2, "curl --data-binary"),
         ((LINE.strip() + " " + LINE).encode(), "jq -c ."),
+        ((LINE.strip() + LINE).encode() * 3, "several JSON objects a line"),
+        ((LINE.strip() + ",\n").encode() * 3, "rows end in commas"),
+        ((LINE.strip() + ", \r\n" + LINE).encode(), "rows end in commas"),
+        (LINE.strip().encode() + b"," + LINE.encode(), "commas between them"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "git lfs pull"),
         (
             b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n' + LINE.encode(),
@@ -115,6 +119,8 @@ def test_file_of_another_format_is_named_with_the_conversion(data, name):
         LINE.encode()[:20] + b"\xff" + LINE.encode()[20:],  # the only row beyond ASCII is damaged
         (b'{"answer": "a", "x": "\xff"}\n' + LINE.encode()),
         b'\n\n{"answer": "a"}\n',
+        (LINE.strip() + "," + "\n" + LINE * 2).encode(),  # one comma is its row's fault
+        LINE.strip().encode() * 2 + b"\n" + LINE.encode() * 2,
         b'{"answer": "a\0b"}\n',  # a control character is a fault of its row
         b'{"answer": "\x01\x02\x03"}\n' + LINE.encode(),
         b'{"answer": "--x Content-Disposition: form-data"}',

@@ -54,7 +54,10 @@ def test_largest_valid_row_fits_in_the_line_limit():
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"answer": "a", "checker": {"type": "exact", "value": "a", "value": "b"}}', "value: must not occur twice"),
+        (
+            '{"answer": "a", "checker": {"type": "exact", "value": "a", "value": "b"}}',
+            "checker.value: must not occur twice",
+        ),
         ('{"answer": "a", "source": "x", "source": "x"}', "source: must not occur twice"),
         ('{"\\u0061nswer": "x", "answer": "y"}', "answer: must not occur twice"),
         ('{"answer": "a\\ud800"}', "answer: must not contain half a character"),

@@ -61,7 +61,7 @@ def test_stored_text_is_valid_utf8_without_nul(text):
     assert len(stored) == len(text)
 
 
-@pytest.mark.parametrize("allow", ["text", "empty", "blank"])
+@pytest.mark.parametrize("allow", ["text", "empty", "blank", "line"])
 def test_json_schema_pattern_accepts_the_same_text_as_the_validator(allow):
     """The pattern has no `\\s`, so that every dialect of regular expressions reads it alike."""
     adapter = TypeAdapter(Annotated[str, TextRule(10, allow)])
@@ -74,6 +74,15 @@ def test_json_schema_pattern_accepts_the_same_text_as_the_validator(allow):
         except ValidationError:
             is_valid = False
         assert bool(ecma.search(text)) == is_valid, repr(text)
+
+
+@pytest.mark.parametrize("char", ["\n", "\r", "\t", "\x1b", "\x85", "\u2028", "\u2029", "\u202e", "\u2066"])
+def test_name_is_one_line_without_control_characters(char):
+    adapter = TypeAdapter(Annotated[str, TextRule(10, allow="line")])
+    for name in ("数据 é\u3000集", "a\u200db"):
+        assert adapter.validate_python(name) == name
+    with pytest.raises(ValidationError, match=rf"must be one line, got the control character U\+{ord(char):04X}"):
+        adapter.validate_python(f"a{char}b")
 
 
 @given(ANY_TEXT)
@@ -158,6 +167,8 @@ def test_standard_json_without_nul_is_accepted(value):
         ('{"a": [1, NaN]}', "a.1"),
         ('{"a": {"b": 1e999}}', "a.b"),
         ('{"a": "\\ud83d"}', "a"),
+        ('{"a": 1, "b": 2, "a": 1}', "a"),
+        ('{"a": [{}, {"b": {"c": 1, "c": 1}}]}', "a.1.b.c"),
         ('{"a\\u0000": 1}', r"a\x00"),
         ("[" * 100_000, ""),
         ("1" * 5_000, ""),

@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from yuan.data.answer_choices import read_choices
 from yuan.data.final_number import read_final_number
-from yuan.data.text import MAX_TEXT_CHARS, TextRule, WrittenFloat, make_rule_error, normalize_text
+from yuan.data.text import MAX_TEXT_CHARS, PatternRule, TextRule, WrittenFloat, make_rule_error, normalize_text
 
 MAX_CONTAINED_CHARS = 2_000  # of each value of `contains`
 
@@ -20,6 +20,9 @@ MAX_CONTAINED_CHARS = 2_000  # of each value of `contains`
 MAX_NUMBER_DIGITS = 50
 MAX_FLOAT_DIGITS = 15  # significant digits that a binary float keeps
 EXACT_NUMBER_RULE = "must have at most 15 digits as a JSON number, which loses others; write it in quotes"
+HUGE_NUMBER_RULE = (
+    f"must have at most {MAX_NUMBER_DIGITS} digits before and after the decimal point; write a number of fewer digits"
+)
 _DECIMAL_PATTERN = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 
 
@@ -30,7 +33,17 @@ def _check_written_number(value: object) -> object:
         raise PydanticCustomError("number", EXACT_NUMBER_RULE)
     if isinstance(value, str) and not _DECIMAL_PATTERN.fullmatch(value):
         raise PydanticCustomError("number", "must be a number such as -1.5, without spaces or commas; correct it")
+    if _is_huge(value):
+        raise PydanticCustomError("number", HUGE_NUMBER_RULE)
     return value
+
+
+def _is_huge(value: object) -> bool:
+    """Return True for a number of so many digits, before or after the point, that pydantic calls it infinite."""
+    if isinstance(value, str):
+        _, _, exponent = value.lower().partition("e")
+        return len(exponent.lstrip("+-0")) > 3
+    return isinstance(value, int) and abs(value) >= 10 ** (2 * MAX_NUMBER_DIGITS)
 
 
 def _count_digits(value: float) -> int:
@@ -120,7 +133,7 @@ class Choice(_CheckerBase):
     """Accept an answer that gives exactly one option letter, equal to the value; `read_choices` finds the letters."""
 
     type: Literal["choice"] = "choice"
-    value: Annotated[str, Field(pattern="^[A-Z]$")]
+    value: Annotated[str, PatternRule("^[A-Z]$", "one capital letter A to Z", max_length=1)]
 
     def _accepts(self, text: str) -> bool:
         return read_choices(text) == {self.value}

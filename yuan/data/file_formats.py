@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import re
 
 from yuan.data.encodings import find_foreign_encoding, find_wide_encoding
 from yuan.safe_files import LFS_POINTER_REASON, LFS_POINTER_START
@@ -88,10 +89,23 @@ def describe_foreign_format(head: bytes) -> str | None:
         return "the file's lines end with \\r alone; let them end with \\n, as `tr '\\r' '\\n'` does, and push it again"
     if _is_array(text):
         return "the file is one JSON array; write one object a line, as `jq -c '.[]'` does, and push it again"
-    if _is_joined(text):
+    remainder = _find_common_remainder(text)
+    if remainder.startswith("{") and "\n" in text.strip():
+        return "the file has several JSON objects a line; write one a line, as `jq -c .` does, and push it again"
+    if remainder.startswith("{"):
         return (
             "the file's JSON objects have no line ends between them, as after `curl -d`, which removes them; write one "
             "a line, as `jq -c .` does, and push it again with `curl --data-binary @FILE`"
+        )
+    if remainder == ",":
+        return (
+            "the file's rows end in commas; write each without one, as `sed 's/,[[:space:]]*$//'` does, and push it "
+            "again"
+        )
+    if re.match(r",\s*\{", remainder):
+        return (
+            "the file's JSON objects have commas between them; write [ before the first and ] behind the last, then "
+            "one object a line, as `jq -c '.[]'` does, and push it again"
         )
     if _is_pretty_printed(text):
         return "the file's JSON objects span several lines; write one a line, as `jq -c .` does, and push it again"
@@ -142,15 +156,24 @@ def _is_array(text: str) -> bool:
     return not (rest.lstrip().startswith("{") and first_line.rstrip().endswith("]"))
 
 
-def _is_joined(text: str) -> bool:
-    """Return True if the text is one line of several JSON objects."""
-    if not text.startswith("{") or "\n" in text.strip():
-        return False
+def _find_common_remainder(text: str) -> str:
+    """Return what follows the first line's JSON object in its line; empty if the next of several lines is a row."""
+    first_line, *others = [line for line in text.split("\n") if line.strip()] or [""]
+    if len(others) > 1 and _read_remainder(others[0]) == "":
+        return ""
+    return _read_remainder(first_line) or ""
+
+
+def _read_remainder(line: str) -> str | None:
+    """Return what follows the JSON object at the start of a line, without white space; None if there is no object."""
+    line = line.strip()
+    if not line.startswith("{"):
+        return None
     try:
-        _, end = json.JSONDecoder().raw_decode(text)
+        _, end = json.JSONDecoder().raw_decode(line)
     except (ValueError, RecursionError):
-        return False
-    return text[end:].lstrip().startswith("{")
+        return None
+    return line[end:].lstrip()
 
 
 def _is_pretty_printed(text: str) -> bool:

@@ -11,12 +11,12 @@ from typing import Annotated, Any, BinaryIO
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from yuan.data.checkers import EXACT_NUMBER_RULE, Checker, Numeric
+from yuan.data.rule_text import describe_errors
 from yuan.data.text import (
     MAX_TEXT_CHARS,
     BadJson,
     TextRule,
     WrittenFloat,
-    describe_errors,
     fold_coarsely,
     make_rule_error,
     normalize_text,
@@ -115,7 +115,9 @@ def _parse_row(number: int, line: bytes) -> Row | BadRow:
     try:
         row = Row.model_validate_json(line)
     except ValidationError as error:
-        return BadRow(row=number, reason=_find_json_fault(line) or _find_inexact_number(line) or describe_errors(error))
+        return BadRow(
+            row=number, reason=_find_json_fault(line) or _find_inexact_number(line) or describe_errors(error, Row)
+        )
     # pydantic takes the last value of a repeated key; the slow parser runs only where a key may be repeated.
     has_repeated_key = b"\\u00" in line or any(line.count(name) > 1 for name in _QUOTED_KEYS)
     if has_repeated_key and (fault := _find_json_fault(line)):

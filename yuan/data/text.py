@@ -15,22 +15,16 @@ from decimal import Decimal, InvalidOperation
 from itertools import groupby
 from typing import Any, Literal
 
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError, ValidatorFunctionWrapHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 MAX_TEXT_CHARS = 20_000
 MAX_COMBINING_MARKS = 30  # marks on one letter; Unicode's stream-safe text format, UAX 15 section 13
 MAX_PRINTED_CHARS = 200
-MAX_DESCRIBED_ERRORS = 3
+MAX_PATTERN_VALUE_CHARS = 60
 BLANK_TEXT = "white space or invisible characters alone"
 BLANK_TEXT_RULE = f"must not be empty, {BLANK_TEXT}"
-_RULES_BY_TYPE = {  # rules whose sentence in pydantic does not fit behind the name of a field
-    "missing": "is missing; add it",
-    "extra_forbidden": "is unknown; leave it out",
-    "json_invalid": "must be JSON; correct it",
-}
-_PYDANTIC_SUBJECT_PATTERN = re.compile(r"^[A-Z][A-Za-z]+ should")  # "Input should", "String should", "List should"
 UTF16_BYTE_ORDER_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the first also begins that of UTF-32
 _UNSTORABLE_PATTERN = re.compile("[\0\ud800-\udfff]")
 # Characters that show nothing: white space, controls, the default-ignorable characters of Unicode 15 (joiners, marks of
@@ -42,10 +36,14 @@ BLANK_CLASS = (
     "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
 _VISIBLE_PATTERN = re.compile(rf"[^{BLANK_CLASS}]")
+# Characters that break a line, or change its direction, which a name in a list or a log line must not have.
+_LINE_CONTROL_CLASS = r"\u0000-\u001f\u007f-\u009f\u2028-\u202e\u2066-\u2069"
+_LINE_CONTROL_PATTERN = re.compile(f"[{_LINE_CONTROL_CLASS}]")
 _JSON_SCHEMA_PATTERNS = {  # the same rules for readers of the JSON schema
     "text": rf"^[^\u0000]*[^{BLANK_CLASS}\u0000][^\u0000]*$",
     "empty": rf"^([^\u0000]*[^{BLANK_CLASS}\u0000][^\u0000]*)?$",
     "blank": r"^[^\u0000]*$",
+    "line": rf"^[^{_LINE_CONTROL_CLASS}]*[^{BLANK_CLASS}\u0000][^{_LINE_CONTROL_CLASS}]*$",
 }
 
 
@@ -55,18 +53,19 @@ class TextRule:
 
     Attributes:
         allow: values accepted besides non-blank text: none ("text"), the empty string ("empty"), or the empty string
-            and characters that show nothing ("blank").
+            and characters that show nothing ("blank"); "line" accepts less: text without line ends, other control
+            characters and marks of direction.
     """
 
     max_length: int
-    allow: Literal["text", "empty", "blank"] = "text"
+    allow: Literal["text", "empty", "blank", "line"] = "text"
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         text = core_schema.str_schema(max_length=self.max_length, strict=True)
         return core_schema.no_info_before_validator_function(self._check_text, text)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        min_length = {"minLength": 1} if self.allow == "text" else {}
+        min_length = {"minLength": 1} if self.allow in ("text", "line") else {}
         return {**handler(schema), **min_length, "pattern": _JSON_SCHEMA_PATTERNS[self.allow]}
 
     def _check_text(self, value: object) -> object:
@@ -74,11 +73,42 @@ class TextRule:
             return value
         if fault := find_unstorable(value):
             raise PydanticCustomError("text", "must not contain {fault}; leave it out", {"fault": fault})
-        if self.allow == "text" and is_blank(value):
+        if self.allow in ("text", "line") and is_blank(value):
             raise PydanticCustomError("text", f"{BLANK_TEXT_RULE}; write text")
         if self.allow == "empty" and value and is_blank(value):
             raise PydanticCustomError("text", f"must not be {BLANK_TEXT}; leave it empty or write text")
+        if self.allow == "line" and (control := _LINE_CONTROL_PATTERN.search(value)):
+            place = {"char": f"U+{ord(control[0]):04X}"}
+            raise PydanticCustomError("text", "must be one line, got the control character {char}; remove it", place)
         return value
+
+
+@dataclass(frozen=True)
+class PatternRule:
+    """Validate an annotated `str` by a pattern, which errors put in words.
+
+    Attributes:
+        words: what the pattern matches, behind "must be".
+    """
+
+    pattern: str
+    words: str
+    max_length: int
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        text = core_schema.str_schema(pattern=self.pattern, max_length=self.max_length, strict=True)
+        return core_schema.no_info_wrap_validator_function(self._check_text, text)
+
+    def _check_text(self, value: object, parse: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return parse(value)
+        except ValidationError as error:
+            if error.errors()[0]["type"] != "string_pattern_mismatch":
+                raise
+        shown = make_printable(str(value), MAX_PATTERN_VALUE_CHARS)
+        raise PydanticCustomError(
+            "pattern", "must be {words}, got '{shown}'; correct it", {"words": self.words, "shown": shown}
+        )
 
 
 def is_blank(text: str) -> bool:
@@ -122,36 +152,6 @@ def make_printable(text: str, limit: int = MAX_PRINTED_CHARS) -> str:
     """
     escaped = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: limit + 1])
     return escaped if len(escaped) <= limit else f"{escaped[: limit - 1]}…"
-
-
-def describe_errors(error: ValidationError) -> str:
-    """Format a validation error as one printable line: field and rule of the first three entries."""
-    entries = error.errors(include_url=False, include_input=False)[:MAX_DESCRIBED_ERRORS]
-    return "; ".join(
-        f"{make_printable(get_field_path(entry)) or 'line'}: {make_printable(describe_rule(entry))}"
-        for entry in entries
-    )
-
-
-def describe_rule(entry: Any) -> str:
-    """Return the rule of an entry of `ValidationError.errors()` in the words of the platform's own errors.
-
-    >>> describe_rule({"type": "missing", "msg": "Field required"})
-    'is missing; add it'
-    >>> describe_rule({"type": "less_than_equal", "msg": "Input should be less than or equal to 5"})
-    'must be less than or equal to 5'
-    >>> describe_rule({"type": "value_error", "msg": "Value error, there is no such day"})
-    'there is no such day'
-    """
-    if entry["type"] in _RULES_BY_TYPE:
-        return _RULES_BY_TYPE[entry["type"]]
-    return _PYDANTIC_SUBJECT_PATTERN.sub("must", str(entry["msg"]).removeprefix("Value error, "), count=1)
-
-
-def get_field_path(error: Any) -> str:
-    """Return the dotted field path of an entry of `ValidationError.errors()`; empty for the whole document."""
-    param = error.get("ctx", {}).get("param")
-    return ".".join(str(part) for part in (*error["loc"], *([param] if param else ())))
 
 
 def make_rule_error(param: str, message: str) -> PydanticCustomError:
@@ -204,8 +204,6 @@ def parse_json(data: bytes | str, max_values: int | None = None, *, keep_written
         raise BadJson(f"must be JSON in UTF-8, byte {error.start} is not; encode it in UTF-8") from None
     except RecursionError:
         raise BadJson("must not be nested so deeply; send fewer levels") from None
-    except BadJson:
-        raise
     except json.JSONDecodeError as error:
         raise BadJson(f"must be JSON, at character {error.pos}: {error.msg}; correct it there") from None
     except ValueError:  # Python parses integers of 4,300 digits at most
@@ -214,12 +212,18 @@ def parse_json(data: bytes | str, max_values: int | None = None, *, keep_written
     return value
 
 
+class _RepeatingObject(dict[str, Any]):
+    """An object that JSON writes with a key twice; `_check_values` refuses it, as it knows the object's place."""
+
+    repeated_key = ""
+
+
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object of its keys and values; RFC 8259 leaves open which value of a repeated key counts."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise BadJson("must not occur twice; remove one", repeated)
+        fields = _RepeatingObject(fields)
+        fields.repeated_key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
     return fields
 
 
@@ -232,6 +236,8 @@ def _check_values(document: Any, max_values: int | None) -> None:
             count += len(value)
             if max_values is not None and count > max_values:  # before time is spent on them
                 raise BadJson(f"must not have more than {max_values} values; send less at a time")
+        if isinstance(value, _RepeatingObject):
+            raise BadJson("must not occur twice; remove one", _extend_path(place, value.repeated_key))
         if isinstance(value, dict):
             for key, item in value.items():
                 if fault := find_unstorable(key):
@@ -243,7 +249,7 @@ def _check_values(document: Any, max_values: int | None) -> None:
             if fault := find_unstorable(value):
                 raise BadJson(f"must not contain {fault}; leave it out", place)
         elif isinstance(value, float) and not math.isfinite(value):
-            raise BadJson("must be a finite number; replace NaN or infinity", place)
+            raise BadJson("must be a finite number below 1.8e308; replace NaN, infinity or the larger number", place)
 
 
 def _extend_path(place: str, key: str) -> str:

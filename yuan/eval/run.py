@@ -20,7 +20,7 @@ from infra.settings import TrackerAccess, load_settings
 from infra.tracker import Tracker
 from yuan.data.checkers import Checker, Exact
 from yuan.data.judge import AnswerJudge, CheckFailed
-from yuan.data.text import describe_errors
+from yuan.data.rule_text import describe_errors
 from yuan.eval.results import EvalResult, dump_results
 from yuan.generate.answers import Completion, answer_each
 from yuan.generate.sampling import Sampling

@@ -13,7 +13,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from yuan.data.text import describe_rule, get_field_path, make_printable
+from yuan.data.rule_text import describe_rule, get_field_path
+from yuan.data.text import make_printable
 from yuan.generate.decoder import NonFiniteLogits
 from yuan.generate.sampling import Sampling
 from yuan.serve.admission import AdmissionMiddleware
@@ -32,7 +33,7 @@ from yuan.serve.response_schemas import StreamError, StreamErrorEvent
 from yuan.serve.responses import STREAM_END_EVENT, AnswerFormatter, ChatFormatter, CompletionFormatter, format_sse
 from yuan.serve.schemas import CALLER_HEADER, MAX_CHOICES, ChatIn, CompletionIn
 from yuan.serve.service import ModelService
-from yuan.serve.strict_requests import StrictRoute, get_json_fault
+from yuan.serve.strict_requests import StrictRoute, get_body_type, get_json_fault
 
 ANSWER_TIMEOUT_S = 110.0
 ENGINE_GRACE_S = 5.0  # report a silent engine this long after the answer's timeout, before the portal's own timeout
@@ -287,8 +288,9 @@ def _add_error_handlers(app: FastAPI, service: ModelService) -> None:
         if fault is not None:
             return refuse(call, status=422, kind="invalid", message=str(fault), param=fault.place)
         first = error.errors()[0]
-        field_path = get_field_path({**first, "loc": first["loc"][1:]})
-        return refuse(call, status=422, kind="invalid", message=describe_rule(first), param=make_printable(field_path))
+        relative = {**first, "loc": first["loc"][1:]}
+        field_path, rule = get_field_path(relative), describe_rule(relative, get_body_type(call))
+        return refuse(call, status=422, kind="invalid", message=rule, param=make_printable(field_path))
 
     for kind in (QueueFull, EngineStopped, LookupError, AnswerTimeout, DecodingFailed, ValueError, Exception):
         app.add_exception_handler(kind, answer_known_error)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from yuan.data.rule_text import suggest_nearest_name
 from yuan.data.text import (
     BLANK_TEXT_RULE,
     TextRule,
@@ -159,7 +160,7 @@ class DecodingFields(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: Annotated[str, Field(strict=True, max_length=200)] = Field(
+    model: Annotated[str, TextRule(200, allow="line")] = Field(
         default=SERVED_MODEL_NAME, description="yuan, or yuan-v7 for that version only"
     )
     max_tokens: int = Field(default=64, ge=1, le=MAX_COMPLETION_TOKENS, strict=True)
@@ -198,7 +199,9 @@ class DecodingFields(BaseModel):
         for name in [name for name in kept if name not in cls.model_fields]:
             if name not in UNSUPPORTED_FIELDS or not _has_no_effect(kept[name], UNSUPPORTED_FIELDS[name]):
                 shown = make_printable(name) or "a field without a name"
-                raise make_rule_error(name, f"{shown} is not supported by this route; leave it out")
+                nearest = "" if name in UNSUPPORTED_FIELDS else suggest_nearest_name(name, cls.model_fields)
+                advice = nearest or "leave it out"
+                raise make_rule_error(name, f"{shown} is not supported by this route; {advice}")
             del kept[name]
         return kept
 
@@ -284,7 +287,9 @@ class Message(BaseModel):
             neutral = UNSUPPORTED_MESSAGE_FIELDS.get(name)
             if neutral is None or not _has_no_effect(kept[name], neutral):
                 shown = make_printable(name) or "a field without a name"
-                raise make_rule_error(name, f"{shown} of a message is not supported; leave it out")
+                nearest = suggest_nearest_name(name, cls.model_fields) if neutral is None else ""
+                advice = nearest or "leave it out"
+                raise make_rule_error(name, f"{shown} of a message is not supported; {advice}")
             del kept[name]
         return kept
 

@@ -1,5 +1,6 @@
 """Rules that every request must keep, whatever its route: single headers and parameters, no coded body, strict JSON."""
 
+import re
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ SINGLE_HEADERS = {
     b"content-type": "Content-Type",
     b"idempotency-key": "Idempotency-Key",
 }
+# A parameter of a media type, whose value may be quoted (RFC 9110, section 5.6.6).
+_PARAMETER_PATTERN = re.compile(r';\s*([^=;\s]*)\s*(?:=\s*("(?:[^"\\]|\\.)*"|[^;]*))?')
 UTF8_NAMES = ("utf-8", "utf8")
 JSON_FAULT_KEY = "yuan.json_fault"  # in the scope of a request
 
@@ -57,17 +60,16 @@ def find_request_fault(scope: Scope) -> RequestFault | None:
 
 
 def _find_encoding_fault(encoding: str) -> RequestFault | None:
-    if encoding.strip().lower() in ("", "identity"):
+    if {coding.strip().lower() for coding in encoding.split(",")} <= {"", "identity"}:
         return None
     shown = make_printable(encoding)
     return RequestFault(415, f"the body must not be compressed, got {shown}; send it as it is", "Content-Encoding")
 
 
 def _find_charset_fault(content_type: str) -> RequestFault | None:
-    for parameter in content_type.split(";")[1:]:
-        name, _, value = parameter.partition("=")
+    for name, value in _PARAMETER_PATTERN.findall(content_type):
         charset = value.strip().strip('"')
-        if name.strip().lower() == "charset" and charset.lower() not in UTF8_NAMES:
+        if name.lower() == "charset" and charset.lower() not in UTF8_NAMES:
             shown = make_printable(charset) or "no name"
             return RequestFault(
                 415, f"the charset must be utf-8, got {shown}; encode the body in UTF-8", "Content-Type"
@@ -104,6 +106,12 @@ class StrictRequest(Request):
 def get_json_fault(request: Request) -> BadJson | None:
     """Return why the body of a request is not JSON; None if it is, or if it was not parsed."""
     return request.scope.get(JSON_FAULT_KEY)
+
+
+def get_body_type(request: Request) -> Any:
+    """Return the type of the body of a request's route; None if it takes no body of JSON."""
+    params = request.scope["route"].dependant.body_params
+    return params[0].field_info.annotation if params else None
 
 
 class StrictRoute(APIRoute):
