@@ -1,6 +1,8 @@
 """Model and training configuration: frozen, validated dataclasses, and the published presets."""
 
+import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar, get_args
 
@@ -12,6 +14,7 @@ MAX_MODEL_SIZE = 2**24  # of a width, length or number of layers; sums and produ
 NORM_EPS_RANGE = (1e-12, 1e-2)  # models have 1e-12 to 1e-5; a large one makes every norm's output small
 ROPE_BASE_RANGE = (10, 1e12)  # models have 1e4 to 1e11
 MAX_FORMATTED_CHARS = 200
+MAX_SUGGESTED_NAME_CHARS = 60  # the time of comparing names grows with the square of their length
 MODEL_CONFIG_FILE = "config.json"  # of a model folder
 
 
@@ -217,6 +220,19 @@ def format_count(count: int, noun: str, plural: str = "") -> str:
     ('1 row', '2,000 rows', '0 batches')
     """
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
+def suggest_nearest_name(name: str, known_names: Iterable[str]) -> str:
+    """Suggest the known name that is nearest to an unknown one, in any case; an empty text if none is near.
+
+    >>> suggest_nearest_name("promt", ("prompt", "answer")), suggest_nearest_name("a100-80", ("H100-80", "A100-80"))
+    ("did you mean 'prompt'?", "did you mean 'A100-80'?")
+    """
+    if len(name) > MAX_SUGGESTED_NAME_CHARS:
+        return ""
+    names_by_lower_case = {known.lower(): known for known in known_names}
+    nearest = difflib.get_close_matches(name.strip().lower(), list(names_by_lower_case), n=1)
+    return f"did you mean '{names_by_lower_case[nearest[0]]}'?" if nearest else ""
 
 
 def yuan_2b() -> ModelConfig:

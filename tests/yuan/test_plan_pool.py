@@ -45,6 +45,9 @@ def test_pool_files_are_read_by_name(tmp_path):
         load_pool(str(file))
     with pytest.raises(ValueError, match="did you mean 'a'"):
         load_pool(f"{file}:aa")
+    file.write_text(f'[[pool]]\nname = "a"\n{group}\n[[pool]]\nname = "a"\n{group}')
+    with pytest.raises(ValueError, match="has the pools 'a', 'a'; give each another name"):
+        load_pool(f"{file}:a")
 
 
 def test_pool_file_round_trips(tmp_path):

@@ -1,18 +1,17 @@
 """Validation errors in the platform's own words: the field, its rule, the value, and what to do."""
 
-import difflib
 import re
 from collections.abc import Iterable
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from yuan.config import suggest_nearest_name
 from yuan.data.text import make_printable
 
 MAX_DESCRIBED_ERRORS = 3
 MAX_DESCRIBED_VALUE_CHARS = 40
 MAX_DESCRIBED_INTEGER = 10**MAX_DESCRIBED_VALUE_CHARS
-MAX_SUGGESTED_NAME_CHARS = 60  # the time of comparing names grows with the square of their length
 
 _PYDANTIC_SUBJECT_PATTERN = re.compile(r"^[A-Z][A-Za-z]+ should")  # "Input should", "String should", "List should"
 # The rule of each type of pydantic's errors, with the values of its `ctx`; {got} is the value, if it is short.
@@ -117,18 +116,6 @@ def _describe_value(value: object) -> str:
         return ""
     shown = make_printable(shown)
     return f", got '{shown}'" if isinstance(value, str) else f", got {shown}"
-
-
-def suggest_nearest_name(name: str, known_names: Iterable[str]) -> str:
-    """Suggest the known name that is nearest to an unknown one; an empty text if none is near.
-
-    >>> suggest_nearest_name("promt", ("prompt", "answer"))
-    "did you mean 'prompt'?"
-    """
-    if len(name) > MAX_SUGGESTED_NAME_CHARS:
-        return ""
-    nearest = difflib.get_close_matches(name.strip().lower(), list(known_names), n=1, cutoff=0.7)
-    return f"did you mean '{nearest[0]}'?" if nearest else ""
 
 
 def find_field_names(form: Any, place: Iterable[str | int]) -> list[str]:

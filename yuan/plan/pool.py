@@ -1,6 +1,5 @@
 """Device pools: read, validate and write them as TOML."""
 
-import difflib
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any, Literal, TypeGuard, get_args
 
 import tomli_w
 
+from yuan.config import suggest_nearest_name
 from yuan.plan.devices import DEVICE_SPECS, lacks_bf16
 from yuan.plan.json_fields import show_value
 from yuan.safe_files import read_regular_file
@@ -221,8 +221,11 @@ def load_pool(spec: str) -> Pool:
     matches = [entry for entry in entries if not name or entry.get("name") == name]
     if len(matches) != 1:
         texts = [entry["name"] for entry in entries if isinstance(entry.get("name"), str)]
-        suggestion = _suggest_nearest(name, texts)
-        raise ValueError(f"{file} has the pools {_show_list(names)}; choose one as {file}:NAME{suggestion}")
+        if len(set(texts)) < len(texts):
+            raise ValueError(f"{file} has the pools {_show_list(names)}; give each another name")
+        suggestion = suggest_nearest_name(name, texts)
+        advice = f"choose one as {file}:NAME{suggestion and f'; {suggestion}'}"
+        raise ValueError(f"{file} has the pools {_show_list(names)}; {advice}")
     return parse_pool(matches[0])
 
 
@@ -307,10 +310,10 @@ def _parse_group(entry: Mapping[str, Any]) -> DeviceGroup:
     values = {**defaults, **entry}
     missing = {"device_class", "count", "memory_gib", "sustained_tflops"} - values.keys()
     if missing:
-        suggestion = _suggest_nearest(name, list(DEVICE_SPECS))
+        suggestion = suggest_nearest_name(name, DEVICE_SPECS)
         raise ValueError(
             f"a [[pool.group]] of device class {show_value(name)} needs {', '.join(sorted(missing))}; "
-            f"known classes need only a count: {_format_known_classes()}{suggestion}"
+            f"known classes need only a count: {_format_known_classes()}{suggestion and f'; {suggestion}'}"
         )
     if "measured" in values:
         if not isinstance(values["measured"], dict):
@@ -336,17 +339,11 @@ def _format_known_classes() -> str:
 def _check_keys(table: Mapping[str, Any], known_keys: set[str], table_name: str) -> None:
     for key in table:
         if key not in known_keys:
-            suggestion = _suggest_nearest(key, sorted(known_keys))
+            suggestion = suggest_nearest_name(key, sorted(known_keys))
             raise ValueError(
-                f"{table_name} has the unknown key {show_value(key)}{suggestion}; "
+                f"{table_name} has the unknown key {show_value(key)}{suggestion and f'; {suggestion}'}; "
                 f"use one of {', '.join(sorted(known_keys))}"
             )
-
-
-def _suggest_nearest(word: str, words: list[str]) -> str:
-    by_lower_case = {known.lower(): known for known in words}
-    matches = difflib.get_close_matches(word.lower(), list(by_lower_case), n=1)
-    return f"; did you mean {by_lower_case[matches[0]]!r}?" if word and matches else ""
 
 
 def _check_positive(label: str, value: object) -> None:

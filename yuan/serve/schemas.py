@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from yuan.data.rule_text import suggest_nearest_name
+from yuan.config import suggest_nearest_name
 from yuan.data.text import (
     BLANK_TEXT_RULE,
     TextRule,
