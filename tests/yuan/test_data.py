@@ -81,7 +81,10 @@ def test_near_equal_prompts_share_the_key_that_decides_their_split():
     [
         (b'{"answer": "a", "answer": "b"}', "answer: must not occur twice"),
         (b'{"answer": "a", "\\u0061nswer": "b"}', "answer: must not occur twice"),
-        (b'{"answer": "3", "checker": {"type": "numeric", "value": 4, "value": 3}}', "value: must not occur twice"),
+        (
+            b'{"answer": "3", "checker": {"type": "numeric", "value": 4, "value": 3}}',
+            "checker.value: must not occur twice",
+        ),
         (
             b'{"prompt": "1", "answer": "3", "checker": {"type": "numeric", "value": 4}}',
             "checker: refuses the row",
