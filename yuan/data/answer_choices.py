@@ -4,31 +4,35 @@ Every function takes time linear in the text's length.
 """
 
 import re
+import string
 from collections.abc import Sequence
+from itertools import pairwise
 
 from yuan.data.answer_clauses import RETRACTION_PATTERN, Denies, blank_questions, find_denials, is_tentative, lower_text
 from yuan.data.answer_parts import Statement, cut_denied, cut_to_final_part, find_last_boxed, find_statements
 from yuan.data.text import INVISIBLE_CHARS
 
-_CHOICE_CHARS = {
-    **dict.fromkeys(map(ord, f"{INVISIBLE_CHARS}*`$")),
-    ord("’"): "'",
-    ord("【"): " ",
-    ord("】"): ":",
-}
+_CHOICE_CHARS = {**dict.fromkeys(f"{INVISIBLE_CHARS}*`$", ""), "’": "'", "【": " ", "】": ":"}
+_CHOICE_CHAR_PATTERN = re.compile(f"[{''.join(_CHOICE_CHARS)}]")
 _LATEX_TEXT_PATTERN = re.compile(r"\\(?:text|textbf|mathrm|mathbf|boldsymbol)\s?\{([^{}]{0,200})\}")
 
 # Characters of words that are no Chinese ones: Latin, Greek and Cyrillic letters, combining marks and digits.
 _WORD = "A-Za-z0-9\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u052f\u1e00-\u1fff"
 # One letter, in parentheses or not, which is no part of a word; and letters that are listed together.
-_LETTER = rf"(?<![{_WORD}])(?<![{_WORD}]-)[(\[]?[A-Z](?![{_WORD}]|-[{_WORD}]|\+\+|\#)[)\]]?"
+_LETTER_END = rf"(?![{_WORD}]|-[{_WORD}]|\+\+|\#)[)\]]?"
+_LETTER = rf"(?<![{_WORD}])(?<![{_WORD}]-)[(\[]?[A-Z]{_LETTER_END}"
 _SEPARATOR = r"(?:(?:\s?,)?\s?(?:and/or|and|or|as\swell\sas)\b|\s?(?:[,、，/&+]|和|与|及|或者?|以及|还是))\s?"
-_LETTERS_IN_ORDER = rf"(?<![{_WORD}])(?=[A-H]{{2,8}}(?![{_WORD}]))A?B?C?D?E?F?G?H?(?![{_WORD}])"
-_LETTER_LIST = rf"(?=[(\[A-Z])(?:{_LETTER}(?:{_SEPARATOR}{_LETTER})*|{_LETTERS_IN_ORDER})"
+_OTHER_LETTERS_IN_ORDER = "".join(f"(?:(?<=[A-{before}]){letter})?" for before, letter in pairwise("ABCDEFGH"))
+# The first item is a set of characters, which lets a search skip all others fast.
+_LETTER_LIST = (
+    rf"[(\[A-Z](?<![{_WORD}].)"
+    rf"(?:(?<![{_WORD}]-.)(?:(?<=[A-Z])|(?<=[(\[])[A-Z]){_LETTER_END}(?:{_SEPARATOR}{_LETTER})*"
+    rf"|(?=[B-H]){_OTHER_LETTERS_IN_ORDER}(?![{_WORD}]))"
+)
 _CAPITALS_PATTERN = re.compile("[A-Z]+")
-_LETTER_START_PATTERN = re.compile(rf"[(\[A-Z](?<![{_WORD}].)(?:(?<=[A-Z])(?![a-z])|(?<=[(\[])(?=[A-Z]))")
 _LETTER_LIST_PATTERN = re.compile(_LETTER_LIST)
 
+_LONE_ENDS = frozenset(f"{string.ascii_uppercase})].。,:;!、，：；！")
 # An answer that is a letter, or starts with one as "B. Paris" or "(b) Paris" do.
 _LONE_PATTERN = re.compile(rf"(?:[(\[]?[a-z][)\]]?|{_LETTER_LIST})[.。,:;!、，：；！]?")
 _LABEL_PATTERN = re.compile(
@@ -36,24 +40,26 @@ _LABEL_PATTERN = re.compile(
 )
 _LEADING_PATTERN = re.compile(rf"{_LABEL_PATTERN.pattern}|({_LETTER_LIST})(?=\s?(?:[,;:。，；：\n]|because\b|因为))")
 _LOWER_CASE_OPTION_PATTERN = re.compile(r"(?:\b(?:[Oo]ption|[Cc]hoice)\s|[Aa]nswer\sis\s)[(\[]?([a-z])[)\]]?[.!]?$")
+_SINGLE_LETTER_PATTERN = re.compile("[A-Za-z](?<![A-Za-z].)(?![A-Za-z])")
 _LABELED_LINE_PATTERN = re.compile(r"\n[ \t]{0,8}[(\[]?[A-Z]\s?[.):：、\]]")
 
 _CHOICE_CUE_PATTERN = re.compile(
     r"""
-    (?=[acops\#答正符选故应因所可])(?:  # the first characters of the cues: most characters need no other test
-    \b(?:answer|choice|option)\b(?:\s(?:to|for|of)\b[^.!?:=\n]{1,80}?)?
+    [acops\#答正符选故应因所可](?:  # a search skips all other characters fast
+    (?<!\w.)(?:(?<=a)nswer|(?<=c)hoice|(?<=o)ption)\b(?:\s(?:to|for|of)\b[^.!?:=\n]{1,80}?)?
     (?:\s(?:is|are|was|must\ be|should\ be|would\ be)\b
          (?:\s(?:therefore|then|thus|clearly|probably|option|choice|either|indeed)\b)*\s?:?
       | \s?:)
-  | \b(?:choose|pick|select)\s(?:option\s|answer\s)?
-  | \#{4} | \bans\s?[.:]
-  | (?:^|(?<=\n))A\s?:(?=\s?[(\[]?[A-Za-z][)\]]?(?:[.,\s]|$))
-  | (?:答案|正确的?选项|正解)(?:应该|应当|应|就|也)?\s?(?:是|为|选|：|:)+ | 答\s?[:：]
-  | (?<!不)(?:正确|符合题意)的(?:选项)?[是为]
-  | (?<![不别非没勿误错])(?:故|应该?|因此|所以|可|可以)?选(?!项|择题)(?:择|出|取)?(?:的是|了|：|:)?(?:选项)?
+  | (?<!\w.)(?:(?<=c)hoose|(?<=p)ick|(?<=s)elect)\s(?:option\s|answer\s)?
+  | (?<=\#)\#{3} | (?<!\w.)(?<=a)ns\s?[.:]
+  | (?<=a)(?<![^\n].)\s?:(?=\s?[(\[]?[a-z][)\]]?(?:[.,\s]|$))
+  | (?:(?<=答)案|(?<=正)确的?选项|(?<=正)解)(?:应该|应当|应|就|也)?\s?(?:是|为|选|：|:)+ | (?<=答)\s?[:：]
+  | (?<!不.)(?:(?<=正)确|(?<=符)合题意)的(?:选项)?[是为]
+  | (?<![不别非没勿误错].)(?:(?<=选)|(?:(?<=故)|(?<=应)该?|(?<=因)此|(?<=所)以|(?<=可)以?)选)
+    (?!项|择题)(?:择|出|取)?(?:的是|了|：|:)?(?:选项)?
     )
     """,
-    re.VERBOSE | re.IGNORECASE,
+    re.VERBOSE,
 )
 # Statements of this kind contradict each other unless a word between them says that the later one counts.
 _ANSWER_CUE_PATTERN = re.compile("answer|答案", re.IGNORECASE)
@@ -86,10 +92,9 @@ _UNKNOWN_PREDICATE_PATTERN = re.compile(
 _LETTER_CONTEXT_CHARS = 48  # characters before and behind letters that are searched for such words
 # "I" as a pronoun and "A" as an article are no letters of options; neither is the letter of a name such as "vitamin C".
 _PRONOUN_PATTERN = re.compile(
-    r"\bI(?='|\s[a-z])"
-    r"|\bA(?=\s[A-Za-z][a-z])(?!\s(?i:is|and|or|because|are|was|seems|but|since|as|over|rather|not|would|must|should"
-    r"|can"
-    r"|cannot|could|does|instead|fails|contradicts)\b)"
+    r"[AI](?<!\w.)(?:(?<=I)(?='|\s[a-z])"
+    r"|(?<=A)(?=\s[A-Za-z][a-z])(?!\s(?i:is|and|or|because|are|was|seems|but|since|as|over|rather|not|would|must|should"
+    r"|can|cannot|could|does|instead|fails|contradicts)\b))"
 )
 _NAMES = "vitamin hepatitis type plan grade group class point figure table section part person player team"
 _NAME_PATTERN = re.compile(rf"\b(?:{_NAMES.replace(' ', '|')})s?\s$", re.IGNORECASE)
@@ -109,7 +114,7 @@ def read_choices(text: str) -> frozenset[str]:
         boxed, _ = _keep_asserted(boxed, lowered, find_denials(lowered))
         if letters := _read_statement(boxed):
             return letters
-    if _LONE_PATTERN.fullmatch(text):
+    if (len(text) <= 4 or text[-1] in _LONE_ENDS) and _LONE_PATTERN.fullmatch(text):
         return _collect_letters(text.upper())
 
     if "A" in text or "I" in text:
@@ -120,13 +125,14 @@ def read_choices(text: str) -> frozenset[str]:
     lowered = lower_text(text)
     denies = find_denials(lowered)
     text, lists = _keep_asserted(text, lowered, denies)
-    if _has_cue(lowered):
-        statements = list(find_statements(text, _CHOICE_CUE_PATTERN, denies))
+    if not lists and not _SINGLE_LETTER_PATTERN.search(text):
+        return frozenset()
+    if statements := list(find_statements(text, _CHOICE_CUE_PATTERN, denies)):
         if letters := _read_statements(text, statements):
             return letters
         if any(statement.is_denied for statement in statements):
             text = cut_denied(text, statements)
-            lists = _find_letters(text)
+            lists = list(_LETTER_LIST_PATTERN.finditer(text))
     affirmed = [
         option for option in lists if option.end() < len(text) and _AFFIRMED_BEHIND_PATTERN.match(text, option.end())
     ]
@@ -134,7 +140,7 @@ def read_choices(text: str) -> frozenset[str]:
         return _join_letters(affirmed)
     if letters := _read_leading(text):
         return letters
-    lists = [letters for letters in lists if not _is_in_name(letters)]
+    lists = [letters for letters in lists if letters.start() < 4 or not _is_in_name(letters)]
     for option in lists:
         if option.end() < len(text) and _UNKNOWN_PREDICATE_PATTERN.match(text, option.end()):
             return frozenset()
@@ -143,45 +149,31 @@ def read_choices(text: str) -> frozenset[str]:
 
 def _clean(text: str) -> str:
     if not text.isascii() or "*" in text or "$" in text or "`" in text:
-        text = text.translate(_CHOICE_CHARS)
+        text = _CHOICE_CHAR_PATTERN.sub(_replace_char, text)
     if "\\" in text:
         text = _LATEX_TEXT_PATTERN.sub(r"\1", text)
     return text
 
 
-def _has_cue(text: str) -> bool:
-    """Return false if the pattern of cues cannot match; much faster than the pattern."""
-    is_english = "answer" in text or "choice" in text or "option" in text or "choose" in text or "pick" in text
-    is_chinese = "答" in text or "选" in text or "正解" in text or "题意" in text or "正确" in text
-    return (
-        is_english or is_chinese or "select" in text or "####" in text or "ans" in text or "a:" in text or "a :" in text
-    )
-
-
-def _find_letters(text: str) -> list[re.Match[str]]:
-    lists = []
-    end = 0
-    while start := _LETTER_START_PATTERN.search(text, end):
-        letters = _LETTER_LIST_PATTERN.match(text, start.start())
-        if letters:
-            lists.append(letters)
-        end = letters.end() if letters else start.end()
-    return lists
+def _replace_char(match: re.Match[str]) -> str:
+    return _CHOICE_CHARS[match[0]]
 
 
 def _keep_asserted(text: str, lowered: str, denies: Denies) -> tuple[str, list[re.Match[str]]]:
     """Return a text of the same length and its letters, less those that it rules out or that a later part replaces."""
-    lists = _find_letters(text)
-    if lists:
-        denied = dict.fromkeys(letters.span() for letters in lists if denies(*letters.span()))
-        if denied:
-            lists = [letters for letters in lists if letters.span() not in denied]
-            pieces: list[str] = []
-            end = 0
-            for start, stop in denied:
-                pieces += text[end:start], "_" * (stop - start)
-                end = stop
-            text = "".join((*pieces, text[end:]))
+    lists: list[re.Match[str]] = []
+    pieces: list[str] = []
+    place = 0
+    end = 0
+    while end < len(text) and (letters := _LETTER_LIST_PATTERN.search(text, end)):  # faster than `finditer`
+        start, end = letters.span()
+        if denies(start, end):
+            pieces += text[place:start], "_" * (end - start)
+            place = end
+        else:
+            lists.append(letters)
+    if pieces:
+        text = "".join((*pieces, text[place:]))
     if len(lists) < 2:
         return text, lists
     first, last = lists[0].start(), lists[-1].start()
@@ -196,7 +188,7 @@ def _keep_asserted(text: str, lowered: str, denies: Denies) -> tuple[str, list[r
 
 def _is_in_name(letters: re.Match[str]) -> bool:
     text, start = letters.string, letters.start()
-    if start < 4 or text[start - 4 : start - 1].lower() not in _NAME_ENDS:
+    if text[start - 4 : start - 1].lower() not in _NAME_ENDS:
         return False
     return bool(_NAME_PATTERN.search(text, max(0, start - _LETTER_CONTEXT_CHARS), start))
 
@@ -259,4 +251,4 @@ def _collect_letters(text: str) -> frozenset[str]:
 def _join_letters(lists: Sequence[re.Match[str]]) -> frozenset[str]:
     if len(lists) == 1:
         return _collect_letters(lists[0][0])
-    return frozenset().union(*(_collect_letters(letters[0]) for letters in lists))
+    return frozenset().union(*map(_collect_letters, {letters[0] for letters in lists}))

@@ -6,22 +6,21 @@ Every function takes time linear in the text's length. The texts are in lower ca
 import re
 from bisect import bisect_right
 from collections.abc import Callable
-from operator import itemgetter
 
 Denies = Callable[[int, int], bool]  # tells if the clause around what stands from a start to an end denies it
 
 # Words that deny, doubt or question what follows them in their clause. The first group of both are phrases that do not.
 _ENGLISH_STARTS = (
-    r"(?=[abcdefhimnorsuw])(?:n(?:o|ev|ei)|cann|hard|scar|bare|un[lestu]|imp|dou|dis|ref|rej|den|elim|exc|rul|cros"
+    r"(?=[abcdefhimnorsuw])(?<=\W)(?:n(?:o|ev|ei)|cann|hard|scar|bare|un[lestu]|imp|dou|dis|ref|rej|den|elim|exc|rul|cros"
     r"|strik"
     r"|struck|st(?:ee|ay)|avo|fals|far\s|wro|inc|inst|mist|skip|ign|forg|drop|bew|other\s|rath|diff|anyt|everyt|all\s)"
 )
-# Most texts have none of these words, and this pattern is much faster.
-_ENGLISH_START_PATTERN = re.compile(rf"\W(?:{_ENGLISH_STARTS}|(?<=!)=|(?<=\\)ne)")
+# Most texts have none of these words, and this pattern is much faster; the set in front is searched faster than `\W`.
+_ENGLISH_START_PATTERN = re.compile(rf"[^a-z0-9_](?:{_ENGLISH_STARTS}|(?<=!)=|(?<=\\)ne)")
 # A pattern whose first item is a set of characters skips all others fast, so each word takes the character before it.
 _ENGLISH_GOVERNORS_PATTERN = re.compile(
     rf"""
-    [\Wn](?:(?<=\W)(?:(?=that|which|who|beyond|do|can't|could|an?\s|by\s|{_ENGLISH_STARTS})(?:
+    [^a-mo-z0-9_](?:(?<=\W)(?:(?=that|which|who|beyond|do|can't|could|an?\s|by\s|{_ENGLISH_STARTS})(?:
     (?P<harmless>(?:no\s|not\s(?:a\s)?|(?<=without\s)(?:a\s)?|beyond\s)doubt\b
         |not\s(?:only|hard|difficult|surprising)|(?:that|which|who)\s(?:are|do|does|did|have|has|were)(?:\snot\b
         |n't)|(?:that|which|who)\s(?:can(?:not|'t)|never)\b|(?:don't|not)\sforget\b|none\sother\sthan
@@ -133,7 +132,7 @@ _ASKING_END_PATTERN = re.compile(r"[。！!?;；]+|吗[?。]?|\.(?=\s|$)|(?<=\S)
 
 def lower_text(text: str) -> str:
     """Return a text of the same length in lower case, in which places are those of the text."""
-    return text.replace("İ", "I").lower()
+    return text.lower() if text.isascii() else text.replace("İ", "I").lower()
 
 
 def blank_questions(text: str) -> str:
@@ -171,17 +170,14 @@ def find_denials(text: str) -> Denies:
             governors = _find_governors(text, searched_end)
         if not governors:
             return False
-        index = bisect_right(governors, start, key=itemgetter(0))
+        index = bisect_right(governors, (start, len(text)))
         return index > 0 and start <= governors[index - 1][1]
 
     return is_denied
 
 
 def _find_governors(text: str, end: int) -> list[tuple[int, int]]:
-    """Return where each word ends that may deny what follows it, and the last place that it denies.
-
-    The list is empty if no word ends before `end`.
-    """
+    """Return where each word ends, up to `end`, that may deny what follows it, and the last place that it denies."""
     governors: list[tuple[int, int]] = []
     padded = " " + text
     if _ENGLISH_START_PATTERN.search(padded, 0, end + 1) or text.find("n't", 0, end) >= 0:
@@ -190,6 +186,8 @@ def _find_governors(text: str, end: int) -> list[tuple[int, int]]:
         while match := _ENGLISH_GOVERNORS_PATTERN.search(padded, place):
             place = match.end()
             after = place - 1
+            if after > end:
+                break
             if match.lastgroup == "sign":
                 governors.append((after, _reach(_SIGN_GAP_PATTERN, text, after)))
             elif match.lastgroup != "harmless" and not (
@@ -205,6 +203,8 @@ def _find_governors(text: str, end: int) -> list[tuple[int, int]]:
         place = first_char.start()
         while match := _CHINESE_GOVERNORS_PATTERN.search(text, place):
             place = match.end()
+            if place > end:
+                break
             if match.lastgroup != "harmless":
                 gap = {"sign": _SIGN_GAP_PATTERN, "either": _EITHER_GAP_PATTERN}.get(
                     match.lastgroup or "", _CHINESE_GAP_PATTERN

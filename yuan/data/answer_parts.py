@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from yuan.data.answer_clauses import Denies
+from yuan.data.answer_clauses import Denies, lower_text
 
 _THOUGHT_START, _THOUGHT_END = "<think>", "</think>"
 # A base model goes on with the next question of its prompt.
@@ -63,8 +63,10 @@ def find_last_boxed(text: str) -> str | None:
 
 
 def find_statements(text: str, cue: re.Pattern[str], denies: Denies) -> Iterator[Statement]:
-    """Yield what follows each cue, in order."""
-    cues = list(cue.finditer(text))
+    """Yield what follows each cue of the text in lower case, in order."""
+    lowered = lower_text(text)
+    first = cue.search(lowered)
+    cues = [first, *cue.finditer(lowered, first.end())] if first else []
     for index, match in enumerate(cues):
         start, end = match.span()
         limit = cues[index + 1].start() if index + 1 < len(cues) else len(text)

@@ -18,13 +18,13 @@ CHINESE_NUMERAL_PATTERN = re.compile(
 )
 
 
-def parse_chinese_numeral(text: str) -> Fraction | None:
+def parse_chinese_numeral(text: str) -> int | Fraction | None:
     """Return the value of a numeral; None if it is not one.
 
     >>> parse_chinese_numeral("四十二"), parse_chinese_numeral("负三点一四"), parse_chinese_numeral("三分之二")
-    (Fraction(42, 1), Fraction(-157, 50), Fraction(2, 3))
+    (42, Fraction(-157, 50), Fraction(2, 3))
     >>> parse_chinese_numeral("一百二"), parse_chinese_numeral("二〇二六"), parse_chinese_numeral("万亿百")
-    (Fraction(120, 1), Fraction(2026, 1), None)
+    (120, 2026, None)
     """
     if len(text) > MAX_NUMERAL_CHARS:
         return None
@@ -38,17 +38,17 @@ def parse_chinese_numeral(text: str) -> Fraction | None:
     denominator_text, separator, numerator_text = text.partition("分之")
     if separator:
         denominator = 100 if denominator_text == "百" else 1000 if denominator_text == "千" else None
-        bottom = Fraction(denominator) if denominator else _parse_decimal(denominator_text)
+        bottom = denominator or _parse_decimal(denominator_text)
         top = _parse_decimal(numerator_text)
-        return None if top is None or not bottom else top / bottom
+        return None if top is None or not bottom else Fraction(top, bottom)
     return _parse_decimal(text)
 
 
-def _parse_decimal(text: str) -> Fraction | None:
+def _parse_decimal(text: str) -> int | Fraction | None:
     whole_text, point, decimal_text = text.partition("点")
     whole = _parse_whole(whole_text)
     if whole is None or not point:
-        return None if whole is None else Fraction(whole)
+        return whole
     decimals = [_DIGITS.get(char) for char in decimal_text]
     if not decimals or None in decimals:
         return None

@@ -24,18 +24,18 @@ MAX_GAP_CHARS = 80  # between two numbers that are alternatives, a range or term
 _PLAIN_NUMBER_PATTERN = re.compile(r"(-?)([0-9]{1,100})(?:\.([0-9]{1,100}))?\.?")
 _NUMBER_CUE_PATTERN = re.compile(
     r"""
-    (?=[ar\#答结得])(?:  # the first characters of the cues: most characters need no other test
-    \#{4}
-  | \b(?:answer|result)s?
+    [ar\#答结得](?:  # a search skips all other characters fast
+    (?<=\#)\#{3}
+  | (?<!\w.)(?:(?<=a)nswer|(?<=r)esult)s?
     (?:\s(?:to|for|of)\b[^.!?:=\n]{1,80}?)?
     (?:\s(?:is|are|was|equals|comes\ to|must\ be|should\ be|would\ be)\b(?:\s(?:therefore|then|thus|just))?\s?[:=]?
       | \s?[:=])
-  | \bans\s?[.:=]
-  | (?:答案|结果|得数)(?:应该|应当|应|就|也)?\s?(?:是|为|等于|得|[:=])[:=]?
-  | 答\s?:
+  | (?<!\w.)(?<=a)ns\s?[.:=]
+  | (?:(?<=答)案|(?<=结)果|(?<=得)数)(?:应该|应当|应|就|也)?\s?(?:是|为|等于|得|[:=])[:=]?
+  | (?<=答)\s?:
     )
     """,
-    re.VERBOSE | re.IGNORECASE,
+    re.VERBOSE,
 )
 _AFFIRMED_NUMBER_PATTERN = re.compile(
     r"\s(?:is|must\sbe)\s(?:the\s|my\s|our\s)?(?:final\s|correct\s|right\s)?(?:answer|correct|right|result)\b"
@@ -68,7 +68,7 @@ def read_final_number(text: str) -> tuple[Rational, ...]:
     r"""Return the values that the final answer of a text may stand for; none if it has no number, or several.
 
     >>> read_final_number("3-5"), read_final_number("答案是四十二。"), read_final_number(r"so \boxed{1{,}000}")
-    ((5,), (Fraction(42, 1),), (Fraction(1000, 1),))
+    ((5,), (42,), (1000,))
     """
     if plain := _PLAIN_NUMBER_PATTERN.fullmatch(text):
         sign, whole, decimals = plain.groups(default="")
@@ -228,8 +228,7 @@ def _read_last(text: str, denies: Denies) -> tuple[Rational, ...]:
     if not numbers:
         return ()
     if len(numbers) == 1:
-        values = read_number(text, numbers[0])
-        return () if not values or denies(*numbers[0].span()) else values
+        return () if denies(*numbers[0].span()) else read_number(text, numbers[0])
     numbers = _find_asserted(numbers, denies)
     if not numbers:
         return ()
