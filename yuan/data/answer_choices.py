@@ -75,11 +75,17 @@ _AFFIRMED_BEHIND_PATTERN = re.compile(
     r"(?:(?:is|are|(?:must|should|would|could)\sbe|seems)\s(?:the\s|a\s)?(?:only\s|most\s)?"
     r"(?:correct|right|best|true|accurate|appropriate|answer|valid)\b|(?:[是为]|都|均)?(?:正确|对的|符合|答案|正解))"
 )
+_DESCRIBES = "describes|explains|shows|states|gives|defines|represents"
+# "B describes the process", unless a word such as "wrong" follows.
+_DESCRIPTION = (
+    rf"(?:{_DESCRIBES})\b(?!.{{0,60}}?\b(?:no|not|none|nothing|never|wrong"
+    r"|incorrect|false|different|another|else|other|opposite|unrelated|irrelevant|instead|too|neither|without)\b)"
+)
 # A predicate that the rules do not know may deny the letter before it.
 _UNKNOWN_PREDICATE_PATTERN = re.compile(
     r"\s(?!(?:is|are|was|were|as|and|or|but|because|since|for|rather|over|not|it|then|please|if|from|with|in|on|too|by"
     r"|to"
-    r"|instead|here|only|works?|fits?|satisfies|remains?|holds|stands|matches|(?:must|should|would|could)\sbe"
+    rf"|instead|here|only|{_DESCRIPTION}|works?|fits?|satisfies|remains?|holds|stands|matches|(?:must|should|would|could)\sbe"
     r"|seems\s(?:right|correct|best)"
     r"|looks\s(?:right|correct|best)|makes\ssense|has\sto)\b)[a-z]{2}"
     r"|\s(?:is|are|was|were)\s(?!(?:(?:the|my|our|a|an|most|only|clearly|definitely|also|then|thus|indeed|probably"
@@ -90,11 +96,22 @@ _UNKNOWN_PREDICATE_PATTERN = re.compile(
     r"|(?:选?项)?(?:的?说法)?(?=[\u4e00-\u9fff])(?!.{0,3}(?:正确|对|符合|答案|成立|合理|合适|可[行以]|[,和与或、]|[是为]|因为|没有?错|不错|莫属|吧|了|呢|项|选))"
 )
 _LETTER_CONTEXT_CHARS = 48  # characters before and behind letters that are searched for such words
+_ARTICLE = (
+    r"(?=\s[A-Za-z][a-z])(?!\s(?i:is|and|or|because|are|was|seems|but|since|as|over|rather|not|would|must|should|can"
+    rf"|cannot|could|does|instead|fails|contradicts|works|fits|{_DESCRIBES})\b)"
+)
 # "I" as a pronoun and "A" as an article are no letters of options; neither is the letter of a name such as "vitamin C".
-_PRONOUN_PATTERN = re.compile(
-    r"[AI](?<!\w.)(?:(?<=I)(?='|\s[a-z])"
-    r"|(?<=A)(?=\s[A-Za-z][a-z])(?!\s(?i:is|and|or|because|are|was|seems|but|since|as|over|rather|not|would|must|should"
-    r"|can|cannot|could|does|instead|fails|contradicts)\b))"
+_PRONOUN_PATTERN = re.compile(rf"[AI](?<!\w.)(?:(?<=I)(?='|\s[a-z])|(?<=A){_ARTICLE})")
+_OPERATORS = "=+*/^<>×÷·"
+# A letter in lower case that is no article and no part of a formula, a contraction or an abbreviation.
+_LOWER_CASE_PATTERN = re.compile(
+    rf"[a-h](?<![{_WORD}'.{_OPERATORS}-].)(?<![\d{_OPERATORS}-]\s.)(?<![a-z]\(.)(?:(?<!a)|(?!{_ARTICLE}))"
+    rf"(?![{_WORD}_(]|['-][{_WORD}]|\.[a-z]|\)?\s?(?:[{_OPERATORS}]|[-−]\s?\d))"
+)
+# "Not A, B" at the start of a sentence: the comma ends the clause if one letter follows it.
+_NOT_FIRST_PATTERN = re.compile(
+    rf"(?:^|(?<=[.;!?。\n]))\s?(?:(?i:(?:not|unlike|rather\sthan|instead\sof)\s(?:option\s|choice\s)?|不[是像])"
+    rf"{_LETTER}(?:\s(?:or|and)\s{_LETTER})*\s?,\s?){{1,4}}(?=(?:option\s|choice\s)?{_LETTER}(?!{_SEPARATOR}{_LETTER}))"
 )
 _NAMES = "vitamin hepatitis type plan grade group class point figure table section part person player team"
 _NAME_PATTERN = re.compile(rf"\b(?:{_NAMES.replace(' ', '|')})s?\s$", re.IGNORECASE)
@@ -122,11 +139,13 @@ def read_choices(text: str) -> frozenset[str]:
     end = text[-4:].rstrip(".!)]")
     if end[-1:].islower() and not end[-2:-1].isalnum() and (option := _LOWER_CASE_OPTION_PATTERN.search(text)):
         text = text[: option.start(1)] + option[1].upper() + text[option.end(1) :]
-    lowered = lower_text(text)
-    denies = find_denials(lowered)
-    text, lists = _keep_asserted(text, lowered, denies)
-    if not lists and not _SINGLE_LETTER_PATTERN.search(text):
-        return frozenset()
+    asserted, lists, denies = _find_asserted(text)
+    if not lists:
+        if not _SINGLE_LETTER_PATTERN.search(asserted):
+            return frozenset()
+        if not _LETTER_LIST_PATTERN.search(text):
+            asserted, lists, denies = _find_asserted(_LOWER_CASE_PATTERN.sub(lambda letter: letter[0].upper(), text))
+    text = asserted
     if statements := list(find_statements(text, _CHOICE_CUE_PATTERN, denies)):
         if letters := _read_statements(text, statements):
             return letters
@@ -145,6 +164,15 @@ def read_choices(text: str) -> frozenset[str]:
         if option.end() < len(text) and _UNKNOWN_PREDICATE_PATTERN.match(text, option.end()):
             return frozenset()
     return _join_letters(lists)
+
+
+def _find_asserted(text: str) -> tuple[str, list[re.Match[str]], Denies]:
+    """Return a text with only the letters that its clauses assert, these letters, and what tells of denials in it."""
+    if "," in text:
+        text = _NOT_FIRST_PATTERN.sub(lambda match: match[0].replace(",", ";"), text)
+    lowered = lower_text(text)
+    denies = find_denials(lowered)
+    return *_keep_asserted(text, lowered, denies), denies
 
 
 def _clean(text: str) -> str:

@@ -128,7 +128,7 @@ _BOUND_PATTERN = re.compile(
 _BOUND_APART = (
     r"(?:[a-z%°$]{1,15}\s)?(?:or|and)\s(?:more|less|fewer|above|below|higher|lower|greater|smaller|larger|over|under"
     r"|up)\b"
-    r"|(?:[个元块角分人名位只天年米岁]|小时|千克|厘米)?(?:左右)?[及或]?(?:以[上下内外])|开外|封顶|多(?=[个元人天年米岁])"
+    r"|(?:[个元块角分人名位只天年米岁]|小时|千克|厘米)?(?:左右)?[及或]?(?:以[上下内外])|开外|封顶|[多几](?=[个元人天年米岁]|\W|$)"
 )
 _BOUND_BEHIND_A_SPACE = r"(?:at\s(?:least|most)|minimum|maximum|upwards)\b"
 # What makes a number a part of something that is not read: "2π", "√2", "x + 2", "2^n", "1.2.3", "3 and a half".
