@@ -95,7 +95,6 @@ _UNKNOWN_PREDICATE_PATTERN = re.compile(
     r"|possible|better|what|left|city|not\swrong)\b)"
     r"|(?:选?项)?(?:的?说法)?(?=[\u4e00-\u9fff])(?!.{0,3}(?:正确|对|符合|答案|成立|合理|合适|可[行以]|[,和与或、]|[是为]|因为|没有?错|不错|莫属|吧|了|呢|项|选))"
 )
-_LETTER_CONTEXT_CHARS = 48  # characters before and behind letters that are searched for such words
 _ARTICLE = (
     r"(?=\s[A-Za-z][a-z])(?!\s(?i:is|and|or|because|are|was|seems|but|since|as|over|rather|not|would|must|should|can"
     rf"|cannot|could|does|instead|fails|contradicts|works|fits|{_DESCRIBES})\b)"
@@ -115,6 +114,7 @@ _NOT_FIRST_PATTERN = re.compile(
 )
 _NAMES = "vitamin hepatitis type plan grade group class point figure table section part person player team"
 _NAME_PATTERN = re.compile(rf"\b(?:{_NAMES.replace(' ', '|')})s?\s$", re.IGNORECASE)
+_MAX_NAME_CHARS = max(map(len, _NAMES.split())) + len("s ")
 _NAME_ENDS = frozenset(word[-3:] for name in _NAMES.split() for word in (name, name + "s"))
 
 
@@ -218,7 +218,7 @@ def _is_in_name(letters: re.Match[str]) -> bool:
     text, start = letters.string, letters.start()
     if text[start - 4 : start - 1].lower() not in _NAME_ENDS:
         return False
-    return bool(_NAME_PATTERN.search(text, max(0, start - _LETTER_CONTEXT_CHARS), start))
+    return bool(_NAME_PATTERN.search(text, max(0, start - _MAX_NAME_CHARS), start))
 
 
 def _read_statements(text: str, statements: Sequence[Statement]) -> frozenset[str]:

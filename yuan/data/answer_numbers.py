@@ -217,8 +217,7 @@ _COUNTED_PATTERN = re.compile(rf"(?:{_MEASURES})?(?:\s|[^\w\s]|[到至或和与]
 _COUNTED_THINGS_PATTERN = re.compile("[个本张只条头匹辆颗棵名]")
 _COMPOUND_CHARS = "第之唯统单专同"  # 第一, 之一, 唯一: no numerals
 NUMERAL_PATTERN = re.compile(rf"\d|[{_VULGAR_FRACTIONS}]|{CHINESE_NUMERAL_PATTERN.pattern}")
-# What ends or holds all that these two patterns match: they are searched only where it occurs.
-_TERM_CONTEXT_CHARS, _BOUND_CONTEXT_CHARS = 24, 36
+# What ends or holds all that the patterns of terms and bounds match: they are searched only where it occurs.
 _BOUND_CHARS = frozenset("于过到足少多达")
 _TERM_WORDS = (
     "第 号 的 比 / { ( [ | √ + * × ÷ , twice double triple sqrt cbrt log ln lg exp sin cos tan sinh cosh "
@@ -232,7 +231,7 @@ _BOUND_WORDS = (
 _BOUND_ENDS = tuple(_BOUND_WORDS.split())
 _SIGN_CHARS = frozenset(word for word in (_TERM_WORDS + " " + _BOUND_WORDS).split() if len(word) == 1)
 _WORD_ENDS = frozenset(word[-2:] for word in (_TERM_WORDS + " " + _BOUND_WORDS).split() if len(word) > 1)
-NUMBER_CONTEXT_CHARS = 40  # characters before and behind a number that are searched for signs, negations and bounds
+NUMBER_CONTEXT_CHARS = 40  # characters before a number that are searched for signs, functions and bounds
 
 
 def clean_number_text(text: str) -> str:
@@ -344,7 +343,7 @@ def _is_term_or_bound(before: str) -> bool:
     end = before.rstrip(" -$").lower()
     is_special = "\\" in before or end[-1:] in _SIGN_CHARS or end[-2:] in _WORD_ENDS
     may_be_term = is_special and (end.endswith(_TERM_ENDS) or "\\" in before)
-    if may_be_term and _ATTACHED_BEFORE_PATTERN.search(before, len(before) - _TERM_CONTEXT_CHARS):
+    if may_be_term and _ATTACHED_BEFORE_PATTERN.search(before):
         return True
     may_be_bound = (
         (is_special and ("\\" in before or end.endswith(_BOUND_ENDS)))
@@ -356,7 +355,7 @@ def _is_term_or_bound(before: str) -> bool:
         or " as " in before
         or (not before.isascii() and not _BOUND_CHARS.isdisjoint(before))
     )
-    if may_be_bound and _BOUND_PATTERN.search(before, len(before) - _BOUND_CONTEXT_CHARS):
+    if may_be_bound and _BOUND_PATTERN.search(before):
         return True
     if not end.endswith(" of"):
         return False
