@@ -13,6 +13,8 @@ from yuan.data.answer_parts import Statement, cut_denied, cut_to_final_part, fin
 from yuan.data.text import INVISIBLE_CHARS
 
 _CHOICE_CHARS = {**dict.fromkeys(f"{INVISIBLE_CHARS}*`$", ""), "’": "'", "【": " ", "】": ":"}
+# Most texts have none of the characters that cleaning, boxes, questions and further questions need.
+_MARK_PATTERN = re.compile(rf"[\n<\\?吗{''.join(_CHOICE_CHARS)}]")
 _CHOICE_CHAR_PATTERN = re.compile(f"[{''.join(_CHOICE_CHARS)}]")
 _LATEX_TEXT_PATTERN = re.compile(r"\\(?:text|textbf|mathrm|mathbf|boldsymbol)\s?\{([^{}]{0,200})\}")
 
@@ -124,12 +126,10 @@ def read_choices(text: str) -> frozenset[str]:
     >>> sorted(read_choices("I think the answer is B")), sorted(read_choices("故选：AC")), sorted(read_choices("b"))
     (['B'], ['A', 'C'], ['B'])
     """
-    text = blank_questions(_clean(cut_to_final_part(text, _LETTER_LIST_PATTERN))).strip()
-    boxed = find_last_boxed(text)
-    if boxed is not None:
-        lowered = lower_text(boxed)
-        boxed, _ = _keep_asserted(boxed, lowered, find_denials(lowered))
-        if letters := _read_statement(boxed):
+    if _MARK_PATTERN.search(text):
+        text = blank_questions(_clean(cut_to_final_part(text, _LETTER_LIST_PATTERN))).strip()
+        boxed = find_last_boxed(text)
+        if boxed is not None and (letters := _read_statement(_keep_asserted(boxed)[0])):
             return letters
     if (len(text) <= 4 or text[-1] in _LONE_ENDS) and _LONE_PATTERN.fullmatch(text):
         return _collect_letters(text.upper())
@@ -139,12 +139,12 @@ def read_choices(text: str) -> frozenset[str]:
     end = text[-4:].rstrip(".!)]")
     if end[-1:].islower() and not end[-2:-1].isalnum() and (option := _LOWER_CASE_OPTION_PATTERN.search(text)):
         text = text[: option.start(1)] + option[1].upper() + text[option.end(1) :]
-    asserted, lists, denies = _find_asserted(text)
+    asserted, lists, denies = _keep_asserted(text)
     if not lists:
         if not _SINGLE_LETTER_PATTERN.search(asserted):
             return frozenset()
         if not _LETTER_LIST_PATTERN.search(text):
-            asserted, lists, denies = _find_asserted(_LOWER_CASE_PATTERN.sub(lambda letter: letter[0].upper(), text))
+            asserted, lists, denies = _keep_asserted(_LOWER_CASE_PATTERN.sub(lambda letter: letter[0].upper(), text))
     text = asserted
     if statements := list(find_statements(text, _CHOICE_CUE_PATTERN, denies)):
         if letters := _read_statements(text, statements):
@@ -166,15 +166,6 @@ def read_choices(text: str) -> frozenset[str]:
     return _join_letters(lists)
 
 
-def _find_asserted(text: str) -> tuple[str, list[re.Match[str]], Denies]:
-    """Return a text with only the letters that its clauses assert, these letters, and what tells of denials in it."""
-    if "," in text:
-        text = _NOT_FIRST_PATTERN.sub(lambda match: match[0].replace(",", ";"), text)
-    lowered = lower_text(text)
-    denies = find_denials(lowered)
-    return *_keep_asserted(text, lowered, denies), denies
-
-
 def _clean(text: str) -> str:
     if not text.isascii() or "*" in text or "$" in text or "`" in text:
         text = _CHOICE_CHAR_PATTERN.sub(_replace_char, text)
@@ -187,8 +178,15 @@ def _replace_char(match: re.Match[str]) -> str:
     return _CHOICE_CHARS[match[0]]
 
 
-def _keep_asserted(text: str, lowered: str, denies: Denies) -> tuple[str, list[re.Match[str]]]:
-    """Return a text of the same length and its letters, less those that it rules out or that a later part replaces."""
+def _keep_asserted(text: str) -> tuple[str, list[re.Match[str]], Denies]:
+    """Return a text of the same length without the letters that it rules out or that a later part replaces.
+
+    Also return the letters that are left, and the function that tells what the text denies.
+    """
+    if "," in text:
+        text = _NOT_FIRST_PATTERN.sub(lambda match: match[0].replace(",", ";"), text)
+    lowered = lower_text(text)
+    denies = find_denials(lowered)
     lists: list[re.Match[str]] = []
     pieces: list[str] = []
     place = 0
@@ -203,15 +201,15 @@ def _keep_asserted(text: str, lowered: str, denies: Denies) -> tuple[str, list[r
     if pieces:
         text = "".join((*pieces, text[place:]))
     if len(lists) < 2:
-        return text, lists
+        return text, lists, denies
     first, last = lists[0].start(), lists[-1].start()
     ends = [match.end() for match in RETRACTION_PATTERN.finditer(text, first, last)]
     if not ends and is_tentative(lowered, first):
         ends = [match.end() for match in _CONTRAST_PATTERN.finditer(lowered, first, last)]
     if not ends:
-        return text, lists
+        return text, lists, denies
     end = ends[-1]
-    return " " * end + text[end:], [letters for letters in lists if letters.start() >= end]
+    return " " * end + text[end:], [letters for letters in lists if letters.start() >= end], denies
 
 
 def _is_in_name(letters: re.Match[str]) -> bool:
