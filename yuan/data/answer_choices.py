@@ -81,7 +81,9 @@ _DESCRIBES = "describes|explains|shows|states|gives|defines|represents"
 # "B describes the process", unless a word such as "wrong" follows.
 _DESCRIPTION = (
     rf"(?:{_DESCRIBES})\b(?!.{{0,60}}?\b(?:no|not|none|nothing|never|wrong"
-    r"|incorrect|false|different|another|else|other|opposite|unrelated|irrelevant|instead|too|neither|without)\b)"
+    r"|incorrect|false|different|another|else|other|opposite|unrelated|irrelevant|instead|too|neither|without"
+    r"|errors?|mistakes?|flaws?|problems?|contradictions?|myths?|misconceptions?|reverse|contrary|hardly|little|only"
+    r"|partly|partially|part\sof|doubt|bad|worst)\b)"
 )
 # A predicate that the rules do not know may deny the letter before it.
 _UNKNOWN_PREDICATE_PATTERN = re.compile(
