@@ -5,7 +5,7 @@ Every function takes time linear in the text's length.
 
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from yuan.data.answer_clauses import RETRACTION_PATTERN, Denies, blank_questions, find_denials, is_tentative, lower_text
@@ -148,12 +148,12 @@ def read_choices(text: str) -> frozenset[str]:
         if not _LETTER_LIST_PATTERN.search(text):
             asserted, lists, denies = _keep_asserted(_LOWER_CASE_PATTERN.sub(lambda letter: letter[0].upper(), text))
     text = asserted
-    if statements := list(find_statements(text, _CHOICE_CUE_PATTERN, denies)):
-        if letters := _read_statements(text, statements):
-            return letters
-        if any(statement.is_denied for statement in statements):
-            text = cut_denied(text, statements)
-            lists = list(_LETTER_LIST_PATTERN.finditer(text))
+    stated, denied = _read_statements(text, find_statements(text, _CHOICE_CUE_PATTERN, denies))
+    if stated:
+        return stated
+    if denied:
+        text = cut_denied(text, denied)
+        lists = list(_LETTER_LIST_PATTERN.finditer(text))
     affirmed = [
         option for option in lists if option.end() < len(text) and _AFFIRMED_BEHIND_PATTERN.match(text, option.end())
     ]
@@ -221,11 +221,18 @@ def _is_in_name(letters: re.Match[str]) -> bool:
     return bool(_NAME_PATTERN.search(text, max(0, start - _MAX_NAME_CHARS), start))
 
 
-def _read_statements(text: str, statements: Sequence[Statement]) -> frozenset[str]:
-    """Return the letters of the last statement that gives some; and those of the one before if they contradict."""
+def _read_statements(text: str, statements: Iterable[Statement]) -> tuple[frozenset[str], Sequence[Statement]]:
+    """Return the letters of the last statement that gives some; and those of the one before if they contradict.
+
+    The statements are given and the denied ones returned with the last one first.
+    """
     final: tuple[Statement, frozenset[str]] | None = None
-    for statement in reversed(statements):
-        if statement.is_denied or not (letters := _read_statement(statement.text)):
+    denied = []
+    for statement in statements:
+        if statement.is_denied:
+            denied.append(statement)
+            continue
+        if not (letters := _read_statement(statement.text)):
             continue
         if final is None:
             final = statement, letters
@@ -233,8 +240,8 @@ def _read_statements(text: str, statements: Sequence[Statement]) -> frozenset[st
                 break
         elif _ANSWER_CUE_PATTERN.search(statement.cue):
             is_corrected = _CORRECTION_PATTERN.search(text, statement.start + len(statement.cue), final[0].start)
-            return final[1] if is_corrected else final[1] | letters
-    return final[1] if final else frozenset()
+            return (final[1] if is_corrected else final[1] | letters), denied
+    return (final[1] if final else frozenset()), denied
 
 
 def _read_statement(statement: str) -> frozenset[str]:

@@ -63,13 +63,13 @@ def find_last_boxed(text: str) -> str | None:
 
 
 def find_statements(text: str, cue: re.Pattern[str], denies: Denies) -> Iterator[Statement]:
-    """Yield what follows each cue of the text in lower case, in order."""
+    """Yield what follows each cue of the text in lower case, the last one first."""
     lowered = lower_text(text)
     first = cue.search(lowered)
     cues = [first, *cue.finditer(lowered, first.end())] if first else []
-    for index, match in enumerate(cues):
+    limit = len(text)
+    for match in reversed(cues):
         start, end = match.span()
-        limit = cues[index + 1].start() if index + 1 < len(cues) else len(text)
         tail = text[end:limit]
         statement = tail.lstrip()
         if statement.startswith(_BULLETS) and "\n" in tail[: len(tail) - len(statement)]:
@@ -79,13 +79,13 @@ def find_statements(text: str, cue: re.Pattern[str], denies: Denies) -> Iterator
         is_denied = denies(start, len(text))
         content_end = end + len(tail) - len(statement) + len(content)
         yield Statement(start, content_end, match[0], content, is_denied)
+        limit = start
 
 
 def cut_denied(text: str, statements: Sequence[Statement]) -> str:
-    """Return a text without the statements that are denied."""
+    """Return a text without statements that are denied, of which the last one comes first."""
     pieces, end = [], 0
-    for statement in statements:
-        if statement.is_denied:
-            pieces.append(text[end : statement.start])
-            end = statement.end
+    for statement in reversed(statements):
+        pieces.append(text[end : statement.start])
+        end = statement.end
     return "".join((*pieces, text[end:]))

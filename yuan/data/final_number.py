@@ -18,7 +18,7 @@ from yuan.data.answer_numbers import (
     has_scale,
     read_number,
 )
-from yuan.data.answer_parts import cut_denied, cut_to_final_part, find_last_boxed, find_statements
+from yuan.data.answer_parts import Statement, cut_denied, cut_to_final_part, find_last_boxed, find_statements
 
 MAX_GAP_CHARS = 80  # between two numbers that are alternatives, a range or terms of a calculation
 _PLAIN_NUMBER_PATTERN = re.compile(r"(-?)([0-9]{1,100})(?:\.([0-9]{1,100}))?\.?")
@@ -85,16 +85,20 @@ def read_final_number(text: str) -> tuple[Rational, ...]:
     lowered = lower_text(text)
     denies = find_denials(lowered)
     if _has_cue(lowered):
-        statements = list(find_statements(text, _NUMBER_CUE_PATTERN, denies))
-        for statement in reversed(statements):
-            if not statement.is_denied and (numbers := find_numbers(statement.text)):
+        last: Statement | None = None
+        denied = []
+        for statement in find_statements(text, _NUMBER_CUE_PATTERN, denies):
+            last = last or statement
+            if statement.is_denied:
+                denied.append(statement)
+            elif numbers := find_numbers(statement.text):
                 offset = statement.end - len(statement.text)
                 numbers = [n for n in numbers if not denies(offset + n.start(), offset + n.end())]
                 values = _read_statement(statement.text, numbers)
                 if values is not None:
-                    return _read_correction(text, statements[-1].start + len(statements[-1].cue)) or values
-        if any(statement.is_denied for statement in statements):
-            text = cut_denied(text, statements)
+                    return _read_correction(text, last.start + len(last.cue)) or values
+        if denied:
+            text = cut_denied(text, denied)
             denies = find_denials(lower_text(text))
     return _read_last(text, denies)
 
