@@ -8,11 +8,19 @@ import string
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from yuan.data.answer_clauses import RETRACTION_PATTERN, Denies, blank_questions, find_denials, is_tentative, lower_text
+from yuan.data.answer_clauses import (
+    APOSTROPHES,
+    RETRACTION_PATTERN,
+    Denies,
+    blank_questions,
+    find_denials,
+    is_tentative,
+    lower_text,
+)
 from yuan.data.answer_parts import Statement, cut_denied, cut_to_final_part, find_last_boxed, find_statements
 from yuan.data.text import INVISIBLE_CHARS
 
-_CHOICE_CHARS = {**dict.fromkeys(f"{INVISIBLE_CHARS}*`$", ""), "’": "'", "【": " ", "】": ":"}
+_CHOICE_CHARS = {**dict.fromkeys(f"{INVISIBLE_CHARS}*`$", ""), **dict.fromkeys(APOSTROPHES, "'"), "【": " ", "】": ":"}
 # Most texts have none of the characters that cleaning, boxes, questions and further questions need.
 _MARK_PATTERN = re.compile(rf"[\n<\\?吗{''.join(_CHOICE_CHARS)}]")
 _CHOICE_CHAR_PATTERN = re.compile(f"[{''.join(_CHOICE_CHARS)}]")

@@ -7,6 +7,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable
 
+APOSTROPHES = "’‘ʼ"  # of "isn’t"; the patterns know only the one of ASCII
 Denies = Callable[[int, int], bool]  # tells if the clause around what stands from a start to an end denies it
 
 # Words that deny, doubt or question what follows them in their clause. The first group of both are phrases that do not.

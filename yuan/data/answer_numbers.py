@@ -8,6 +8,7 @@ import re
 import unicodedata
 from fractions import Fraction
 
+from yuan.data.answer_clauses import APOSTROPHES
 from yuan.data.chinese_numerals import CHINESE_NUMERAL_PATTERN, parse_chinese_numeral
 from yuan.data.text import INVISIBLE_CHARS
 
@@ -21,6 +22,7 @@ _NUMBER_CHARS = {
     **dict.fromkeys(map(ord, INVISIBLE_CHARS)),
     **dict.fromkeys(map(ord, _MINUS_SIGNS), "-"),
     **dict.fromkeys(map(ord, _GROUPING_SPACES), " "),
+    **dict.fromkeys(map(ord, APOSTROPHES), "'"),
     ord("∕"): "/",
     ord("⁄"): "/",
     ord("⋅"): "·",
