@@ -46,7 +46,9 @@ _LONE_ENDS = frozenset(f"{string.ascii_uppercase})].。,:;!、，：；！")
 # An answer that is a letter, or starts with one as "B. Paris" or "(b) Paris" do.
 _LONE_PATTERN = re.compile(rf"(?:[(\[]?[a-z][)\]]?|{_LETTER_LIST})[.。,:;!、，：；！]?")
 _LABEL_PATTERN = re.compile(
-    r"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])\s?[.):：、])(?=\s?[\d\u4e00-\u9fff]|\s?[^\W\d_]{2,}|\s\S+\s\S)"
+    rf"(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])\s?[.):：、])"
+    rf"(?!{_SEPARATOR}[(\[]?(?:[A-Z](?![{_WORD}])|[a-z][)\].:]))"  # "(A) and (B)" is a list
+    r"(?=\s?[\d\u4e00-\u9fff]|\s?[^\W\d_]{2,}|\s\S+\s\S)"
 )
 _LEADING_PATTERN = re.compile(rf"{_LABEL_PATTERN.pattern}|({_LETTER_LIST})(?=\s?(?:[,;:。，；：\n]|because\b|因为))")
 _LOWER_CASE_OPTION_PATTERN = re.compile(r"(?:\b(?:[Oo]ption|[Cc]hoice)\s|[Aa]nswer\sis\s)[(\[]?([a-z])[)\]]?[.!]?$")
