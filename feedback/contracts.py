@@ -21,6 +21,7 @@ from pydantic import (
 from feedback.promotion_decision import PromotionDecision
 from feedback.states import DatasetState, ReportState, RoundState, list_values
 from feedback.verdicts import Verdict
+from yuan.config import MAX_SEED
 from yuan.data.checkers import Checker, Exact
 from yuan.data.rows import BadRow
 from yuan.data.rule_text import describe_errors
@@ -234,7 +235,7 @@ class RoundParameters(BaseModel):
     replay_rows: Annotated[int, Field(strict=True, ge=0, le=100_000_000)] = Field(
         default=3000, description="rows of the base mixture to train on again, against forgetting"
     )
-    seed: Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)] = Field(
+    seed: Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)] = Field(
         default=0, description="seed of the data order and of newly initialized weights"
     )
     weights: dict[Literal["corrections", "datasets", "base"], PartWeight] | None = Field(

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar, get_args
 
@@ -13,9 +13,23 @@ T = TypeVar("T")
 MAX_MODEL_SIZE = 2**24  # of a width, length or number of layers; sums and products of sizes fit 64 bits
 NORM_EPS_RANGE = (1e-12, 1e-2)  # models have 1e-12 to 1e-5; a large one makes every norm's output small
 ROPE_BASE_RANGE = (10, 1e12)  # models have 1e4 to 1e11
+MAX_SEED = 2**63 - 1
 MAX_FORMATTED_CHARS = 200
 MAX_SUGGESTED_NAME_CHARS = 60  # the time of comparing names grows with the square of their length
 MODEL_CONFIG_FILE = "config.json"  # of a model folder
+
+
+class FieldError(ValueError):
+    """A value, or several together, that breaks a rule; a command names its options by the fields.
+
+    Attributes:
+        fields: names of the fields to change.
+        rule: the rule, the value and what to do, behind the names.
+    """
+
+    def __init__(self, fields: Sequence[str], rule: str) -> None:
+        super().__init__(f"{' and '.join(fields)} {rule}")
+        self.fields, self.rule = tuple(fields), rule
 
 
 @dataclass(frozen=True, kw_only=True)

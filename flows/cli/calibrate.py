@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from flows.calibrate_pool import measure_rates
-from flows.cli.output import JsonOption, show, stderr_console, write_output_file
+from flows.cli.output import JsonOption, name_options, parse_path, show, stderr_console, write_output_file
 from flows.cli.plan_options import (
     ModelNameOption,
     PoolFileOption,
@@ -17,16 +17,21 @@ from flows.cli.plan_options import (
     load_pool_option,
 )
 from yuan.plan.pool import dump_pool, find_device_group
+from yuan.plan.workload import MAX_GLOBAL_BATCH_SIZE
+
+MAX_PROCESSES = 1024  # of one machine, each of which loads torch
 
 
 def calibrate(
-    out: Annotated[Path, typer.Option(help="the pool file to write")],
+    out: Annotated[Path, typer.Option(help="the pool file to write", parser=parse_path, metavar="PATH")],
     model: ModelNameOption = "tiny",
     pool: PoolFileOption = None,
     device_class: Annotated[str | None, typer.Option(help="device class of the pool that this machine has")] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="default: one per GPU of this machine, else two")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, max=MAX_PROCESSES, help="default: one per GPU of this machine, else two")
+    ] = None,
     seq_len: SeqLenOption = None,
-    micro_batch_size: Annotated[int, typer.Option(min=1)] = 1,
+    micro_batch_size: Annotated[int, typer.Option(min=1, max=MAX_GLOBAL_BATCH_SIZE)] = 1,
     precision: PrecisionOption = "bf16",
     as_json: JsonOption = False,
 ) -> None:
@@ -36,15 +41,16 @@ def calibrate(
     config = get_model_option(model)
     if out.exists():
         raise ValueError(f"{out} exists already; choose another file")
-    measured_group = measure_rates(
-        config,
-        group,
-        processes,
-        seq_len=seq_len or config.seq_len,
-        micro_batch_size=micro_batch_size,
-        precision=precision,
-        report=lambda activity: stderr_console.print(f"{activity} ..."),
-    )
+    with name_options():
+        measured_group = measure_rates(
+            config,
+            group,
+            processes,
+            seq_len=seq_len or config.seq_len,
+            micro_batch_size=micro_batch_size,
+            precision=precision,
+            report=lambda activity: stderr_console.print(f"{activity} ..."),
+        )
     groups = tuple(measured_group if other is group else other for other in loaded_pool.groups)
     write_output_file("--out", out, dump_pool(replace(loaded_pool, groups=groups)))
     rates = asdict(measured_group)["measured"]

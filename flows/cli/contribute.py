@@ -60,7 +60,7 @@ def submit(
         "kind": kind,
         "prompt": prompt,
         "response": response,
-        "model_version": read_version_option(model_version),
+        "model_version": read_version_option("--model-version", model_version),
         "expected": expected,
         "chosen": chosen,
         "rejected": rejected,

@@ -19,7 +19,7 @@ from flows.demo.scenario import DemoAccess, DemoFigures, run_demo
 from flows.stack.stack_control import bring_up, take_down
 from flows.stack.stack_status import get_public_urls
 from infra.settings import HOME_VARIABLE, Settings, load_settings
-from yuan.config import format_count
+from yuan.config import MAX_SEED, format_count
 
 DEMO_HOME = Path(".cotrain/demo")
 
@@ -29,7 +29,9 @@ def demo(
         Path | None,
         typer.Option(help="file of skills to report instead of the default two", exists=True, dir_okay=False),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="seed of the data, the weights and the data order")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="seed of the data, the weights and the data order")
+    ] = 0,
     down: Annotated[bool, typer.Option("--down", help="stop the stack at the end")] = False,
     as_json: JsonOption = False,
 ) -> None:

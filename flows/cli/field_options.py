@@ -9,6 +9,8 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from flows.cli.output import name_option
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -82,7 +84,7 @@ def _describe_bounds(metadata: Sequence[Any]) -> str:
 
 
 def _parse_mapping(name: str, parts: Sequence[str]) -> dict[str, float]:
-    option = f"--{name.replace('_', '-')}"
+    option: Any = [name_option(name)]
     numbers: dict[str, float] = {}
     for part in parts:
         key, _, number = part.partition("=")

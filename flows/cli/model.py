@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from flows.cli.output import JsonOption, show
-from yuan.config import Precision, format_count
+from flows.cli.output import JsonOption, name_options, parse_path, show
+from yuan.config import MAX_MODEL_SIZE, MAX_SEED, Precision, format_count
+from yuan.generate.limits import Sampling
 
 ModelFormatOption = Annotated[Literal["hf"], typer.Option(help="hf: the published Hugging Face layout")]
 WeightsDtypeOption = Annotated[Precision | None, typer.Option(help="default: as stored")]
@@ -17,39 +18,41 @@ WeightsDtypeOption = Annotated[Precision | None, typer.Option(help="default: as 
 def generate(
     version: Annotated[str, typer.Argument(help="7, v7, an alias, or a model folder")],
     prompt: Annotated[str, typer.Option(help="prompt text; default: standard input")] = "",
-    max_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy decoding")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="sample from the k likeliest tokens; 0: all")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="keep tokens up to this total probability")] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option(help="above 1 avoids tokens that occurred before")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1, max=MAX_MODEL_SIZE)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 to 100; 0: greedy decoding")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="sample from the k likeliest tokens; 0: all")] = 0,
+    top_p: Annotated[float, typer.Option(help="keep tokens up to this total probability, above 0 to 1")] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="0.01 to 100; above 1 avoids tokens that occurred before")
+    ] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="stop before this text; may be repeated")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED)] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Generate a completion of one prompt. A model folder needs no running stack."""
+    with name_options():
+        sampling = Sampling(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            stop=tuple(stop or ()),
+            seed=seed,
+        )
     folder = _find_model_folder(version)
     # Imported here, as in the other commands: torch takes seconds, and no model may be there.
     from yuan.generate.answers import generate as generate_answers
-    from yuan.generate.sampling import Sampling
     from yuan.model.weights import load, load_tokenizer
 
     text = prompt or sys.stdin.read().strip()
-    sampling = Sampling(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        stop=tuple(stop or ()),
-        seed=seed,
-    )
     completion = generate_answers(load(folder), load_tokenizer(folder), [text], sampling)[0]
     show({"text": completion.text, "finish_reason": completion.finish_reason}, completion.text, as_json)
 
 
 def export(
     version: Annotated[str, typer.Argument(help="7, v7, an alias, or a model folder")],
-    out: Annotated[Path, typer.Option(help="folder to write; must be empty or new")],
+    out: Annotated[Path, typer.Option(help="folder to write; must be empty or new", parser=parse_path, metavar="PATH")],
     format: ModelFormatOption = "hf",
     dtype: WeightsDtypeOption = None,
     as_json: JsonOption = False,
@@ -68,7 +71,7 @@ def export(
 
 def import_(
     folder: Annotated[Path, typer.Argument(help="folder with config.json and weights", exists=True, file_okay=False)],
-    out: Annotated[Path, typer.Option(help="folder to write; must be empty or new")],
+    out: Annotated[Path, typer.Option(help="folder to write; must be empty or new", parser=parse_path, metavar="PATH")],
     format: ModelFormatOption = "hf",
     dtype: WeightsDtypeOption = None,
     rope_precision: Annotated[

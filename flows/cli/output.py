@@ -15,6 +15,7 @@ from rich.table import Table
 
 from feedback.client import PortalError
 from flows.cli.error_lines import USAGE_ERROR, describe_failure, describe_usage_error
+from yuan.config import FieldError
 from yuan.data.rule_text import describe_errors
 from yuan.data.text import BLANK_TEXT, BadJson, find_unstorable, is_blank, make_printable, parse_json
 from yuan.version_names import parse_version_number
@@ -64,11 +65,11 @@ def fail(message: str, status: int = EXIT_FAILED, *, has_lines: bool = False) ->
 
 
 def build_form(model: type[Form], fields: dict[str, Any]) -> Form:
-    """Build a request body from a command's options; a value that violates the schema gives one line and status 2."""
+    """Build a request body from a command's options; an invalid value gives one line and status 2, by option."""
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        raise fail(describe_errors(error, model), EXIT_USAGE) from None
+        raise USAGE_ERROR(describe_errors(error, model, _name_option_of_path)) from None
 
 
 def parse_json_option(name: str, text: str) -> Any:
@@ -76,7 +77,42 @@ def parse_json_option(name: str, text: str) -> Any:
     try:
         return parse_json(text, keep_written=True)
     except BadJson as error:
-        raise fail(f"{' '.join(filter(None, (name, error.place)))}: {error}", EXIT_USAGE) from None
+        raise USAGE_ERROR(f"{' '.join(filter(None, (name, error.place)))}: {error}") from None
+
+
+def parse_path(text: str) -> Path:
+    """Return the path of an option; an empty text, which would be the current folder, gives status 2."""
+    if is_blank(text):
+        raise typer.BadParameter("must be a path, got an empty text; name a file or folder, or leave the option out")
+    return Path(text)
+
+
+def name_option(field: str) -> str:
+    """Return the option of a field or parameter.
+
+    >>> name_option("seq_len")
+    '--seq-len'
+    """
+    return f"--{field.replace('_', '-')}"
+
+
+def _name_option_of_path(path: str) -> str:
+    """Return the option of a dotted path, and the path within its value.
+
+    >>> _name_option_of_path("model_version"), _name_option_of_path("checker.numeric.value"), _name_option_of_path("")
+    ('--model-version', '--checker numeric.value', '')
+    """
+    field, _, rest = path.partition(".")
+    return f"{name_option(field)} {rest}".strip() if field else ""
+
+
+@contextmanager
+def name_options() -> Iterator[None]:
+    """Report a `FieldError` by the options of its fields: exit status 2. For values that come from options alone."""
+    try:
+        yield
+    except FieldError as error:
+        raise typer.BadParameter(error.rule, param_hint=list(map(name_option, error.fields))) from None
 
 
 def check_text_option(value: str | None) -> str | None:
@@ -109,12 +145,12 @@ def explain_errors() -> Iterator[None]:
         raise fail(message, has_lines=isinstance(error, RuntimeError)) from None
 
 
-def read_version_option(text: str) -> int:
-    """Return the number of a version, or exit with a message about the command line."""
+def read_version_option(option: str, text: str) -> int:
+    """Return the number of the version that an option names; exit status 2 if it is none."""
     try:
         return parse_version_number(text)
     except ValueError as error:
-        raise fail(str(error), EXIT_USAGE) from None
+        raise typer.BadParameter(str(error), param_hint=[option]) from None
 
 
 def write_output_file(option: str, file: Path, text: str) -> None:

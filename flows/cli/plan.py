@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.output import EXIT_FAILED, JsonOption, show, write_output_file
+from flows.cli.output import EXIT_FAILED, JsonOption, name_options, parse_path, show, write_output_file
 from flows.cli.plan_options import (
     DeviceChangesOption,
     ModelNameOption,
@@ -49,7 +49,12 @@ def plan(
         bool, typer.Option("--open-documents", help="no attention mask between packed documents")
     ] = False,
     current: Annotated[
-        Path | None, typer.Option(help="JSON of the current plan: also compute the cost of moving to the new one")
+        Path | None,
+        typer.Option(
+            help="JSON of the current plan: also compute the cost of moving to the new one",
+            parser=parse_path,
+            metavar="PATH",
+        ),
     ] = None,
     lost: DeviceChangesOption = None,
     added: DeviceChangesOption = None,
@@ -57,31 +62,43 @@ def plan(
         list[str] | None, typer.Option(help="CLASS:N:SHARE, N devices at SHARE of the speed of the others")
     ] = None,
     lost_steps: Annotated[
-        int, typer.Option(min=0, max=MAX_LOST_STEPS, help="steps since the last checkpoint, which a move repeats")
-    ] = 0,
+        int | None,
+        typer.Option(min=0, max=MAX_LOST_STEPS, help="with --current: steps since the last checkpoint, default 0"),
+    ] = None,
     svg: Annotated[
-        Path | None, typer.Option(help="also draw memory and the schedule of a step to this SVG file")
+        Path | None,
+        typer.Option(
+            help="also draw memory and the schedule of a step to this SVG file", parser=parse_path, metavar="PATH"
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Plan a model on a pool: parallel sizes, and layers, recomputation, memory and time of each pipeline stage."""
+    if lost_steps is not None and current is None:
+        rule = "needs --current, the plan whose steps are repeated; add it or leave the steps out"
+        raise typer.BadParameter(rule, param_hint=["--lost-steps"])
     config = get_model_option(model)
-    work = Workload(
-        model=config,
-        seq_len=seq_len or config.seq_len,
-        global_batch_size=global_batch_size or PUBLISHED_BATCH_SIZES.get(model, 64),
-        precision=precision,
-        loss_block=None if full_logits else compute_default_loss_block(config),
-        isolate_documents=not open_documents,
-    )
+    with name_options():
+        work = Workload(
+            model=config,
+            seq_len=seq_len or config.seq_len,
+            global_batch_size=global_batch_size or PUBLISHED_BATCH_SIZES.get(model, 64),
+            precision=precision,
+            loss_block=None if full_logits else compute_default_loss_block(config),
+            isolate_documents=not open_documents,
+        )
     limits = SizeLimits(pipeline_size=pipeline_size, data_size=data_size, micro_batch_size=micro_batch_size)
     loaded_pool = load_pool_option(pool)
     changed_pool = change_pool(loaded_pool, lost=lost or (), added=added or (), slow=slow or ())
     move: Replan | None = None
     if current is not None:
         current_plan = read_current_plan_option(current, work, (loaded_pool, changed_pool))
-        move = replan(work, current_plan, changed_pool, limits, objective, lost_steps=lost_steps)
-    new_plan = make_plan(work, changed_pool, limits, objective) if move is None else move.plan
+        with name_options():
+            move = replan(work, current_plan, changed_pool, limits, objective, lost_steps=lost_steps or 0)
+            new_plan = move.plan
+    else:
+        with name_options():
+            new_plan = make_plan(work, changed_pool, limits, objective)
     if svg is not None:
         write_output_file("--svg", svg, draw_plan(work, changed_pool, new_plan))
     show_plan(new_plan, changed_pool, move, as_json)

@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from flows.cli.output import EXIT_USAGE, fail
-from yuan.config import MODEL_PRESETS, ModelConfig, Precision
+from yuan.config import MAX_SUGGESTED_NAME_CHARS, MODEL_PRESETS, ModelConfig, Precision
 from yuan.data.text import BadJson, parse_json
 from yuan.plan.current_plan import parse_current_plan
 from yuan.plan.json_fields import show_value
@@ -31,7 +30,8 @@ DeviceChangesOption = Annotated[list[str] | None, typer.Option(help="CLASS:N, de
 def get_model_option(name: str) -> ModelConfig:
     """Return the model of an option `--model`; an unknown one gives one line and status 2."""
     if name not in MODEL_PRESETS:
-        raise fail(f"unknown model {name!r}; choose one of {', '.join(MODEL_PRESETS)}", EXIT_USAGE)
+        rule = f"must be one of {', '.join(MODEL_PRESETS)}, got {name[:MAX_SUGGESTED_NAME_CHARS]!r}; choose one"
+        raise typer.BadParameter(rule, param_hint=["--model"])
     return MODEL_PRESETS[name]()
 
 
@@ -75,7 +75,7 @@ def change_pool(pool: Pool, *, lost: Sequence[str], added: Sequence[str], slow: 
             try:
                 pool = apply_pool_change(pool, kind, change)
             except ValueError as error:
-                raise fail(f"--{kind}: {error}", EXIT_USAGE) from None
+                raise typer.BadParameter(str(error), param_hint=[f"--{kind}"]) from None
     return pool
 
 
@@ -84,5 +84,6 @@ def load_pool_option(spec: str | None) -> Pool:
     if spec is None:
         return make_cpu_pool()
     if not spec.strip():
-        raise fail("--pool must name a pool file as FILE or FILE:NAME, got an empty text", EXIT_USAGE)
+        rule = "must name a pool file as FILE or FILE:NAME, got an empty text; leave it out for this machine"
+        raise typer.BadParameter(rule, param_hint=["--pool"])
     return load_pool(spec)

@@ -23,7 +23,7 @@ def register(
 
     MLflow assigns its own new number, with the tag `cotrain.version`; the aliases are updated within seconds.
     """
-    number = read_version_option(version) if version else None
+    number = read_version_option("--version", version) if version else None
     restored = restore_version(open_operator_context(), folder, number)
     outcome = " again" if restored.was_missing else "; nothing changed"
     text = f"v{restored.version} is in the registry{outcome}"

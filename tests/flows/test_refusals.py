@@ -19,16 +19,16 @@ START = ["round", "start"]
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        ([*REPORT, " ", "--expected", "x"], "prompt: must not be empty, white space or invisible characters alone"),
-        ([*REPORT, "a\udcff", "--expected", "x"], "prompt: must not contain half a character"),
-        ([*REPORT, "p"], "expected: a correction needs expected"),
-        ([*REPORT, "p", "--expected", "r"], "response: the checker accepts this response as right"),
+        ([*REPORT, " ", "--expected", "x"], "--prompt: must not be empty, white space or invisible characters alone"),
+        ([*REPORT, "a\udcff", "--expected", "x"], "--prompt: must not contain half a character"),
+        ([*REPORT, "p"], "--expected: a correction needs expected"),
+        ([*REPORT, "p", "--expected", "r"], "--response: the checker accepts this response as right"),
         ([*REPORT, "p", "--expected", "x", "--checker", '{"value": NaN}'], "--checker value: must be a finite number"),
-        ([*START, "--seed", str(2**70)], "seed: must be less than or equal to 9223372036854775807"),
-        ([*START, "--replay-rows", "9" * 22], "replay_rows: must be less than or equal to 100000000"),
-        ([*START, "--learning-rate", "inf"], "learning_rate: must be a finite number"),
-        ([*START, "--weights", "base=nan"], "weights.base: must be a finite number"),
-        ([*START, "--weights", "other=1"], "weights.other.[key]: must be 'corrections', 'datasets' or 'base'"),
+        ([*START, "--seed", str(2**70)], "--seed: must be less than or equal to 9223372036854775807"),
+        ([*START, "--replay-rows", "9" * 22], "--replay-rows: must be less than or equal to 100000000"),
+        ([*START, "--learning-rate", "inf"], "--learning-rate: must be a finite number"),
+        ([*START, "--weights", "base=nan"], "--weights base: must be a finite number"),
+        ([*START, "--weights", "other=1"], "--weights other.[key]: must be 'corrections', 'datasets' or 'base'"),
     ],
 )
 def test_a_bad_value_is_refused_in_one_line_with_its_field(argv, line):
@@ -88,7 +88,7 @@ def test_value_outside_an_options_choices_is_rejected_and_help_lists_the_choices
 )
 def test_pool_change_without_a_device_count_is_rejected(change, message):
     result = CliRunner().invoke(app, ["plan", "--model", "tiny", "--lost", change])
-    assert result.exit_code == 2 and f"--lost: {message}" in " ".join(result.stderr.split())
+    assert result.exit_code == 2 and f"'--lost': {message}" in " ".join(result.stderr.split())
 
 
 def test_version_with_too_many_digits_is_rejected_without_a_query():

@@ -11,7 +11,7 @@ from yuan.data.judge import AnswerJudge
 from yuan.eval.run import evaluate, read_cases
 from yuan.generate.answers import answer_each
 from yuan.generate.decoder import NonFiniteLogits
-from yuan.generate.sampling import Sampling
+from yuan.generate.limits import Sampling
 from yuan.model.transformer import Yuan
 from yuan.model.weights import load, load_tokenizer, save
 

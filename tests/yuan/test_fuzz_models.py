@@ -21,7 +21,8 @@ from tests.fuzzing import (
 )
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
-from yuan.generate.sampling import ChosenToken, Sampling
+from yuan.generate.limits import Sampling
+from yuan.generate.sampling import ChosenToken
 from yuan.generate.sequence import DecodingSequence
 from yuan.model import weights
 from yuan.model.convert import export_hf, import_hf

@@ -11,7 +11,8 @@ from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
 from yuan.generate.answers import generate
 from yuan.generate.decoder import Decoder, NonFiniteLogits
-from yuan.generate.sampling import ChosenToken, Sampling, choose_tokens
+from yuan.generate.limits import Sampling
+from yuan.generate.sampling import ChosenToken, choose_tokens
 from yuan.generate.sequence import DecodingSequence
 from yuan.model.transformer import Yuan
 

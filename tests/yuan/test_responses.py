@@ -5,7 +5,8 @@ import json
 import pytest
 
 from tests.yuan.model_server import make_served_model
-from yuan.generate.sampling import ChosenToken, Sampling, TokenLogprob
+from yuan.generate.limits import Sampling
+from yuan.generate.sampling import ChosenToken, TokenLogprob
 from yuan.serve.request import AnswerPiece, GenerationRequest
 from yuan.serve.response_schemas import StreamError, StreamErrorEvent
 from yuan.serve.responses import ChatFormatter, CompletionFormatter, format_sse

@@ -11,7 +11,7 @@ import pytest
 from tests.waiting import wait_until
 from tests.yuan.model_server import TOKEN, WINDOW, make_served_model, read_metric, serve_model
 from yuan.generate.answers import generate
-from yuan.generate.sampling import Sampling
+from yuan.generate.limits import Sampling
 from yuan.serve.admission import MAX_MODEL_CALL_BYTES
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.service import ModelService

@@ -10,7 +10,7 @@ from tests.waiting import wait_until
 from tests.yuan.model_server import TOKEN, make_served_model, read_metric, serve_model
 from yuan.generate.answers import generate
 from yuan.generate.decoder import Decoder
-from yuan.generate.sampling import Sampling
+from yuan.generate.limits import Sampling
 from yuan.generate.sequence import DecodingSequence
 from yuan.serve.batching import BatchingEngine
 from yuan.serve.metrics import ModelServerMetrics

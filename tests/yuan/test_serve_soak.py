@@ -18,7 +18,7 @@ from infra.process_group import find_free_port
 from tests.waiting import wait_until
 from tests.yuan.model_server import TOKEN, make_served_model, read_metric
 from yuan.generate.answers import generate
-from yuan.generate.sampling import Sampling
+from yuan.generate.limits import Sampling
 
 CALLERS, AT_ONCE, WARM_UP = 2000, 64, 300
 GROWTH_MIB = 48.0  # what the allocators may keep of a peak after the warm-up

@@ -1,7 +1,7 @@
 """Validation errors in the platform's own words: the field, its rule, the value, and what to do."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -59,15 +59,16 @@ _RULE_BY_TYPE = {
 }
 
 
-def describe_errors(error: ValidationError, form: Any = None) -> str:
+def describe_errors(error: ValidationError, form: Any = None, name_place: Callable[[str], str] = str) -> str:
     """Format a validation error as one printable line: field and rule of the first three entries.
 
     Args:
         form: the type that was validated, to suggest its names for unknown ones.
+        name_place: returns how the dotted path of a field is shown.
     """
     entries = error.errors(include_url=False)[:MAX_DESCRIBED_ERRORS]
     return "; ".join(
-        f"{make_printable(get_field_path(entry)) or 'line'}: {make_printable(describe_rule(entry, form))}"
+        f"{make_printable(name_place(get_field_path(entry))) or 'line'}: {make_printable(describe_rule(entry, form))}"
         for entry in entries
     )
 

@@ -23,7 +23,7 @@ from yuan.data.judge import AnswerJudge, CheckFailed
 from yuan.data.rule_text import describe_errors
 from yuan.eval.results import EvalResult, dump_results
 from yuan.generate.answers import Completion, answer_each
-from yuan.generate.sampling import Sampling
+from yuan.generate.limits import Sampling
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE
 from yuan.model.weights import load, load_tokenizer
 from yuan.safe_files import replace_file_below

@@ -4,7 +4,7 @@ from collections.abc import Sequence as Prompts
 from dataclasses import dataclass
 
 from yuan.generate.decoder import Decoder
-from yuan.generate.sampling import Sampling
+from yuan.generate.limits import Sampling
 from yuan.generate.sequence import DecodingSequence
 from yuan.model.transformer import Yuan
 from yuan.tokenizer import Tokenizer

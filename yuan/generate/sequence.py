@@ -3,7 +3,8 @@
 import random
 from collections.abc import Sequence as Tokens
 
-from yuan.generate.sampling import ChosenToken, Sampling
+from yuan.generate.limits import Sampling
+from yuan.generate.sampling import ChosenToken
 from yuan.tokenizer import REPLACEMENT_CHARACTER, TextDecoder, Tokenizer
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
+from yuan.config import FieldError
 from yuan.plan.layout import Layout
 from yuan.plan.lower_bounds import bound_peak_bytes, bound_step_seconds, fits
 from yuan.plan.pool import DeviceGroup, Pool
@@ -109,28 +110,32 @@ def check_limits(work: Workload, pool: Pool, limits: SizeLimits) -> None:
         ValueError: if a size is not positive, there are too many stages for the layers, more processes than devices,
             or the batch does not divide.
     """
-    for name in ("pipeline_size", "data_size", "micro_batch_size"):
-        value = getattr(limits, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}; leave it out to search all sizes")
+    fixed = [name for name in ("pipeline_size", "data_size", "micro_batch_size") if getattr(limits, name) is not None]
+    for name in fixed:
+        if (value := getattr(limits, name)) < 1:
+            raise FieldError([name], f"must be at least 1, got {value}; leave it out to search all sizes")
     pipeline, data, micro = limits.pipeline_size or 1, limits.data_size or 1, limits.micro_batch_size or 1
     max_stages = compute_max_stages(work.model)
     if pipeline > max_stages:
-        raise ValueError(
-            f"every stage but the last needs a layer, got {pipeline} stages and {work.model.num_layers} layers; "
-            f"use at most {max_stages} stages"
+        raise FieldError(
+            ["pipeline_size"],
+            f"must leave a layer to every stage but the last, got {pipeline} stages and {work.model.num_layers} "
+            f"layers; use at most {max_stages} stages",
         )
     slots = sum(group.count // data for group in pool.groups)
     if pipeline > slots:
-        raise ValueError(
-            f"{pipeline} stages of {data} replicas need {pipeline * data} devices, {data} of one class for each stage, "
-            f"and pool {pool.name!r} has {', '.join(f'{g.count} {g.device_class}' for g in pool.groups)}; "
-            f"use {f'at most {slots} stages or ' if slots else ''}fewer replicas"
+        raise FieldError(
+            [name for name in fixed if name != "micro_batch_size"],
+            f"must fit the pool, got {pipeline} stages of {data} replicas, which need {pipeline * data} devices, "
+            f"{data} of one class for each stage; {pool.name!r} has "
+            f"{', '.join(f'{group.count} {group.device_class}' for group in pool.groups)}; "
+            f"use {f'at most {slots} stages or ' if slots else ''}fewer replicas",
         )
     if work.global_batch_size % (data * micro):
-        raise ValueError(
-            f"replicas times micro-batch must divide the global batch of {work.global_batch_size}, got {data} x "
-            f"{micro}; change one of the three"
+        raise FieldError(
+            [name for name in fixed if name != "pipeline_size"],
+            f"must divide the global batch of {work.global_batch_size} samples, replicas times micro-batch, got "
+            f"{data} x {micro}; change one of the three",
         )
 
 

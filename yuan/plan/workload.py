@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import get_args
 
-from yuan.config import MAX_MODEL_SIZE, ModelConfig, Precision, Recipe
+from yuan.config import MAX_MODEL_SIZE, FieldError, ModelConfig, Precision, Recipe
 
 LOSS_BLOCK_BYTES = 512 * 2**20
 MAX_GLOBAL_BATCH_SIZE = 2**20
@@ -51,7 +51,7 @@ class Workload:
                 continue
             if type(value) is not int or not 1 <= value <= limit:
                 place = f", the positions of {self.model.name}" if field == "seq_len" else ""
-                raise ValueError(f"{field} must be an integer from 1 to {limit:,}{place}, got {value!r}; change it")
+                raise FieldError([field], f"must be an integer from 1 to {limit:,}{place}, got {value!r}; change it")
 
     @classmethod
     def from_recipe(cls, model: ModelConfig, recipe: Recipe) -> "Workload":

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from yuan.data.rule_text import describe_rule, get_field_path
 from yuan.data.text import make_printable
 from yuan.generate.decoder import NonFiniteLogits
-from yuan.generate.sampling import Sampling
+from yuan.generate.limits import Sampling
 from yuan.serve.admission import AdmissionMiddleware
 from yuan.serve.disconnect import run_until_disconnect
 from yuan.serve.request import (

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 
 from yuan.generate.decoder import Decoder, NonFiniteLogits
-from yuan.generate.sampling import Sampling
+from yuan.generate.limits import Sampling
 from yuan.generate.sequence import DecodingSequence
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.request import AnswerTimeout, DecodingFailed, EngineStopped, GenerationRequest, ServedModel

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from yuan.data.text import make_printable
-from yuan.generate.sampling import ChosenToken, Sampling
+from yuan.generate.limits import Sampling
+from yuan.generate.sampling import ChosenToken
 from yuan.generate.sequence import DecodingSequence
 from yuan.model.transformer import Yuan
 from yuan.tokenizer import Tokenizer
