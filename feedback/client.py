@@ -23,6 +23,7 @@ from feedback.contracts import (
     StoredCompletion,
 )
 from feedback.states import DatasetPurpose
+from yuan.config import FieldError
 from yuan.data.rule_text import describe_errors
 from yuan.data.text import make_printable
 
@@ -30,6 +31,8 @@ ResponseModel = TypeVar("ResponseModel", bound=BaseModel)
 Parsed = TypeVar("Parsed")
 MAX_SHOWN_RESPONSE_CHARACTERS = 100
 MAX_SHOWN_ROWS = 3
+MAX_SHOWN_URL_CHARACTERS = 80
+MAX_PORT = 65535
 MAX_REASON_CHARACTERS = 300
 UNUSABLE_RESPONSE = "unusable"  # type of the error for a response that is not a portal's
 NO_ROUTE = "http"  # the portal's type of error for a path that it does not have, with status 404
@@ -70,16 +73,15 @@ class Client:
     Raises:
         PortalError: from every method, when the portal refuses, or the answer is not a portal's.
         httpx.TransportError: when it cannot be reached.
-        ValueError: from the constructor, when the token is empty or cannot be sent in a header.
+        FieldError: from the constructor, when no portal can be at the URL, or the token is empty or cannot be sent.
     """
 
     def __init__(self, url: str, token: str, *, timeout_s: float = 60.0) -> None:
+        check_portal_url(url)
         if not token.strip():
-            raise ValueError("a token is needed, got none; set COTRAIN_TOKEN or use --token")
+            raise FieldError(["token"], "is needed, got none; set COTRAIN_TOKEN or use --token")
         if not (token.isascii() and token.isprintable()):
-            raise ValueError(
-                "a token has visible ASCII characters only; remove the others from COTRAIN_TOKEN or --token"
-            )
+            raise FieldError(["token"], "must have visible ASCII characters only; remove the others")
         timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
         self._http = httpx.Client(base_url=url, timeout=timeout, headers={"Authorization": f"Bearer {token}"})
         self._has_connected = False
@@ -205,8 +207,8 @@ class Client:
             is_last = attempt == MAX_REQUEST_ATTEMPTS - 1
             try:
                 response = self._http.request(method, path, **request)
-            except (httpx.UnsupportedProtocol, httpx.LocalProtocolError):
-                raise  # a wrong URL or header: no retry would change it
+            except httpx.LocalProtocolError:
+                raise  # a wrong header: no retry would change it
             except httpx.TransportError as error:
                 if attempt + 1 >= self._get_max_attempts(error):
                     raise
@@ -228,6 +230,37 @@ class Client:
         if self._has_connected:
             return MAX_REQUEST_ATTEMPTS
         return 1 if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) else 2
+
+
+def check_portal_url(url: str) -> None:
+    """Reject an address at which no portal can be.
+
+    Raises:
+        FieldError: if it is not http or https, or lacks a host, or has a port that does not exist, a password, a query
+            or a fragment; its field is `url`.
+
+    >>> check_portal_url("https://portal.example/yuan")
+    >>> check_portal_url("http://127.0.0.1:99999")
+    Traceback (most recent call last):
+    yuan.config.FieldError: url must have a port from 1 to 65535, got 'http://127.0.0.1:99999'; correct it
+    """
+    if fault := _find_url_fault(url):
+        raise FieldError(["url"], f"must {fault}, got {make_printable(url, MAX_SHOWN_URL_CHARACTERS)!r}; correct it")
+
+
+def _find_url_fault(url: str) -> str | None:
+    """Return the rule that a portal's address breaks, behind "must"; None if it breaks none."""
+    try:
+        parts = httpx.URL(url)
+    except (httpx.InvalidURL, UnicodeError) as error:
+        return f"be an address such as http://HOST:PORT ({str(error).rstrip('.')})"
+    if parts.scheme not in ("http", "https") or not parts.host or any(letter.isspace() for letter in url):
+        return "begin with http:// or https:// and name a host"
+    if parts.port is not None and not 1 <= parts.port <= MAX_PORT:
+        return f"have a port from 1 to {MAX_PORT}"
+    if parts.userinfo or parts.query or parts.fragment:
+        return "have no user, query or fragment, since the token is an option of its own"
+    return None
 
 
 def _parse(response: httpx.Response, adapter: TypeAdapter[Parsed]) -> Parsed:

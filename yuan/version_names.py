@@ -5,6 +5,7 @@ import re
 MAX_VERSION_DIGITS = 9  # so that the number fits a column of 32 bits
 SERVED_MODEL_NAME = "yuan"  # whatever version is in service
 MODEL_NAME_PREFIX = "yuan-v"
+ALIAS_PATTERN = re.compile(r"[^\W\d][\w-]*")  # the characters that MLflow allows
 
 
 def parse_version_number(text: str) -> int:
@@ -19,6 +20,24 @@ def parse_version_number(text: str) -> int:
     if not re.fullmatch(rf"v?[0-9]{{1,{MAX_VERSION_DIGITS}}}", text):
         raise ValueError(f"a version must be 7 or v7, with at most {MAX_VERSION_DIGITS} digits, got {text[:40]!r}")
     return int(text.removeprefix("v"))
+
+
+def is_version_number(text: str) -> bool:
+    """Return True for a number as 7 or v7, False for what may be an alias.
+
+    Raises:
+        ValueError: if it is neither, or the number is too long.
+
+    >>> is_version_number("v7"), is_version_number("champion")
+    (True, False)
+    """
+    if re.fullmatch("v?[0-9]+", text):
+        return parse_version_number(text) >= 0
+    if not ALIAS_PATTERN.fullmatch(text):
+        raise ValueError(
+            f"a version must be 7 or v7, or an alias of letters, digits, - and _, got {text[:40]!r}; name one of these"
+        )
+    return False
 
 
 def format_model_name(version: int) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from feedback.client import Client
+from feedback.client import Client, check_portal_url
 from feedback.contracts import FeedbackIn
 from feedback.states import DatasetPurpose
 from flows.cli.output import (
@@ -15,16 +15,31 @@ from flows.cli.output import (
     build_form,
     check_text_option,
     fail,
+    name_options,
     parse_json_option,
     read_version_option,
     show,
 )
-from yuan.config import format_count
+from yuan.config import FieldError, format_count
+
+PORTAL_URL_VARIABLE = "COTRAIN_PORTAL_URL"
+
+
+def check_url_option(url: str) -> str:
+    """Reject an address at which no portal can be: exit status 2."""
+    if url:
+        try:
+            check_portal_url(url)
+        except FieldError as error:
+            raise typer.BadParameter(error.rule) from None
+    return url
+
 
 PortalUrlOption = Annotated[
     str,
     typer.Option(
-        envvar="COTRAIN_PORTAL_URL",
+        envvar=PORTAL_URL_VARIABLE,
+        callback=check_url_option,
         help="URL of the portal; default: that of this installation, else port 8800 on this machine",
         show_default=False,
     ),
@@ -70,7 +85,8 @@ def submit(
     if checker is not None:
         fields["checker"] = parse_json_option("--checker", checker)
     report = build_form(FeedbackIn, fields)
-    with Client(url := url or find_portal_url(), token) as client:
+    url = url or find_portal_url()
+    with open_client(url, token) as client:
         feedback = client.submit(report, idempotency_key=idempotency_key)
         text = f"report {feedback.id} is {feedback.state}; follow it at {url}/api/v1/feedback/{feedback.id}"
         show(feedback.model_dump(mode="json"), text, as_json)
@@ -95,20 +111,38 @@ def push(
     """Upload a dataset. A malformed row makes the portal reject the file and list each such row with its reason."""
     if not file.is_file():
         raise fail(f"a dataset must be a regular file, got {file}; write it to a regular file first", EXIT_USAGE)
-    with Client(url := url or find_portal_url(), token) as client:
+    url = url or find_portal_url()
+    with open_client(url, token) as client:
         pushed = client.push_dataset(file, name=name, purpose=purpose, idempotency_key=idempotency_key)
         rows = format_count(pushed.num_rows, "row")
         text = f"dataset {pushed.id} is {pushed.state} with {rows}; the next round processes it"
         show(pushed.model_dump(mode="json"), text, as_json)
 
 
+def open_client(url: str, token: str) -> Client:
+    """Return a client with a contributor's token; a token that cannot be sent gives status 2."""
+    with name_options():
+        return Client(url, token)
+
+
 def find_portal_url() -> str:
-    """Return the URL of the portal of this home folder; reads the file directly, without the platform's packages."""
+    """Return the URL of the portal of this home folder; reads the file directly, without the platform's packages.
+
+    Raises:
+        ValueError: if the file has an address at which no portal can be.
+    """
     file = Path(os.environ.get("COTRAIN_HOME", ".cotrain")) / "env"
     try:
         lines = file.read_text().splitlines() if file.is_file() else []  # a FIFO would block
     except OSError:
         return DEFAULT_PORTAL_URL
-    return next(
-        (line.partition("=")[2] for line in lines if line.startswith("COTRAIN_PORTAL_URL=")), DEFAULT_PORTAL_URL
-    )
+    for line in lines:
+        name, _, url = line.partition("=")
+        url = url.strip("\"' ")  # as the settings read it
+        if name == PORTAL_URL_VARIABLE:
+            try:
+                check_portal_url(url)
+            except FieldError as error:
+                raise ValueError(f"{PORTAL_URL_VARIABLE} in {file} {error.rule}, or use --url") from None
+            return url
+    return DEFAULT_PORTAL_URL

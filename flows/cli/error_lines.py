@@ -46,10 +46,8 @@ def describe_failure(error: Exception) -> str | None:
         field = f" ({error.body.param})" if error.body.param else ""
         fix = "; check --token, COTRAIN_TOKEN or the operator's COTRAIN_OPERATOR_TOKEN" if error.status == 401 else ""
         return f"refused with {error.status}: {error.body.message}{field}{fix}"
-    if isinstance(error, httpx.UnsupportedProtocol | httpx.InvalidURL):
-        return f"the portal's URL must begin with http:// or https:// ({error}); see --url"
     if isinstance(error, httpx.LocalProtocolError):
-        return f"the request cannot be sent ({error}); remove line breaks from token and URL"
+        return f"the request cannot be sent ({error}); check --token, --idempotency-key and --url"
     if isinstance(error, httpx.TransportError):
         return _describe_transport_error(error)
     if isinstance(error, ValidationError):
@@ -104,7 +102,7 @@ def _describe_transport_error(error: httpx.TransportError) -> str:
         return f"{server} speaks no HTTPS ({reason}); write the address with http://, or check its port"
     if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError) and server.startswith("the server at http:"):
         return f"{server} closes the connection without a response ({reason}); if it speaks HTTPS, write https://"
-    return f"{server} does not answer ({reason}); check --url, or see `cotrain status`"
+    return f"{server} does not answer ({reason}); check --url, and `cotrain status` on the machine of the portal"
 
 
 def _name_server(error: httpx.TransportError) -> str:

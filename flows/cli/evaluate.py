@@ -5,15 +5,19 @@ from typing import Annotated
 import typer
 
 from feedback.gate import compute_pass_rates
-from flows.cli.output import JsonOption, show
+from flows.cli.output import JsonOption, check_version, note_alias, show
 from flows.context import open_operator_context
 from flows.model_folders import resolve_version
 from flows.round.evaluate import evaluate_version
 
 
-def evaluate(version: Annotated[str, typer.Argument(help="7, v7 or an alias")], as_json: JsonOption = False) -> None:
+def evaluate(
+    version: Annotated[str, typer.Argument(help="7, v7 or an alias", metavar="VERSION", callback=check_version)],
+    as_json: JsonOption = False,
+) -> None:
     """Evaluate a version on every case that it has no result for, and show its pass rates."""
-    context = open_operator_context()
+    with note_alias(version):
+        context = open_operator_context()
     number = resolve_version(context.tracker, version)
     evaluate_version(context, number)
     with context.sessions() as session:

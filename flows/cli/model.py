@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from flows.cli.output import JsonOption, name_options, parse_path, show
+from flows.cli.output import JsonOption, check_text_option, check_version, name_options, note_alias, parse_path, show
 from yuan.config import MAX_MODEL_SIZE, MAX_SEED, Precision, format_count
 from yuan.generate.limits import Sampling
 
@@ -16,7 +16,7 @@ WeightsDtypeOption = Annotated[Precision | None, typer.Option(help="default: as 
 
 
 def generate(
-    version: Annotated[str, typer.Argument(help="7, v7, an alias, or a model folder")],
+    version: Annotated[str, typer.Argument(help="7, v7, an alias, or a model folder", callback=check_text_option)],
     prompt: Annotated[str, typer.Option(help="prompt text; default: standard input")] = "",
     max_tokens: Annotated[int, typer.Option(min=1, max=MAX_MODEL_SIZE)] = 64,
     temperature: Annotated[float, typer.Option(help="0 to 100; 0: greedy decoding")] = 0.0,
@@ -51,7 +51,7 @@ def generate(
 
 
 def export(
-    version: Annotated[str, typer.Argument(help="7, v7, an alias, or a model folder")],
+    version: Annotated[str, typer.Argument(help="7, v7, an alias, or a model folder", callback=check_text_option)],
     out: Annotated[Path, typer.Option(help="folder to write; must be empty or new", parser=parse_path, metavar="PATH")],
     format: ModelFormatOption = "hf",
     dtype: WeightsDtypeOption = None,
@@ -97,7 +97,14 @@ def _find_model_folder(version: str) -> Path:
         raise ValueError(f"{version} is a file; give the model folder itself, a version as 7 or v7, or an alias")
     if os.sep in version or version.startswith((".", "~")):
         raise ValueError(f"there is no folder {version}; give a model folder, a version as 7 or v7, or an alias")
-    # Imported here, since a model folder needs no registry, and the import of MLflow takes a second.
-    from flows.model_folders import fetch_model_folder
+    try:
+        check_version(version)
+    except typer.BadParameter as error:
+        raise typer.BadParameter(f"{error.message}, or a model folder", param_hint=["VERSION"]) from None
+    with note_alias(version):
+        # Imported here, since a model folder needs no registry, and the import of MLflow takes a second.
+        from flows.context import open_operator_context
+        from flows.model_folders import fetch_model_folder
 
-    return fetch_model_folder(version)
+        context = open_operator_context()
+    return fetch_model_folder(context, version)

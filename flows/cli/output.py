@@ -18,7 +18,7 @@ from flows.cli.error_lines import USAGE_ERROR, describe_failure, describe_usage_
 from yuan.config import FieldError
 from yuan.data.rule_text import describe_errors
 from yuan.data.text import BLANK_TEXT, BadJson, find_unstorable, is_blank, make_printable, parse_json
-from yuan.version_names import parse_version_number
+from yuan.version_names import is_version_number, parse_version_number
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -140,6 +140,7 @@ def explain_errors() -> Iterator[None]:
     except Exception as error:
         if (message := describe_failure(error)) is None:
             raise
+        message = ": ".join([*getattr(error, "__notes__", ()), message])
         for row in (error.body.rows or []) if isinstance(error, PortalError) else []:
             print(f"  row {row.row}: {make_printable(row.reason, MAX_LINE_CHARACTERS)}", file=sys.stderr)
         raise fail(message, has_lines=isinstance(error, RuntimeError)) from None
@@ -151,6 +152,26 @@ def read_version_option(option: str, text: str) -> int:
         return parse_version_number(text)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=[option]) from None
+
+
+def check_version(text: str) -> str:
+    """Reject what is neither a version as 7 or v7 nor may be an alias: exit status 2."""
+    try:
+        is_version_number(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return text
+
+
+@contextmanager
+def note_alias(version: str) -> Iterator[None]:
+    """Note on an error of connecting to the registry that the version was no number, but may be a misspelled path."""
+    try:
+        yield
+    except Exception as error:
+        if not is_version_number(version):
+            error.add_note(f"{version!r} is no version as 7 or v7, and cannot be looked up as an alias")
+        raise
 
 
 def write_output_file(option: str, file: Path, text: str) -> None:

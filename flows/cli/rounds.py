@@ -71,12 +71,19 @@ def cancel(
         _show_round(client.cancel_round(client.round(round_id).id), as_json, expected_state=RoundState.CANCELLED)
 
 
-def open_operator_client() -> Client:
-    """Return a client with the operator's token from this installation's settings."""
+def open_operator_client(url: str = "") -> Client:
+    """Return a client with the operator's token from this installation's settings.
+
+    Args:
+        url: an option `--url`; the token is sent to no other portal than this installation's.
+    """
     # Imported here, since a contributor, who uses `withdraw` with a token, need not install the settings' library.
     from infra.settings import Settings, load_settings
 
     settings = load_settings(Settings)
+    if url not in ("", settings.portal_url):
+        rule = f"must be {settings.portal_url}, the portal of this installation's operator, got {url!r}; pass a --token"
+        raise typer.BadParameter(rule, param_hint=["--url"])
     return Client(settings.portal_url, settings.operator_token.get_secret_value())
 
 

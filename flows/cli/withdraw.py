@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from feedback.client import Client
-from flows.cli.contribute import PortalUrlOption, find_portal_url
+from flows.cli.contribute import PortalUrlOption, find_portal_url, open_client
 from flows.cli.output import JsonOption, check_text_option, show
 from flows.cli.rounds import open_operator_client
 from yuan.config import format_count
@@ -96,4 +96,4 @@ def account(
 
 
 def _open_client(url: str, token: str) -> Client:
-    return Client(url or find_portal_url(), token) if token else open_operator_client()
+    return open_client(url or find_portal_url(), token) if token else open_operator_client(url)

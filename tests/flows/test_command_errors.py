@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from flows.cli.app import app
 from infra.certificates import ensure_certificate
+from tests.flows.test_command_arguments import OFFLINE_SETTINGS
 
 WITHDRAW = ["withdraw", "report", "0" * 32, "--reason", "r", "--token", "t", "--url"]
 MAX_ANSWER_S = 3.0
@@ -123,3 +124,52 @@ def test_https_at_a_port_without_tls_is_one_line_at_once():
         exit_code, error = run_at_once([*WITHDRAW, f"https://127.0.0.1:{port}"])
     assert exit_code == 1 and f"the server at https://127.0.0.1:{port} speaks no HTTPS" in error
     assert "write the address with http://" in error
+
+
+@pytest.mark.parametrize(
+    ("url", "rule"),
+    [
+        ("http://127.0.0.1:99999", "must have a port from 1 to 65535, got 'http://127.0.0.1:99999'"),
+        ("http://127.0.0.1:-1", "must have a port from 1 to 65535"),
+        ("http://127.0.0.1:0", "must have a port from 1 to 65535"),
+        ("http://127.0.0.1:abc", "must be an address such as http://HOST:PORT (Invalid port: 'abc')"),
+        ("http://[::1", "must be an address such as http://HOST:PORT"),
+        ("http://", "must begin with http:// or https:// and name a host"),
+        ("ftp://x", "must begin with http:// or https:// and name a host"),
+        ("127.0.0.1:8800", "must begin with http:// or https:// and name a host"),
+        ("http://a b", "must begin with http:// or https:// and name a host"),
+        ("http://user:p@127.0.0.1", "must have no user, query or fragment"),
+    ],
+)
+def test_an_address_at_which_no_portal_can_be_is_a_usage_error(url, rule, tmp_path):
+    exit_code, error = run_at_once([*WITHDRAW, url])
+    assert exit_code == 2 and "'--url'" in error and rule in error and "; correct it" in error
+
+    exit_code, error = run_at_once(WITHDRAW[:-1], env={"COTRAIN_PORTAL_URL": url})
+    assert exit_code == 2 and "(env var: 'COTRAIN_PORTAL_URL')" in error and rule in error
+
+    (tmp_path / "env").write_text(f"COTRAIN_PORTAL_URL={url}\n")
+    exit_code, error = run_at_once(WITHDRAW[:-1], env={"COTRAIN_HOME": str(tmp_path)})
+    assert exit_code == 1 and f"COTRAIN_PORTAL_URL in {tmp_path}/env" in error and rule in error
+
+
+def test_the_operators_token_is_sent_to_no_other_portal(tmp_path):
+    (tmp_path / "env").write_text(OFFLINE_SETTINGS)
+    arguments = ["withdraw", "account", "a", "--reason", "r", "--url", "http://127.0.0.1:10"]
+    exit_code, error = run_at_once(arguments, env={"COTRAIN_HOME": str(tmp_path)})
+    assert exit_code == 2 and "'--url': must be http://127.0.0.1:9, the portal of this installation's operator" in error
+
+
+@pytest.mark.parametrize("command", [["generate"], ["evaluate"], ["export", "--out", "out"]])
+@pytest.mark.parametrize("settings", ["", OFFLINE_SETTINGS])
+def test_a_version_is_judged_by_its_form_before_the_stack(command, settings, tmp_path):
+    (tmp_path / "env").write_text(settings)
+    for text in ("7.0", "a b", "9" * 30):
+        exit_code, error = run_at_once([*command, text], env={"COTRAIN_HOME": str(tmp_path)})
+        assert exit_code == 2 and "a version must be 7 or v7" in error and "version'" in error.lower()
+
+    exit_code, error = run_at_once([*command, "typo"], env={"COTRAIN_HOME": str(tmp_path)})
+    stack_fault = "PostgreSQL cannot be used" if settings else "no usable settings"
+    note = "cotrain: 'typo' is no version as 7 or v7, and cannot be looked up as an alias: "
+    assert exit_code == 1 and error.startswith(f"{note}{stack_fault}")
+    assert stack_fault in run_at_once([*command, "7"], env={"COTRAIN_HOME": str(tmp_path)})[1].split(": ")[1]

@@ -266,14 +266,14 @@ def test_invalid_command_prints_an_actionable_error(tmp_path, argv, status, mess
     ("url", "token", "message"),
     [
         ("127.0.0.1:9", "t", "must begin with http://"),
-        ("http://127.0.0.1:9", "t\nx", "a token has visible ASCII characters only"),
+        ("http://127.0.0.1:9", "t\nx", "'--token': must have visible ASCII characters only"),
     ],
 )
 def test_invalid_url_or_token_is_not_reported_as_unreachable_portal(tmp_path, url, token, message):
     file = tmp_path / "rows.jsonl"
     file.write_text("{}")
     result = run_cotrain("dataset", "push", str(file), "--url", url, "--token", token)
-    assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(
