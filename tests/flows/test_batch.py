@@ -30,7 +30,8 @@ if os.environ.get("RANK") == "1":
 
 @pytest.fixture(scope="module")
 def slurm():
-    yield from start_slurm_cluster()
+    with start_slurm_cluster() as folder:
+        yield folder
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Run a real one-node Slurm cluster in a folder, from Debian's packages, for the tests that need one."""
 
+import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -17,6 +17,8 @@ needs_slurm = pytest.mark.skipif(
     bool(MISSING), reason=f"needs Slurm, missing: {', '.join(MISSING)} of Debian's slurm-wlm, munge"
 )
 
+# EnableIPv6: with IPv4 alone Slurm finds no address, not even 127.0.0.1, where only loopback is up, as in a network
+# namespace of its own, since it sets AI_ADDRCONFIG.
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -26,7 +28,7 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge/sock,cred_expire=10
-CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+CommunicationParameters=NoCtldInAddrAny,NoInAddrAny,EnableIPv6
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -60,14 +62,29 @@ def find_free_ports(count):
     return ports
 
 
-def start_slurm_cluster():
-    """Start the cluster; Slurm's commands find it through SLURM_CONF."""
+@contextlib.contextmanager
+def start_slurm_cluster(timeout_s=90.0):
+    """Start the cluster; Slurm's commands find it through SLURM_CONF. All its processes end with the block."""
     # munge requires that every user can enter the folders above its socket
-    with tempfile.TemporaryDirectory(prefix="slurm-") as name:
-        yield from _run_cluster(Path(name))
+    with tempfile.TemporaryDirectory(prefix="slurm-") as name, pytest.MonkeyPatch.context() as environment:
+        folder = Path(name)
+        host = write_config(folder)
+        environment.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+        with contextlib.ExitStack() as processes:
+            files = {"key-file": "key", "socket": "sock", "pid-file": "pid", "seed-file": "seed"}
+            munge = [f"--{name}={folder / 'munge' / file}" for name, file in files.items()]
+            processes.enter_context(run_daemon("munged", "--foreground", *munge))
+            wait_until(lambda: (folder / "munge" / "sock").exists(), timeout_s)
+            processes.enter_context(run_daemon("slurmctld", "-D", "-i"))
+            processes.enter_context(run_daemon("slurmd", "-D", "-N", host))
+            wait_until(lambda: "idle" in run_command("sinfo", "--noheader", "--format=%T"), timeout_s)
+            yield folder
+            run_command("scancel", "--me")
+            wait_until(lambda: not run_command("squeue", "--noheader"))
 
 
-def _run_cluster(folder):
+def write_config(folder):
+    """Write the cluster's files; return the name of its node."""
     for name in ("munge", "state", "spool"):
         (folder / name).mkdir(mode=0o755)
     folder.chmod(0o755)
@@ -76,26 +93,24 @@ def _run_cluster(folder):
     key.write_bytes(os.urandom(128))
     (folder / "plugstack.conf").touch()
     host, user = socket.gethostname().split(".")[0], os.environ.get("USER") or "root"
-    text = CONFIG.format(folder=folder, host=host, user=user, ports=find_free_ports(2))
-    (folder / "slurm.conf").write_text(text)
-    before = os.environ.get("SLURM_CONF")
-    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
-    files = {"key-file": "key", "socket": "sock", "pid-file": "pid", "seed-file": "seed"}
-    munge = [f"--{name}={folder / 'munge' / file}" for name, file in files.items()]
-    commands = (["munged", "--foreground", *munge], ["slurmctld", "-D", "-i"], ["slurmd", "-D", "-N", host])
-    processes = []
-    for command in commands:
-        processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-        if command[0] == "munged":
-            wait_until(lambda: (folder / "munge" / "sock").exists())
-    wait_until(lambda: "idle" in run_command("sinfo", "--noheader", "--format=%T"))
-    yield folder
-    run_command("scancel", "--me")
-    wait_until(lambda: not run_command("squeue", "--noheader"))
-    for process in reversed(processes):
-        process.send_signal(signal.SIGTERM)
-        process.wait(20)
-    os.environ.pop("SLURM_CONF") if before is None else os.environ.update(SLURM_CONF=before)
+    values = {"folder": folder, "host": host, "user": user, "ports": find_free_ports(2)}
+    (folder / "slurm.conf").write_text(CONFIG.format(**values))
+    return host
+
+
+@contextlib.contextmanager
+def run_daemon(*command):
+    """Run a process until the block ends, also by an error."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def run_command(*command):

@@ -31,7 +31,8 @@ sys.exit(int((folder / "leave").read_text()))
 
 @pytest.fixture(scope="module")
 def slurm():
-    yield from start_slurm_cluster()
+    with start_slurm_cluster() as folder:
+        yield folder
 
 
 @pytest.fixture
@@ -103,6 +104,18 @@ def test_job_excludes_lost_nodes(slurm, job):
         SlurmLauncher().run(excluding_job),
     ):
         pass
+
+
+@needs_slurm
+def test_a_cluster_that_cannot_start_leaves_no_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLUSTER_MARK", tmp_path.name)
+    (tmp_path / "slurmctld").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "slurmctld").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    before = os.environ.get("SLURM_CONF")
+    with pytest.raises(AssertionError, match="did not become true"), start_slurm_cluster(timeout_s=3):
+        pass
+    assert not list(find_pids("CLUSTER_MARK", tmp_path.name)) and os.environ.get("SLURM_CONF") == before
 
 
 @pytest.mark.slow
