@@ -1,7 +1,7 @@
 """Validation errors in the platform's own words: the field, its rule, the value, and what to do."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -94,6 +94,8 @@ def describe_rule(entry: Any, form: Any = None) -> str:
     rule = _RULE_BY_TYPE.get(entry["type"])
     if rule is None:
         return _PYDANTIC_SUBJECT_PATTERN.sub("must", str(entry["msg"]).removeprefix("Value error, "), count=1)
+    if entry.get("input", rule) is None and "{got}" in rule:
+        return _describe_null_rule(rule, entry.get("loc", ()), form)
     values = entry.get("ctx", {})
     length = values.get("min_length", values.get("max_length"))
     return rule.format(
@@ -102,6 +104,19 @@ def describe_rule(entry: Any, form: Any = None) -> str:
         items="item" if length == 1 else "items",
         characters="character" if length == 1 else "characters",
     )
+
+
+def _describe_null_rule(rule: str, place: Sequence[str | int], form: Any) -> str:
+    """Return the rule of a value that is null, which many programs write for a key without a value."""
+    kind = rule.removeprefix("must be ").partition("{got}")[0]
+    fields = [inner.model_fields.get(str(place[-1])) for inner in _find_forms(form, place[:-1])] if place else []
+    if place and isinstance(place[-1], int):
+        advice = f"remove the item, or give {kind}"
+    elif any(field is not None and not field.is_required() for field in fields):
+        advice = f"leave the key out, or give {kind}"
+    else:
+        advice = f"give {kind}"
+    return f"must be {kind}, got null; {advice}"
 
 
 def _describe_value(value: object) -> str:
@@ -121,6 +136,10 @@ def _describe_value(value: object) -> str:
 
 def find_field_names(form: Any, place: Iterable[str | int]) -> list[str]:
     """Return the names of the fields at a place of a form, of all types that its value may have there."""
+    return list(dict.fromkeys(name for inner in _find_forms(form, place) for name in inner.model_fields))
+
+
+def _find_forms(form: Any, place: Iterable[str | int]) -> list[type[BaseModel]]:
     forms = _list_forms(form)
     for part in place:
         fields = [form.model_fields[part] for form in forms if isinstance(part, str) and part in form.model_fields]
@@ -130,7 +149,7 @@ def find_field_names(form: Any, place: Iterable[str | int]) -> list[str]:
             forms = [
                 form for form in forms if "type" in form.model_fields and form.model_fields["type"].default == part
             ]
-    return list(dict.fromkeys(name for form in forms for name in form.model_fields))
+    return forms
 
 
 def _list_forms(annotation: Any) -> list[type[BaseModel]]:
