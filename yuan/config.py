@@ -17,6 +17,7 @@ MAX_SEED = 2**63 - 1
 MAX_FORMATTED_CHARS = 200
 MAX_SUGGESTED_NAME_CHARS = 60  # the time of comparing names grows with the square of their length
 MODEL_CONFIG_FILE = "config.json"  # of a model folder
+RUN_SPEC_FILE = "run.json"  # of a run folder
 
 
 class FieldError(ValueError):

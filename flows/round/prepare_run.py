@@ -19,14 +19,14 @@ from infra.error_text import SafeMessageError
 from infra.faults import is_item_error
 from infra.machine import has_fast_bf16
 from yuan import tokenizer as tokenizers
-from yuan.config import MODEL_CONFIG_FILE, ModelConfig, Precision, Recipe, tiny
+from yuan.config import MODEL_CONFIG_FILE, RUN_SPEC_FILE, ModelConfig, Precision, Recipe, tiny
 from yuan.data.rows import BadRow, Row, parse_rows
 from yuan.data.samples import Sample, encode_row
 from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import draw_plan, make_plan
 from yuan.plan.pool import CPU_POOL_NAME, Pool, is_fast_at_bf16
 from yuan.plan.workload import Workload
-from yuan.train.run_folder import PLAN_PICTURE_FILE, RUN_SPEC_FILE, RunFolder, RunSpec
+from yuan.train.run_folder import PLAN_PICTURE_FILE, RunFolder, RunSpec
 
 log = logging.getLogger(__name__)
 

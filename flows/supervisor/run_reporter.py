@@ -16,6 +16,7 @@ from flows.context import Context
 from infra.error_text import describe_error
 from infra.faults import DATABASE_ERRORS
 from infra.tracker import RUN_TAG, StepMetrics
+from yuan.config import RUN_SPEC_FILE
 from yuan.data.text import make_printable
 from yuan.safe_files import NotRegularFileError, read_file, replace_file_below
 from yuan.train.events import (
@@ -37,7 +38,6 @@ from yuan.train.run_folder import (
     METRICS_FILE,
     PLAN_FILE,
     PLAN_PICTURE_FILE,
-    RUN_SPEC_FILE,
     RunFolder,
 )
 from yuan.train.run_status import RunStatus

@@ -11,7 +11,7 @@ import torch
 from tests.yuan.published import load_hf_tensors
 from yuan import tokenizer as tokenizers
 from yuan.model import weights
-from yuan.model.convert import import_hf
+from yuan.model.convert import export_hf, import_hf
 
 
 def test_pickled_shards_are_read_without_running_code(published_folder, model_folder, tmp_path):
@@ -239,3 +239,21 @@ def test_a_pickle_whose_tensors_overlap_in_the_file_is_refused(published_folder,
     (tmp_path / "config.json").write_bytes((published_folder / "config.json").read_bytes())
     with pytest.raises(ValueError, match=r"pytorch_model\.bin have \d+ bytes, but it stores"):
         import_hf(tmp_path, tmp_path / "ours")
+
+
+def test_folder_of_another_kind_is_named_with_what_to_do(model_folder, published_folder, tmp_path):
+    run, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000100"
+    checkpoint.mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    (checkpoint / "manifest.json").write_text("{}")
+    for convert, folder, reason in (
+        (import_hf, model_folder, f"is a model folder of this platform already; .* `cotrain generate {model_folder}`"),
+        (import_hf, run, f"is a run folder; its model is {run}/export"),
+        (import_hf, checkpoint, "is a part of a run folder; write a model from a checkpoint"),
+        (export_hf, run, "is a run folder"),
+        (export_hf, checkpoint, "is a part of a run folder"),
+        (export_hf, published_folder, "import it first"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            convert(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

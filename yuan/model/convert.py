@@ -17,7 +17,7 @@ from yuan.model.dtypes import cast_tensor, format_dtype
 from yuan.model.hf_config import build_hf_config, read_config_fields, read_hf_config
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
 from yuan.model.shards import MAX_SHARD_BYTES, TensorReader, write_shards
-from yuan.model.weights import read_config, refuse_published_layout, verify_folder, write_manifest
+from yuan.model.weights import check_folder_kind, read_config, verify_folder, write_manifest
 from yuan.safe_files import has_input_file
 
 DTYPES_BY_NAME = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -40,7 +40,7 @@ def export_hf(
     Raises:
         ValueError: if the folder is damaged, a tensor does not fit, or `out` has files.
     """
-    refuse_published_layout(folder)
+    check_folder_kind(folder, "model")
     manifest = verify_folder(folder)
     config, source, torch_dtype = read_config(folder), TensorReader(folder), _get_dtype(dtype)
     if config.local_filter != "two_convs_norm":
@@ -94,6 +94,7 @@ def import_hf(
             unknown, of another shape, of integers, not finite or too large for `dtype` (the message names it), the
             weights have several dtypes and no `dtype` is given, or `out` has files.
     """
+    check_folder_kind(folder, "published")
     if has_input_file(folder / MODEL_MANIFEST_FILE):
         _verify_manifest(folder)
     source, torch_dtype = TensorReader(folder), _get_dtype(dtype)

@@ -3,13 +3,13 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from yuan import tokenizer as tokenizers
-from yuan.config import MODEL_CONFIG_FILE, ModelConfig
+from yuan.config import MODEL_CONFIG_FILE, RUN_SPEC_FILE, ModelConfig
 from yuan.data.text import BadJson, parse_json
 from yuan.model.dtypes import cast_tensor
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
@@ -18,6 +18,8 @@ from yuan.model.transformer import Yuan
 from yuan.safe_files import hash_stream, read_input_file
 from yuan.tokenizer import Tokenizer
 
+FolderKind = Literal["model", "published", "run", "checkpoint"]
+MAX_CHECKPOINT_DEPTH = 2  # folders between a checkpoint and its run folder, as RUN/checkpoints/step-00000100
 PUBLISHED_CONFIG_FIELDS = {"model_type", "architectures"}  # of config.json in the Hugging Face layout, and not in ours
 
 
@@ -56,7 +58,7 @@ def load(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None =
             infinite in `dtype`, or the folder has the published layout.
     """
     folder = Path(folder)
-    refuse_published_layout(folder)
+    check_folder_kind(folder, "model")
     verify_folder(folder)
     config, source = read_config(folder), TensorReader(folder)
     source.check_num_layers(config.num_layers)
@@ -69,20 +71,42 @@ def load(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None =
     return model.requires_grad_().eval()
 
 
-def refuse_published_layout(folder: Path) -> None:
-    """Refuse a folder of published weights, which `config.json` tells from a model folder.
-
-    Raises:
-        ValueError: if the configuration is of the Hugging Face layout; every other fault is left to the readers.
-    """
+def find_folder_kind(folder: Path) -> FolderKind | None:
+    """Return the kind of a folder by its files; None if they show none, as those of a damaged one."""
     try:
         fields = parse_json(read_input_file(folder / MODEL_CONFIG_FILE))
+    except FileNotFoundError:
+        if (folder / RUN_SPEC_FILE).is_file():
+            return "run"
+        parents = folder.resolve().parents[:MAX_CHECKPOINT_DEPTH]
+        return "checkpoint" if any((parent / RUN_SPEC_FILE).is_file() for parent in parents) else None
     except (OSError, ValueError):
+        return None
+    if not isinstance(fields, dict):
+        return None
+    if not PUBLISHED_CONFIG_FIELDS.isdisjoint(fields):
+        return "published"
+    return "model" if "num_layers" in fields else None
+
+
+def check_folder_kind(folder: Path, needed: FolderKind) -> None:
+    """Refuse a folder of another kind than the needed one.
+
+    Raises:
+        ValueError: if the folder is of another kind; every other fault is left to the readers.
+    """
+    kind = find_folder_kind(folder)
+    if kind in (needed, None):
         return
-    if isinstance(fields, dict) and not PUBLISHED_CONFIG_FIELDS.isdisjoint(fields):
-        raise ValueError(
-            f"{folder} has the published Hugging Face layout; import it first: `cotrain import {folder} --out FOLDER`"
-        )
+    descriptions = {
+        "published": f"has the published Hugging Face layout; import it first: `cotrain import {folder} --out FOLDER`",
+        "model": f"is a model folder of this platform already; use it as it is: `cotrain generate {folder}`",
+        "run": f"is a run folder; its model is {folder / 'export'} once it is trained, or write one from a checkpoint: "
+        f"`python -m yuan.train.checkpoint.export {folder}`",
+        "checkpoint": "is a part of a run folder; write a model from a checkpoint: "
+        "`python -m yuan.train.checkpoint.export RUN --checkpoint STEP`",
+    }
+    raise ValueError(f"{folder} {descriptions[kind]}")
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yuan.config import ModelConfig, Recipe
+from yuan.config import RUN_SPEC_FILE, ModelConfig, Recipe
 from yuan.data.corpus import Corpus, list_corpus_files, write_corpus
 from yuan.data.samples import Sample
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE
@@ -29,7 +29,6 @@ from yuan.train.rank_json import parse_rank_object
 from yuan.train.run_status import RunStatus
 
 RUN_KINDS = ("pretrain", "continue", "finetune")
-RUN_SPEC_FILE = "run.json"
 SEAL_FILE = "seal.json"
 PLAN_FILE = "plan.json"
 PLAN_PICTURE_FILE = "plan.svg"
