@@ -24,6 +24,7 @@ from feedback.contracts import (
 )
 from feedback.states import DatasetPurpose
 from yuan.config import FieldError
+from yuan.data.file_formats import find_file_fault
 from yuan.data.rule_text import describe_errors
 from yuan.data.text import make_printable
 
@@ -119,7 +120,14 @@ class Client:
         purpose: DatasetPurpose = DatasetPurpose.MIXTURE,
         idempotency_key: str | None = None,
     ) -> DatasetOut:
-        """Upload a JSONL file of rows. A file with malformed rows is refused as a whole; the error lists them."""
+        """Upload a JSONL file of rows. A file with malformed rows is refused as a whole; the error lists them.
+
+        Raises:
+            ValueError: if the file has another format or too many lines; nothing is sent.
+        """
+        with file.open("rb") as stream:
+            if fault := find_file_fault(stream):
+                raise ValueError(f"{file}: {fault}")
         query = {"name": name or file.stem, "purpose": purpose}
         return self._post(DatasetOut, "/api/v1/datasets", idempotency_key, params=query, content=file.read_bytes())
 

@@ -32,6 +32,10 @@ from yuan.train.run_status import RunStatus
 log = logging.getLogger(__name__)
 
 ReportText = Annotated[str, TextRule(MAX_TEXT_CHARS)]
+WithdrawalReason = Annotated[str, TextRule(500)]
+AccountReference = Annotated[str, TextRule(80, allow="line")]
+DatasetName = Annotated[str, TextRule(100, allow="line")]
+IdempotencyKeyText = Annotated[str, PatternRule("^[!-~]+$", "visible ASCII characters without spaces", max_length=200)]
 # Strict: `true` and "3" are not accepted as numbers. A PostgreSQL integer column holds at most 2**31 - 1.
 VersionNumber = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
 StepCount = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
@@ -167,13 +171,13 @@ class WithdrawalIn(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    reason: Annotated[str, TextRule(500)] = Field(description="reason, shown on its timeline")
+    reason: WithdrawalReason = Field(description="reason, shown on its timeline")
 
 
 class AccountWithdrawalIn(WithdrawalIn):
     """A request to withdraw an account's reports and datasets."""
 
-    account: Annotated[str, TextRule(80, allow="line")] = Field(description="id or name of a contributor's account")
+    account: AccountReference = Field(description="id or name of a contributor's account")
     kind: Literal["reports", "datasets"] | None = Field(default=None, description="only these; empty: both")
 
 

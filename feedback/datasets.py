@@ -20,7 +20,7 @@ from feedback.states import DatasetPurpose, DatasetState
 from feedback.tables import BASE_SUITE, DATASETS_SUITE, REPORTS_SUITE, Contributor, Dataset, IdempotencyKey
 from feedback.withdrawal import find_withdrawal_events
 from yuan.config import format_count
-from yuan.data.file_formats import HEAD_BYTES, describe_foreign_format
+from yuan.data.file_formats import find_file_fault
 from yuan.data.rows import BadRow, Row, parse_rows
 from yuan.data.rule_text import describe_errors
 from yuan.data.text import make_printable
@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 
 UPLOADS_FOLDER = "uploads"
 MAX_LISTED_BAD_ROWS = 1000
-MAX_DATASET_LINES = 500_000
-READ_CHUNK_BYTES = 2**20
 
 RESERVED_SUITES = (REPORTS_SUITE, BASE_SUITE, DATASETS_SUITE)
 SUITE_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -98,12 +96,7 @@ def check_file(file: BinaryIO) -> FileCheckResult:
     is refused before any row is parsed.
     """
     num_bytes = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    if reason := describe_foreign_format(file.read(HEAD_BYTES)):
-        return FileCheckResult(num_bytes, 0, [], reason)
-    num_lines = _count_lines(file)
-    if num_lines > MAX_DATASET_LINES:
-        reason = f"the file has {num_lines:,} lines, at most {MAX_DATASET_LINES:,} are taken; split it"
+    if reason := find_file_fault(file):
         return FileCheckResult(num_bytes, 0, [], reason)
 
     num_rows, bad = 0, list[BadRow]()
@@ -121,11 +114,6 @@ def check_file(file: BinaryIO) -> FileCheckResult:
         reason = f"{len(bad):,} of {rows} {'is' if num_rows == 1 else 'are'} malformed"
         return FileCheckResult(num_bytes, num_rows, bad, reason)
     return FileCheckResult(num_bytes, num_rows, bad, None if num_rows else "the file has no rows")
-
-
-def _count_lines(file: BinaryIO) -> int:
-    file.seek(0)
-    return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(READ_CHUNK_BYTES), b""))
 
 
 def count_stored_bytes(session: Session, contributor_id: str, *, besides: str) -> int:

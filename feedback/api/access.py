@@ -25,6 +25,7 @@ from feedback.accounts import (
     find_contributor_by_token,
 )
 from feedback.api.transactions import SessionDep, get_transactions
+from feedback.contracts import IdempotencyKeyText
 from feedback.states import AccountRole
 from feedback.tables import Contributor, new_id
 from yuan.data.text import PatternRule, make_printable
@@ -277,7 +278,7 @@ class IdempotentRequest:
 
 
 IdempotencyKeyHeader = Annotated[
-    Annotated[str, PatternRule("^[!-~]+$", "visible ASCII characters without spaces", max_length=200)] | None,
+    IdempotencyKeyText | None,
     Header(
         description="key to repeat a request safely; visible ASCII characters only",
     ),

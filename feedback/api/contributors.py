@@ -32,14 +32,13 @@ from feedback.api.access import (
 from feedback.api.arrival import ReceivedBody, open_scratch_file, receive_body
 from feedback.api.errors import document_errors, make_error_response
 from feedback.api.transactions import SessionDep, get_transactions
-from feedback.contracts import DatasetOut, FeedbackIn, FeedbackOut, NoticeOut
+from feedback.contracts import DatasetName, DatasetOut, FeedbackIn, FeedbackOut, NoticeOut
 from feedback.paging import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE
 from feedback.states import AccountRole, DatasetPurpose
 from feedback.submissions import Submission, store_submission
 from feedback.tables import Contributor, Dataset, new_id
 from feedback.verdicts import parse_verdict
 from yuan.data.rows import Row
-from yuan.data.text import TextRule
 
 router = APIRouter(
     prefix="/api/v1", tags=["intake"], route_class=AccountRoute, dependencies=[Depends(require_known_query)]
@@ -169,8 +168,7 @@ def notices(
 async def push_dataset(
     request: Request,
     name: Annotated[
-        str,
-        TextRule(100, allow="line"),
+        DatasetName,
         Query(description=f"name of the dataset; that of a suite may have {datasets.SUITE_NAME_RULE}"),
     ],
     account: CurrentAccount,

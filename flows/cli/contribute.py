@@ -7,14 +7,14 @@ from typing import Annotated, Any
 import typer
 
 from feedback.client import Client, check_portal_url
-from feedback.contracts import FeedbackIn
+from feedback.contracts import DatasetName, FeedbackIn, IdempotencyKeyText
 from feedback.states import DatasetPurpose
 from flows.cli.output import (
     EXIT_USAGE,
     JsonOption,
     build_form,
-    check_text_option,
     fail,
+    make_option_check,
     name_options,
     parse_json_option,
     read_version_option,
@@ -47,7 +47,11 @@ PortalUrlOption = Annotated[
 ContributorTokenOption = Annotated[str, typer.Option(envvar="COTRAIN_TOKEN", help="your API token", show_default=False)]
 IdempotencyKeyOption = Annotated[
     str | None,
-    typer.Option("--idempotency-key", help="retry a request safely with the same key", callback=check_text_option),
+    typer.Option(
+        "--idempotency-key",
+        help="retry a request safely with the same key",
+        callback=make_option_check(IdempotencyKeyText),
+    ),
 ]
 DEFAULT_PORTAL_URL = "http://127.0.0.1:8800"
 
@@ -98,7 +102,8 @@ def push(
         Path, typer.Argument(help="JSONL, one row per line: prompt, answer, checker?, ...", exists=True, dir_okay=False)
     ],
     name: Annotated[
-        str | None, typer.Option(help="name of the dataset; default: the file name", callback=check_text_option)
+        str | None,
+        typer.Option(help="name of the dataset; default: the file name", callback=make_option_check(DatasetName)),
     ] = None,
     purpose: Annotated[
         DatasetPurpose, typer.Option(help="base and suite need an operator's token")

@@ -3,20 +3,20 @@
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from feedback.client import PortalError
 from flows.cli.error_lines import USAGE_ERROR, describe_failure, describe_usage_error
 from yuan.config import FieldError
-from yuan.data.rule_text import describe_errors
+from yuan.data.rule_text import describe_errors, describe_rule
 from yuan.data.text import BLANK_TEXT, BadJson, find_unstorable, is_blank, make_printable, parse_json
 from yuan.version_names import is_version_number, parse_version_number
 
@@ -120,6 +120,21 @@ def check_text_option(value: str | None) -> str | None:
     if value is not None and (is_blank(value) or find_unstorable(value)):
         raise typer.BadParameter(f"must be text, not {BLANK_TEXT}, without U+0000, got {make_printable(value)!r}")
     return value
+
+
+def make_option_check(annotation: Any) -> Callable[[str | None], str | None]:
+    """Return the callback of an option whose text the portal checks by a type: exit status 2 before it is sent."""
+    adapter = TypeAdapter[str](annotation)
+
+    def check(value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            return adapter.validate_python(value)
+        except ValidationError as error:
+            raise typer.BadParameter(describe_rule(error.errors(include_url=False)[0])) from None
+
+    return check
 
 
 @contextmanager

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from feedback.client import Client
+from feedback.contracts import AccountReference, WithdrawalReason
 from flows.cli.contribute import PortalUrlOption, find_portal_url, open_client
-from flows.cli.output import JsonOption, check_text_option, show
+from flows.cli.output import JsonOption, make_option_check, show
 from flows.cli.rounds import open_operator_client
 from yuan.config import format_count
 from yuan.data.text import make_printable
@@ -31,13 +32,14 @@ class WithdrawalKind(str, Enum):
 ReportIdArgument = Annotated[str, typer.Argument(metavar="ID", help="id of a report", callback=check_record_id)]
 DatasetIdArgument = Annotated[str, typer.Argument(metavar="ID", help="id of a dataset", callback=check_record_id)]
 AccountNameArgument = Annotated[
-    str, typer.Argument(metavar="NAME_OR_ID", help="a contributor's account", callback=check_text_option)
+    str,
+    typer.Argument(metavar="NAME_OR_ID", help="a contributor's account", callback=make_option_check(AccountReference)),
 ]
 WithdrawalKindOption = Annotated[
     WithdrawalKind | None, typer.Option(help="withdraw only this kind; default: both", show_default=False)
 ]
 WithdrawalReasonOption = Annotated[
-    str, typer.Option(help="reason; it is shown to the contributor", callback=check_text_option)
+    str, typer.Option(help="reason; it is shown to the contributor", callback=make_option_check(WithdrawalReason))
 ]
 WithdrawalTokenOption = Annotated[
     str,

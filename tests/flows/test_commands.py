@@ -241,12 +241,12 @@ def test_doctor_reports_that_no_stack_was_ever_started(tmp_path):
         (
             ["withdraw", "report", "0" * 32, "--reason", " ", "--token", "t"],
             2,
-            "must be text, not white space or invisible",
+            "must not be empty, white space or invisible",
         ),
         (
             ["withdraw", "account", " ", "--reason", "r", "--token", "t"],
             2,
-            "must be text, not white space or invisible",
+            "must not be empty, white space or invisible",
         ),
         (
             ["withdraw", "dataset", "1" * 100_000, "--reason", "r", "--token", "t"],

@@ -89,3 +89,43 @@ def test_a_number_within_a_text_names_its_option(place, value, tmp_path, monkeyp
 def test_options_that_do_not_fit_are_named(arguments, line):
     result = CliRunner().invoke(app, arguments, prog_name="cotrain")
     assert result.exit_code == 2 and line in result.stderr and result.stderr.count("\n") == 1, result.output
+
+
+WITHDRAW_ACCOUNT = ["withdraw", "account", "a", *TOKEN]
+PUSH = ["dataset", "push", "rows.jsonl", *TOKEN]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([*WITHDRAW_ACCOUNT, "--reason", "r" * 501], "'--reason': must have at most 500 characters; shorten it"),
+        ([*WITHDRAW_ACCOUNT, "--reason", " "], "'--reason': must not be empty, white space or invisible"),
+        (["withdraw", "account", "a" * 81, "--reason", "r"], "must have at most 80 characters; shorten it"),
+        ([*PUSH, "--name", "n" * 101], "'--name': must have at most 100 characters; shorten it"),
+        ([*PUSH, "--name", "a\nb"], "'--name': must be one line, got the control character U+000A; remove it"),
+        ([*PUSH, "--idempotency-key", "a b"], "must be visible ASCII characters without spaces, got 'a b'; correct it"),
+        ([*PUSH, "--idempotency-key", "k" * 201], "'--idempotency-key': must have at most 200 characters; shorten it"),
+    ],
+)
+def test_texts_that_the_portal_would_refuse_are_not_sent(arguments, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"answer": "5"}')
+    result = CliRunner().invoke(app, arguments, prog_name="cotrain", env={"COTRAIN_PORTAL_URL": "http://127.0.0.1:9"})
+    assert result.exit_code == 2 and line in result.stderr and result.stderr.count("\n") == 1, result.output
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"[]", "the file is one JSON array"),
+        ("加减".encode("gb18030") * 20, "the file is encoded in "),
+        (b"\x1f\x8b123", "the file is gzip; decompress it with gunzip"),
+        (b"\n" * 500_001, "the file has 500,001 lines, at most 500,000 are taken; split it"),
+    ],
+)
+def test_a_file_that_the_portal_would_refuse_is_not_sent(content, reason, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(content)
+    arguments = ["dataset", "push", str(file), *TOKEN, "--url", "http://127.0.0.1:9"]
+    result = CliRunner().invoke(app, arguments, prog_name="cotrain")
+    assert result.exit_code == 1 and f"{file}: {reason}" in result.stderr and result.stderr.count("\n") == 1

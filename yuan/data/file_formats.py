@@ -3,10 +3,13 @@
 import codecs
 import json
 import re
+from typing import BinaryIO
 
 from yuan.data.encodings import find_foreign_encoding, find_wide_encoding
 from yuan.safe_files import LFS_POINTER_REASON, LFS_POINTER_START
 
+MAX_DATASET_LINES = 500_000
+READ_CHUNK_BYTES = 2**20
 HEAD_BYTES = 2**16  # enough to recognize a format; the other bytes are not read
 ROW_EXAMPLE = '{"prompt": "...", "answer": "..."}'
 
@@ -61,6 +64,21 @@ _CONTROL_BYTES = bytes((*range(9), 11, *range(14, 27), *range(28, 32)))  # witho
 _COLUMN_NAMES = frozenset(
     ("prompt", "answer", "question", "response", "instruction", "output", "completion", "问题", "答案", "提示", "回答")
 )
+
+
+def find_file_fault(file: BinaryIO) -> str | None:
+    """Return why a file cannot be pushed as a dataset, whatever its rows are; None if it can.
+
+    The client and the portal both call it, so that a file is refused before it is sent, and in the same words.
+    """
+    file.seek(0)
+    if reason := describe_foreign_format(file.read(HEAD_BYTES)):
+        return reason
+    file.seek(0)
+    num_lines = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(READ_CHUNK_BYTES), b""))
+    if num_lines > MAX_DATASET_LINES:
+        return f"the file has {num_lines:,} lines, at most {MAX_DATASET_LINES:,} are taken; split it"
+    return None
 
 
 def describe_foreign_format(head: bytes) -> str | None:
