@@ -22,6 +22,7 @@ from flows.stack.stack_config import (
     load_or_make_config,
     write_environment,
 )
+from flows.stack.stores import remove_weed_sockets
 from infra.database import make_session_factory, open_engine
 from infra.keeper import STACK_ID_VARIABLE, kill_stack_processes
 from infra.listeners import open_listener
@@ -77,6 +78,7 @@ def stores(tmp_path_factory):
     kill_stack_processes(config.stack_id, spare={os.getpid()})
     for process in processes:
         process.wait()
+    remove_weed_sockets(config)  # as the keeper does
 
 
 @pytest.fixture(scope="session")

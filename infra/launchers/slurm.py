@@ -193,7 +193,9 @@ def render_batch_script(job: Job, options: SlurmOptions) -> str:
         "--rdzv-backend=c10d",
         "--rdzv-id=$SLURM_JOB_ID",
     ]
-    torchrun += [f"--rdzv-endpoint=$head:{options.rendezvous_port}", "-m", job.module, shlex.quote(str(job.folder))]
+    folder = shlex.quote(str(job.folder))
+    # --log-dir: torchrun makes a folder for logs that it leaves behind, by default in /tmp
+    torchrun += [f"--log-dir={folder}", f"--rdzv-endpoint=$head:{options.rendezvous_port}", "-m", job.module, folder]
     return "\n".join(
         [
             "#!/bin/bash",

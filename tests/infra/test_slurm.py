@@ -76,6 +76,7 @@ def test_a_job_runs_to_its_end(slurm, job, status):
         assert running.wait(0.1) is None
         (job.folder / "leave").write_text(str(status))
         job_exit = wait_for_exit(running)
+    assert list(job.folder.glob("*_*/attempt_0"))  # torchrun's folder for logs, by default in the temporary folder
     assert job_exit.cause is None and (job_exit.status == 0) == (status == 0)
     assert (job.folder / "train.log").read_text().count("restart 0") == 2
 
