@@ -33,7 +33,7 @@ Parsed = TypeVar("Parsed")
 MAX_SHOWN_RESPONSE_CHARACTERS = 100
 MAX_SHOWN_ROWS = 3
 MAX_SHOWN_URL_CHARACTERS = 80
-MAX_PORT = 65535
+MAX_URL_PORT = 65535
 MAX_REASON_CHARACTERS = 300
 UNUSABLE_RESPONSE = "unusable"  # type of the error for a response that is not a portal's
 NO_ROUTE = "http"  # the portal's type of error for a path that it does not have, with status 404
@@ -264,8 +264,8 @@ def _find_url_fault(url: str) -> str | None:
         return f"be an address such as http://HOST:PORT ({str(error).rstrip('.')})"
     if parts.scheme not in ("http", "https") or not parts.host or any(letter.isspace() for letter in url):
         return "begin with http:// or https:// and name a host"
-    if parts.port is not None and not 1 <= parts.port <= MAX_PORT:
-        return f"have a port from 1 to {MAX_PORT}"
+    if parts.port is not None and not 1 <= parts.port <= MAX_URL_PORT:
+        return f"have a port from 1 to {MAX_URL_PORT}"
     if parts.userinfo or parts.query or parts.fragment:
         return "have no user, query or fragment, since the token is an option of its own"
     return None

@@ -141,7 +141,7 @@ def test_https_at_a_port_without_tls_is_one_line_at_once():
         ("http://user:p@127.0.0.1", "must have no user, query or fragment"),
     ],
 )
-def test_an_address_at_which_no_portal_can_be_is_a_usage_error(url, rule, tmp_path):
+def test_an_address_that_no_portal_can_have_is_a_usage_error(url, rule, tmp_path):
     exit_code, error = run_at_once([*WITHDRAW, url])
     assert exit_code == 2 and "'--url'" in error and rule in error and "; correct it" in error
 
