@@ -1,14 +1,19 @@
 """Tensors of a published folder: names, shapes, dtypes and numbers that are refused or cast."""
 
 import json
+import re
+import shutil
 import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.yuan.published import load_hf_tensors
 from yuan.model import hf_layout, weights
 from yuan.model.convert import export_hf, import_hf
+from yuan.model.model_manifest import MODEL_MANIFEST_FILE
+from yuan.model.shards import WEIGHTS_INDEX_FILE
 
 
 @pytest.mark.parametrize(
@@ -48,8 +53,8 @@ def test_tensors_of_different_dtypes_stay_as_stored(write_published, tmp_path):
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        (torch.full((32,), torch.nan), "norm.weight has values that are not finite"),
-        (torch.full((32,), torch.inf), "norm.weight has values that are not finite"),
+        (torch.full((32,), torch.nan), r"^model\.norm\.weight has values that are not finite in .*model\.safetensors;"),
+        (torch.full((32,), torch.inf), r"^model\.norm\.weight has values that are not finite"),
         (torch.ones(32, dtype=torch.int8), "norm.weight must be a dense tensor of floating-point numbers"),
     ],
 )
@@ -64,12 +69,12 @@ def test_weights_that_are_not_finite_or_integers_are_refused_by_name(write_publi
 def test_cast_that_makes_a_number_infinite_is_refused_by_name(write_published, tmp_path, stored, dtype, value):
     norm = torch.full((32,), value, dtype=stored)
     folder = write_published(cast=stored, **{hf_layout.HF_NORM: norm})
-    with pytest.raises(ValueError, match=r"norm\.weight .* which is infinite in .*; keep the stored dtype, float"):
+    with pytest.raises(ValueError, match=r"^model\.norm\.weight .* infinite in .*; keep the stored dtype, float"):
         import_hf(folder, tmp_path / "ours", dtype=dtype)
     import_hf(folder, tmp_path / "ours")
     with pytest.raises(ValueError, match=r"norm\.weight .* is infinite in float16"):
         weights.load(tmp_path / "ours", dtype=torch.float16)
-    with pytest.raises(ValueError, match=r"model\.norm\.weight .* which is infinite in .*"):
+    with pytest.raises(ValueError, match=r"^norm\.weight .* which is infinite in .*"):
         export_hf(tmp_path / "ours", tmp_path / "again", dtype=dtype)
 
 
@@ -107,6 +112,31 @@ def test_not_finite_weights_blame_the_download_at_import_and_the_version_at_expo
         export_hf(tmp_path / "bad", tmp_path / "hf")
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(torch.nan, None), (torch.nan, "bf16"), (3.4e38, "bf16")])
+def test_number_that_is_refused_is_named_by_its_tensor_and_file(published_folder, tmp_path, value, dtype):
+    folder = tmp_path / "hf"
+    index = json.loads((published_folder / WEIGHTS_INDEX_FILE).read_text())["weight_map"]
+    for name, tensor in load_hf_tensors(published_folder).items():
+        if name in (hf_layout.HF_EMBEDDING, hf_layout.HF_HEAD):  # another message, if only one of them is changed
+            continue
+        shutil.copytree(published_folder, folder, dirs_exist_ok=True, ignore=lambda *_: [MODEL_MANIFEST_FILE])
+        tensor.view(-1)[-1] = value
+        save_file(load_file(folder / index[name]) | {name: tensor}, folder / index[name])
+        with pytest.raises(ValueError, match=rf"^{re.escape(name)} .*/{index[name]}"):
+            import_hf(folder, tmp_path / "ours", dtype=dtype)
+
+
+def test_tensor_that_does_not_fit_is_named_with_its_file_of_several(published_folder, tmp_path):
+    shutil.copytree(published_folder, tmp_path / "hf", ignore=lambda *_: [MODEL_MANIFEST_FILE])
+    file = json.loads((tmp_path / "hf" / WEIGHTS_INDEX_FILE).read_text())["weight_map"][hf_layout.HF_NORM]
+    tensors = load_file(tmp_path / "hf" / file) | {hf_layout.HF_NORM: torch.ones(3, dtype=torch.int8)}
+    save_file(tensors, tmp_path / "hf" / file)
+    with pytest.raises(
+        ValueError, match=rf"norm\.weight of {file} has shape .*, model\.norm\.weight of {file} must be"
+    ):
+        import_hf(tmp_path / "hf", tmp_path / "ours")
+
+
 def test_failed_import_leaves_nothing_so_that_a_retry_is_possible(write_published, tmp_path):
     with pytest.raises(ValueError, match="not finite"):
         import_hf(write_published(**{hf_layout.HF_NORM: torch.full((32,), torch.nan)}), tmp_path / "ours")
@@ -121,7 +151,7 @@ def test_tied_tensors_of_different_dtypes_are_compared_by_value_and_nan_is_named
     tied = {hf_layout.HF_EMBEDDING: embedding, hf_layout.HF_HEAD: embedding.float()}
     import_hf(write_published(**tied), tmp_path / "ours", dtype="fp32")
     embedding[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"embedding\.weight has values that are not finite"):
+    with pytest.raises(ValueError, match=r"^model\.embed_tokens\.weight has values that are not finite"):
         import_hf(write_published(**tied | {hf_layout.HF_HEAD: embedding.float()}), tmp_path / "other", dtype="fp32")
 
 

@@ -50,11 +50,13 @@ def export_hf(
     source.check_num_layers(config.num_layers)
     source.check_shapes(hf_layout.get_yuan_shapes(config))
     tokenizer = _load_tokenizer(folder, config)
+
+    def read(name: str) -> Tensor:
+        return _read_cast(source, name, torch_dtype, "export another version or checkpoint")
+
     with _fill_folder(out):
-        tensors = hf_layout.convert_to_hf(config, source.read_tensor)
-        shapes = hf_layout.get_hf_shapes(config)
-        fix = "export another version or checkpoint"
-        files = _write_tensors(out, shapes, tensors, source, torch_dtype, max_shard_bytes, fix)
+        tensors = hf_layout.convert_to_hf(config, read)
+        files = _write_tensors(out, hf_layout.get_hf_shapes(config), tensors, source, torch_dtype, max_shard_bytes)
         hf_config = build_hf_config(config, tokenizer, torch_dtype or source.dtype("embedding.weight"))
         generation_config = {name: hf_config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         json_files: dict[str, Any] = {MODEL_CONFIG_FILE: hf_config, GENERATION_CONFIG_FILE: generation_config}
@@ -103,7 +105,8 @@ def import_hf(
     embedding = hf_layout.HF_EMBEDDING if hf_layout.HF_EMBEDDING in source.names else hf_layout.HF_HEAD
     tied = {hf_layout.HF_EMBEDDING, hf_layout.HF_HEAD} - {embedding}
     source.check_shapes(hf_layout.get_hf_shapes(config), optional=tied)
-    if tied <= source.names and not _are_equal(*(source.read_tensor(name) for name in (embedding, *tied))):
+    fix = "fetch the model again, or another one if its publisher's file is so"
+    if tied <= source.names and not _are_equal(*(_read_cast(source, name, None, fix) for name in (embedding, *tied))):
         raise ValueError(
             f"{hf_layout.HF_HEAD} in {folder} is not equal to {hf_layout.HF_EMBEDDING}, and Yuan 2.0 ties the two; "
             "fetch the model again"
@@ -114,13 +117,11 @@ def import_hf(
     tokenizer = _load_tokenizer(folder, config)
 
     def read(name: str) -> Tensor:
-        return source.read_tensor(embedding if name == hf_layout.HF_EMBEDDING else name)
+        return _read_cast(source, embedding if name == hf_layout.HF_EMBEDDING else name, torch_dtype, fix)
 
     with _fill_folder(out):
         tensors = hf_layout.convert_from_hf(config, read)
-        shapes = hf_layout.get_yuan_shapes(config)
-        fix = "fetch the model again, or another one if its publisher's file is so"
-        files = _write_tensors(out, shapes, tensors, source, torch_dtype, max_shard_bytes, fix)
+        files = _write_tensors(out, hf_layout.get_yuan_shapes(config), tensors, source, torch_dtype, max_shard_bytes)
         (out / MODEL_CONFIG_FILE).write_text(json.dumps(config.to_json(), indent=2))
         if tokenizer is not None:
             tokenizer.save(out)
@@ -142,9 +143,9 @@ def _load_tokenizer(folder: Path, config: ModelConfig) -> tokenizers.Tokenizer |
 
 
 def _are_equal(first: Tensor, second: Tensor) -> bool:
-    """Compare two tensors, possibly of different dtypes, in slices; NaN, which is refused by name later, equals NaN."""
+    """Compare two tensors, possibly of different dtypes, in slices."""
     return all(
-        torch.equal(a.double().nan_to_num(), b.double().nan_to_num())
+        torch.equal(a.double(), b.double())
         for a, b in zip(first.split(COMPARED_ROWS), second.split(COMPARED_ROWS), strict=True)
     )
 
@@ -217,27 +218,28 @@ def _write_tensors(
     source: TensorReader,
     dtype: torch.dtype | None,
     max_bytes: int,
-    fix: str,
 ) -> list[str]:
-    """Write tensors, cast to a dtype, or each as it is stored; `fix` ends the message of one with NaN or infinity."""
+    """Write tensors of a dtype, or each as it is stored."""
     itemsize = dtype.itemsize if dtype else source.max_itemsize
     sizes = {name: itemsize * int(torch.Size(shape).numel()) for name, shape in shapes.items()}
-    return write_shards(out, sizes, _cast_tensors(tensors, dtype, source.folder, fix), max_bytes=max_bytes)
+    # Clone: parts of one matrix would share memory, which safetensors rejects.
+    copies = ((name, tensor.contiguous().clone()) for name, tensor in tensors)
+    return write_shards(out, sizes, copies, max_bytes=max_bytes)
 
 
-def _cast_tensors(
-    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, folder: Path, fix: str
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in a dtype, or in their own if it is None.
+def _read_cast(source: TensorReader, name: str, dtype: torch.dtype | None, fix: str) -> Tensor:
+    """Read a tensor in a dtype, or as it is stored if that is None; an error names it as its file does.
+
+    Args:
+        fix: ends the message about values that are not finite.
 
     Raises:
-        ValueError: if a tensor has values that are not finite, or not in the dtype.
+        ValueError: if the tensor has values that are not finite, or not in the dtype.
     """
-    for name, tensor in tensors:
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name} has values that are not finite in {folder}; {fix}")
-        # Clone: parts of one matrix would share memory, which safetensors rejects.
-        yield name, cast_tensor(name, tensor, dtype, folder).contiguous().clone()
+    tensor = source.read_tensor(name)
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name} has values that are not finite in {source.get_path(name)}; {fix}")
+    return cast_tensor(name, tensor, dtype, source.get_path(name))
 
 
 def _get_dtype(dtype_name: str | None) -> torch.dtype | None:

@@ -37,8 +37,8 @@ def format_dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def cast_tensor(name: str, tensor: Tensor, dtype: torch.dtype | None, folder: Path) -> Tensor:
-    """Return a tensor of a folder in a dtype, or unchanged if that is None.
+def cast_tensor(name: str, tensor: Tensor, dtype: torch.dtype | None, path: Path) -> Tensor:
+    """Return a tensor of a file in a dtype, or unchanged if that is None.
 
     Raises:
         ValueError: if a finite number would become infinite.
@@ -50,7 +50,7 @@ def cast_tensor(name: str, tensor: Tensor, dtype: torch.dtype | None, folder: Pa
     if is_narrower and bool((overflows := tensor.isfinite() & cast.isinf()).any()):
         value = tensor[overflows][0].item()
         raise ValueError(
-            f"{name} in {folder} has the number {value:g}, which is infinite in {format_dtype(dtype)}; "
+            f"{name} in {path} has the number {value:g}, which is infinite in {format_dtype(dtype)}; "
             f"keep the stored dtype, {format_dtype(tensor.dtype)}"
         )
     return cast

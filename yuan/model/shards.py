@@ -85,16 +85,16 @@ class TensorReader:
         """
         names = {name for name in self._files if not name.endswith(IGNORED_TENSOR_SUFFIX)}
         problems = [f"{name} is missing" for name in expected if name not in names and name not in optional]
-        problems += [f"{format_tensor_name(name)} is unknown" for name in sorted(names - set(expected))]
+        problems += [f"{self._describe_place(name)} is unknown" for name in sorted(names - set(expected))]
         for name in expected:
             if name not in names:
                 continue
-            header = self._get_header(name)
+            header, place = self._get_header(name), self._describe_place(name)
             if header.shape != expected[name]:
-                problems.append(f"{name} has shape {format_value(header.shape)} and should have {expected[name]}")
+                problems.append(f"{place} has shape {format_value(header.shape)} and should have {expected[name]}")
             if header.dtype is None:
                 problems.append(
-                    f"{name} must be a dense tensor of floating-point numbers of 16, 32 or 64 bits, got "
+                    f"{place} must be a dense tensor of floating-point numbers of 16, 32 or 64 bits, got "
                     f"{header.stored_dtype}"
                 )
         if problems:
@@ -175,10 +175,15 @@ class TensorReader:
         headers = self._read_headers(self._files[name])
         if name not in headers:
             raise ValueError(
-                f"{self.folder / self._files[name]} lacks the tensor {format_tensor_name(name)}, which the index "
+                f"{self.get_path(name)} lacks the tensor {format_tensor_name(name)}, which the index "
                 "names; fetch the model again"
             )
         return headers[name]
+
+    def _describe_place(self, name: str) -> str:
+        """Return a tensor's name, and its file if the folder has several."""
+        has_one_file = len(set(self._files.values())) == 1
+        return format_tensor_name(name) + ("" if has_one_file else f" of {format_tensor_name(self._files[name])}")
 
     @property
     def names(self) -> set[str]:
@@ -203,8 +208,8 @@ class TensorReader:
         header = self._get_header(name)
         if header.dtype is None:
             raise ValueError(
-                f"{format_tensor_name(name)} must be a dense tensor of floating-point numbers, got "
-                f"{header.stored_dtype}"
+                f"{format_tensor_name(name)} in {self.get_path(name)} must be a dense tensor of floating-point "
+                f"numbers, got {header.stored_dtype}"
             )
         return header.dtype
 
@@ -214,6 +219,10 @@ class TensorReader:
         for name in names:
             dtypes.setdefault(self.dtype(name), name)
         return dtypes
+
+    def get_path(self, name: str) -> Path:
+        """Return the file of a tensor."""
+        return self.folder / self._files[name]
 
     def read_tensor(self, name: str) -> Tensor:
         """Read one tensor."""

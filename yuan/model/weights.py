@@ -66,7 +66,9 @@ def load(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None =
         model = Yuan(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     source.check_shapes(expected)
-    tensors = {name: cast_tensor(name, source.read_tensor(name).to(device), dtype, folder) for name in expected}
+    tensors = {
+        name: cast_tensor(name, source.read_tensor(name).to(device), dtype, source.get_path(name)) for name in expected
+    }
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_().eval()
 
