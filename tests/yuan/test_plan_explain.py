@@ -116,3 +116,11 @@ def test_a_plan_on_a_pool_that_cannot_grow_is_explained():
     pool = make_pool(H200=MAX_DEVICES)
     plan = make_plan(SMALL, pool, SizeLimits(pipeline_size=1, data_size=16, micro_batch_size=1))
     assert "One more GiB" in plan.explanation and "more H200" not in plan.explanation
+
+
+def test_additions_are_advised_by_gain_and_only_from_one_percent():
+    work = dataclasses.replace(SMALL, global_batch_size=64)
+    plan = make_plan(work, make_pool(**{"RTX-3090": 1, "A100-80": 2, "H200": 2}))
+    gains = [float(gain) for gain in re.findall(r"would save ([\d.]+)%", plan.explanation)]
+    assert gains and gains == sorted(gains, reverse=True) and min(gains) >= 1
+    assert "bring nothing" not in plan.explanation

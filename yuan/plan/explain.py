@@ -20,6 +20,7 @@ from yuan.plan.time_model import lacks_rate
 from yuan.plan.workload import Grid, Workload, compute_default_loss_block
 
 MIN_REPORTED_GAIN = 1e-3  # fraction of the step's time; smaller gains are not reported
+MIN_ADVISED_GAIN = 1e-2  # the same, of a change of the pool
 UNLIMITED_BYTES = 2**60
 MAX_SUGGESTED_GIB = 4096  # most memory to add to each device in the search for a pool that fits
 
@@ -241,7 +242,7 @@ def _describe_missing_memory(candidate: PlanCandidate, costs: StageCosts) -> str
 
 
 def _describe_gains(work: Workload, pool: Pool, limits: SizeLimits, best_seconds: float) -> Iterator[str]:
-    """Describe the gain from one more GiB on every device, and from one more node of each class."""
+    """Describe the gain from one more GiB on every device, and from one more node of each class, largest gain first."""
     changes = {"One more GiB on every device": _grow_pool(pool, gib=1)}
     for group in pool.groups:
         size = min(group.devices_per_node, group.count)
@@ -249,15 +250,17 @@ def _describe_gains(work: Workload, pool: Pool, limits: SizeLimits, best_seconds
             continue
         name = f"{size} more {group.device_class}" if size > 1 else f"One more {group.device_class}"
         changes[name] = _grow_pool(pool, devices={group.device_class: size})
+
+    seconds: dict[str, float] = {}
     for name, grown in changes.items():
-        candidates = search(
-            work, grown, limits, cutoff=best_seconds * (1 - MIN_REPORTED_GAIN), num_candidates=1
-        ).candidates
-        if candidates:
-            seconds = candidates[0].layout.seconds
-            yield f"{name} would save {1 - seconds / best_seconds:.1%} ({seconds:.4g} s a step)."
-        else:
-            yield f"{name} would bring nothing."
+        cutoff = best_seconds * (1 - MIN_ADVISED_GAIN)
+        for candidate in search(work, grown, limits, cutoff=cutoff, num_candidates=1, searched=pool).candidates:
+            seconds[name] = candidate.layout.seconds
+    for name in sorted(seconds, key=seconds.__getitem__):
+        yield f"{name} would save {1 - seconds[name] / best_seconds:.1%} ({seconds[name]:.4g} s a step)."
+    if not seconds:
+        devices = ", and so would one more node of any class" if len(changes) > 1 else ""
+        yield f"One more GiB on every device would save less than {MIN_ADVISED_GAIN:.0%}{devices}."
 
 
 def _remove_memory_limit(costs: StageCosts) -> StageCosts:

@@ -21,7 +21,6 @@ NUM_WAIT_INTERVALS = 24  # intervals of μ
 WAIT_INTERVAL_GROWTH = 1.02  # of μ from one interval to the next
 WAIT_BOUND_TOLERANCE = 1e-3  # relative precision of the minimum μ
 PEAK_BOUND_TOLERANCE = 1e-3  # relative precision of the minimum memory
-MAX_BOUNDED_CLASSES = 2
 FIRST_WAIT_DIVISOR = 64  # of the largest μ; the search for the minimum μ starts at the quotient and doubles it
 NUM_TIGHTENING_PASSES = 2  # passes that lower max. places, since fewer places in early stages mean more in later ones
 
@@ -114,12 +113,7 @@ class RelaxedProblem:
         """Return True if stages and classes may be assigned so that they take all layers; only False is certain."""
         max_places = self.compute_max_places(wait, finish)
         stage_max = max_places.max(axis=1, where=self.slots > 0, initial=0)
-        if not (stage_max > 0).all():
-            return False
-        if _bound_assigned_places(max_places, self.slots, self.costs.num_places) < self.costs.num_places:
-            return False
-        # With few classes the bound is close to the assignment itself, which takes ten times as long.
-        return len(self.slots) <= MAX_BOUNDED_CLASSES or assign_classes(self.costs, max_places) is not None
+        return bool((stage_max > 0).all()) and assign_classes(self.costs, max_places) is not None
 
     def find_minimum_wait(self, max_wait: float) -> float:
         """Return a lower bound on μ over all layouts that fit, by bisection.
@@ -199,30 +193,3 @@ def compute_max_places(costs: StageCosts, allowed: BoolArray, later_wait_offset:
 
 def _sum_largest(values: IntArray, count: int) -> int:
     return int(np.sort(values)[::-1][:count].sum())
-
-
-def _bound_assigned_places(max_places: IntArray, slots: IntArray, num_required: int) -> float:
-    """Return an upper bound on the places of any assignment of stages to classes; stops once it is below the required.
-
-    For prices λ >= 0 of a stage on each class, Σ_s max_c (max_places - λ) + Σ slots · λ is an upper bound (Lagrangian
-    dual); it is minimized over one price at a time (coordinate descent).
-    """
-    places = np.where((max_places > 0) & (slots > 0), max_places.astype(np.float64), -np.inf)  # (P, C)
-    prices = np.zeros(len(slots))
-    bound = float(places.max(axis=1).sum())
-    num_rounds = len(slots) if len(slots) > 1 else 0
-    for _ in range(num_rounds):
-        for c in range(len(slots)):
-            if bound < num_required:
-                return bound
-
-            # The bound for all integer prices of class c at once: each stage takes class c or its best other class.
-            class_prices = np.arange(int(max_places.max()) + 1.0)
-            net_places = places[:, c][:, None] - class_prices
-            other_net_places = np.delete(places - prices, c, axis=1).max(axis=1)
-            stage_sums = np.maximum(net_places, other_net_places[:, None]).sum(axis=0)
-
-            other_slot_prices = float(prices @ slots - prices[c] * slots[c])
-            bounds = stage_sums + class_prices * slots[c] + other_slot_prices
-            prices[c], bound = class_prices[int(bounds.argmin())], float(bounds.min())
-    return bound

@@ -147,6 +147,7 @@ def search(
     *,
     cutoff: float = float("inf"),
     num_candidates: int = MAX_SIMULATED_CANDIDATES,
+    searched: Pool | None = None,
 ) -> SearchResult:
     """Search the best layouts of a model on a pool, by branch and bound over grids.
 
@@ -156,12 +157,18 @@ def search(
     Args:
         cutoff: seconds (bytes for the objective "memory") that a layout must be below.
         num_candidates: number of candidates to return.
+        searched: a smaller pool of the same classes, without a layout below the cutoff; grids are left out on which
+            the pool allows no other layouts.
 
     Returns:
         The best candidate and the next best ones that are close to it; none if nothing fits.
     """
     grids = _GridSearch(work, pool.groups, objective, cutoff, num_candidates)
-    bounded = sorted((grids.bound_grid(grid), n, grid) for n, grid in enumerate(iter_grids(work, pool, limits)))
+    bounded = sorted(
+        (grids.bound_grid(grid), n, grid)
+        for n, grid in enumerate(iter_grids(work, pool, limits))
+        if searched is None or _has_other_layouts(grid, pool, searched)
+    )
 
     # Solve one grid early: its value is a cutoff for the many grids that remain to be bounded.
     for bound, _, grid in bounded:
@@ -173,6 +180,15 @@ def search(
     while grids.pending:
         grids.solve_next()
     return grids.result()
+
+
+def _has_other_layouts(grid: Grid, pool: Pool, searched: Pool) -> bool:
+    """Return True if a class may take more stages of a grid than in another pool of the classes, or is another one."""
+    return any(
+        min(group.count // grid.data_size, grid.pipeline_size) > min(other.count // grid.data_size, grid.pipeline_size)
+        or replace(group, count=1) != replace(other, count=1)
+        for group, other in zip(pool.groups, searched.groups, strict=True)
+    )
 
 
 def has_feasible_layout(work: Workload, pool: Pool, limits: SizeLimits = SizeLimits()) -> bool:
