@@ -12,7 +12,7 @@ import socket
 import time
 from collections import OrderedDict
 from http import HTTPStatus
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
@@ -36,15 +36,22 @@ class ServerOptions(TypedDict):
     """Hold the keyword arguments of `uvicorn.run` and `uvicorn.Config`."""
 
     http: type[asyncio.Protocol]
+    ws: Literal["auto", "none"]
     ws_max_size: int
     backlog: int
 
 
-def make_server_options() -> ServerOptions:
-    """Return the uvicorn options for a server in this process."""
+def make_server_options(*, has_websockets: bool = False) -> ServerOptions:
+    """Return the uvicorn options for a server in this process.
+
+    Args:
+        has_websockets: the server has routes of websockets; without, a handshake is an ordinary request, so that its
+            errors have the server's shape.
+    """
     open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return {
         "http": HttpProtocol,
+        "ws": "auto" if has_websockets else "none",
         "ws_max_size": MAX_WEBSOCKET_MESSAGE_BYTES,
         "backlog": choose_backlog(open_files),
     }

@@ -131,6 +131,18 @@ def test_every_route_refuses_ambiguous_or_compressed_requests(server, kind):
         assert route.method == "HEAD" or read_error(response)["param"] == hostile.param, route
 
 
+@pytest.mark.parametrize("key", ["dGhlIHNhbXBsZSBub25jZQ==", "x"])
+def test_handshake_of_a_websocket_is_an_ordinary_request(server, key):
+    upgrade = (("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Version", "13"))
+    for route in [route for route in server.routes if route.method == "GET"]:
+        plain = server.send(route.method, route.example(), server.headers, b"{}")
+        response = server.send(
+            route.method, route.example(), (*server.headers, *upgrade, ("Sec-WebSocket-Key", key)), b"{}"
+        )
+        assert response.status == plain.status, (route, response.text)
+        assert response.status < 400 or read_error(response)
+
+
 def test_every_route_refuses_bodies_that_are_not_in_utf8(server):
     authorization, _ = server.headers
     for route in server.routes:

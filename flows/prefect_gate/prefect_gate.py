@@ -297,5 +297,5 @@ def main() -> None:
         access_log=False,
         log_level="info",
         **choose_listen_options(f"http://{api.host}:{api.port}"),
-        **make_server_options(),
+        **make_server_options(has_websockets=True),
     )

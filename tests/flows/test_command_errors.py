@@ -7,9 +7,12 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from botocore.exceptions import EndpointConnectionError
+from mlflow.exceptions import MlflowException
 from typer.testing import CliRunner
 
 from flows.cli.app import app
+from flows.cli.error_lines import describe_failure
 from infra.certificates import ensure_certificate
 from tests.flows.test_command_arguments import OFFLINE_SETTINGS
 
@@ -173,3 +176,18 @@ def test_a_version_is_judged_by_its_form_before_the_stack(command, settings, tmp
     note = "cotrain: 'typo' is no version as 7 or v7, and cannot be looked up as an alias: "
     assert exit_code == 1 and error.startswith(f"{note}{stack_fault}")
     assert stack_fault in run_at_once([*command, "7"], env={"COTRAIN_HOME": str(tmp_path)})[1].split(": ")[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MlflowException("no such model\nin the registry"), "MLflow refused the request: no such model; see `cotrain"),
+        (EndpointConnectionError(endpoint_url="http://x"), "the object store cannot be used (Could not connect to"),
+        (
+            FileNotFoundError(2, "No such file or directory", "a.toml"),
+            "a.toml cannot be used: No such file or directory",
+        ),
+    ],
+)
+def test_error_of_each_server_names_it_in_one_line(error, line):
+    assert describe_failure(error).startswith(line)

@@ -42,7 +42,7 @@ async def echo(receive, send):
 
 
 async def serve():
-    options = {**make_server_options(), "http": QuickProtocol}
+    options = {**make_server_options(has_websockets=True), "http": QuickProtocol}
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off", **options))
     running = asyncio.create_task(server.serve())
     while not server.started:

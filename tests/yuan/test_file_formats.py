@@ -38,6 +38,8 @@ def npy_bytes():
         (FRENCH_LINE.encode("latin-1") * 3, "Latin-1"),
         (json.dumps([ROW, ROW]).encode(), "jq -c '.[]'"),
         (json.dumps([ROW, ROW], indent=2).encode(), "jq -c '.[]'"),
+        (b'"What is 1+1?","2"\n"x, y","z"\n', "columns separated by commas"),
+        (b"a\tb\nc\td\ne\tf\n", "columns separated by tabs"),
         (json.dumps(ROW, indent=2).encode(), "jq -c ."),
         (json.dumps({"answer": "a" * HEAD_BYTES}, indent=2).encode()[:HEAD_BYTES], "jq -c ."),
         (b"prompt,answer\n1 + 1,2\n", "commas"),

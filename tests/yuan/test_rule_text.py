@@ -101,3 +101,13 @@ def test_rule_without_words_of_its_own_begins_with_must():
         data: bytes
 
     assert describe(Form, {"data": 1}) == "data: must be a valid bytes"
+
+
+def test_at_most_three_faults_are_described_and_values_only_if_they_are_short():
+    fields = {name: "x" for name in ("max_tokens", "temperature", "top_p", "n", "seed")}
+    line = describe(CompletionIn, {"prompt": "p", **fields})
+    assert line.count(";") == 5 and line.count("got 'x'") == 3  # each rule has one, and two are between the three
+    assert describe(Row, {"answer": {"a": 1}}) == "answer: must be text, got an object; write it in quotes"
+    line = describe(CompletionIn, {"prompt": "p", "max_tokens": "x" * 41})
+    assert line == "max_tokens: must be an integer; write digits alone"
+    assert "got 'xxx" in describe(CompletionIn, {"prompt": "p", "max_tokens": "x" * 40})

@@ -16,13 +16,14 @@ from yuan.data.answer_clauses import (
     find_denials,
     is_tentative,
     lower_text,
+    remove_struck_out,
 )
 from yuan.data.answer_parts import Statement, cut_denied, cut_to_final_part, find_last_boxed, find_statements
 from yuan.data.text import INVISIBLE_CHARS
 
 _CHOICE_CHARS = {**dict.fromkeys(f"{INVISIBLE_CHARS}*`$", ""), **dict.fromkeys(APOSTROPHES, "'"), "【": " ", "】": ":"}
 # Most texts have none of the characters that cleaning, boxes, questions and further questions need.
-_MARK_PATTERN = re.compile(rf"[\n<\\?吗{''.join(_CHOICE_CHARS)}]")
+_MARK_PATTERN = re.compile(rf"[\n<~\\?吗{''.join(_CHOICE_CHARS)}]")
 _CHOICE_CHAR_PATTERN = re.compile(f"[{''.join(_CHOICE_CHARS)}]")
 _LATEX_TEXT_PATTERN = re.compile(r"\\(?:text|textbf|mathrm|mathbf|boldsymbol)\s?\{([^{}]{0,200})\}")
 
@@ -41,6 +42,7 @@ _LETTER_LIST = (
 )
 _CAPITALS_PATTERN = re.compile("[A-Z]+")
 _LETTER_LIST_PATTERN = re.compile(_LETTER_LIST)
+_SEMICOLON_LIST_PATTERN = re.compile(rf"{_LETTER}\s?[;；]\s?{_LETTER}[.。]?")  # "Answer: B; C" gives two letters
 
 _LONE_ENDS = frozenset(f"{string.ascii_uppercase})].。,:;!、，：；！")
 # An answer that is a letter, or starts with one as "B. Paris" or "(b) Paris" do.
@@ -99,15 +101,15 @@ _DESCRIPTION = (
 _UNKNOWN_PREDICATE_PATTERN = re.compile(
     r"\s(?!(?:is|are|was|were|as|and|or|but|because|since|for|rather|over|not|it|then|please|if|from|with|in|on|too|by"
     r"|to"
-    rf"|instead|here|only|{_DESCRIPTION}|works?|fits?|satisfies|remains?|holds|stands|matches|(?:must|should|would|could)\sbe"
-    r"|seems\s(?:right|correct|best)"
-    r"|looks\s(?:right|correct|best)|makes\ssense|has\sto)\b)[a-z]{2}"
+    rf"|instead|here|only|(?:(?:best|correctly|accurately)\s)?{_DESCRIPTION}|best\s(?:fits|matches|answers|completes)"
+    r"|answers\s(?:the|this)\squestion|works?|fits?|satisfies|remains?|holds|stands|matches|(?:must|should|would|could)\sbe"
+    r"|(?:seems|looks|sounds|appears)\s(?:to\sbe\s)?(?:right|correct|best)|makes\s(?:the\smost\s)?sense|has\sto)\b)[a-z]{2}"
     r"|\s(?:is|are|was|were)\s(?!(?:(?:the|my|our|a|an|most|only|clearly|definitely|also|then|thus|indeed|probably"
     r"|both)\s)*"
     r"(?:correct|right|best|true|answer|one|choice|option|valid|accurate|appropriate|likely|supported|consistent|final"
     r"|good"
-    r"|possible|better|what|left|city|not\swrong)\b)"
-    r"|(?:选?项)?(?:的?说法)?(?=[\u4e00-\u9fff])(?!.{0,3}(?:正确|对|符合|答案|成立|合理|合适|可[行以]|[,和与或、]|[是为]|因为|没有?错|不错|莫属|吧|了|呢|项|选))"
+    r"|possible|better|what|left|city|exception|not\swrong)\b)"
+    r"|(?:[选選]?[项項])?(?:的?[说說]法)?(?=[\u4e00-\u9fff])(?!.{0,3}(?:正[确確]|更好|最好|[对對]|符合|答案|成立|合理|合适|可[行以]|[,和与或、]|[是为]|因为|没有?错|不错|莫属|吧|了|呢|项|选))"
 )
 _ARTICLE = (
     r"(?=\s[A-Za-z][a-z])(?!\s(?i:is|and|or|because|are|was|seems|but|since|as|over|rather|not|would|must|should|can"
@@ -179,6 +181,7 @@ def read_choices(text: str) -> frozenset[str]:
 
 
 def _clean(text: str) -> str:
+    text = remove_struck_out(text)
     if not text.isascii() or "*" in text or "$" in text or "`" in text:
         text = _CHOICE_CHAR_PATTERN.sub(_replace_char, text)
     if "\\" in text:
@@ -196,7 +199,7 @@ def _keep_asserted(text: str) -> tuple[str, list[re.Match[str]], Denies]:
     Also return the letters that are left, and the function that tells what the text denies.
     """
     if "," in text:
-        text = _NOT_FIRST_PATTERN.sub(lambda match: match[0].replace(",", ";"), text)
+        text = _NOT_FIRST_PATTERN.sub(lambda match: match[0].replace(",", "!"), text)
     lowered = lower_text(text)
     denies = find_denials(lowered)
     lists: list[re.Match[str]] = []
@@ -261,6 +264,8 @@ def _read_statement(statement: str) -> frozenset[str]:
         return _collect_letters(statement.upper())
     if label := _LABEL_PATTERN.match(statement):
         return _collect_letters(label[0].upper())
+    if (";" in statement or "；" in statement) and (listed := _SEMICOLON_LIST_PATTERN.fullmatch(statement)):
+        return _collect_letters(listed[0])
     lists = _LETTER_LIST_PATTERN.finditer(statement)
     first = next(lists, None)
     if first is None:

@@ -12,7 +12,7 @@ Denies = Callable[[int, int], bool]  # tells if the clause around what stands fr
 
 # Words that deny, doubt or question what follows them in their clause. The first group of both are phrases that do not.
 _ENGLISH_STARTS = (
-    r"(?=[abcdefhimnorsuw])(?<=\W)(?:n(?:o|ev|ei)|cann|hard|scar|bare|un[lestu]|imp|dou|dis|ref|rej|den|elim|exc|rul|cros"
+    r"(?=[abcdefhimnorsuw])(?<=\W)(?:n(?:o|ev|ei)|cann|hard|scar|bare|besi|apart|with(?=out|\sthe\sexc)|un[lestu]|imp|dou|dis|ref|rej|den|elim|exc|rul|cros"
     r"|strik"
     r"|struck|st(?:ee|ay)|avo|fals|far\s|wro|inc|inst|mist|skip|ign|forg|drop|bew|other\s|rath|diff|anyt|everyt|all\s)"
 )
@@ -23,6 +23,8 @@ _ENGLISH_GOVERNORS_PATTERN = re.compile(
     rf"""
     [^a-mo-z0-9_](?:(?<=\W)(?:(?=that|which|who|beyond|do|can't|could|an?\s|by\s|{_ENGLISH_STARTS})(?:
     (?P<harmless>(?:no\s|not\s(?:a\s)?|(?<=without\s)(?:a\s)?|beyond\s)doubt\b
+        |(?:incorrect|false|wrong|untrue)\s(?:statement|one|option|claim|description|sentence|item|pair)\s(?:is|was)\b
+        |(?:that|which)\sis\s(?:not\s(?:true|correct|right)|incorrect|false|wrong|untrue)\s(?=is\b|was\b)
         |not\s(?:only|hard|difficult|surprising)|(?:that|which|who)\s(?:are|do|does|did|have|has|were)(?:\snot\b
         |n't)|(?:that|which|who)\s(?:can(?:not|'t)|never)\b|(?:don't|not)\sforget\b|none\sother\sthan
         |(?:can(?:not|'t)|could(?:n't|\snot))\s(?:find|see)\s(?:any\s|an?\s)?(?:fault|error|mistake|flaw)s?\b)
@@ -32,6 +34,7 @@ _ENGLISH_GOVERNORS_PATTERN = re.compile(
         |ing)?\sout|struck\sout|discard(?:s|ed|ing)?|avoid(?:s|ing)?|except|unlike|unequal|false|untrue|wrong
         |incorrect|mistaken|mistake|by\sno\smeans|far\sfrom|nowhere\snear|unsure|uncertain|nothing|skip
         |ignor(?:e|es|ed|ing)|forget|drop(?:s|ped)?|dismiss(?:es|ed)?|(?:steer|stay)\s(?:clear|away)|beware
+        |besides(?!,)|apart\sfrom|with\sthe\sexception\sof|without(?!\s(?:a\s)?(?:doubt|question))|no(?=\s[a-h]\b)
         |other\sthan|rather\sthan|instead\sof|different\sfrom|(?:any|every)thing\sbut|all\sbut)\b))
   | (?P<sign>(?<=!)=|(?<=\\)neq?(?![a-z]))
     )
@@ -48,11 +51,11 @@ _CHINESE_GOVERNORS_PATTERN = re.compile(
   | (?P<chinese>(?:错误|不正确|不对)的?(?!(?<=的)(?:选项|说法|一项)?是)|不|没有?|未必|勿|别|莫|怀疑|难道|怎么
         |是否|会不会|否认|排除|除了?|划掉|去掉|剔除|删[去掉除]?|[误错]选|谁|哪[里能]|莫非|为什么
         |非(?=是?\s?[-(\da-h])|错误(?!的(?:选项|说法|一项)?是))
-  | (?P<sign>≠)
+  | (?P<sign>[≠✗✘❌])
     """,
     re.VERBOSE,
 )
-_CHINESE_GOVERNOR_CHAR_PATTERN = re.compile("[不没未非勿别莫怀难怎是否排除错会差无分特区级性划去剔删误谁哪为≠]")
+_CHINESE_GOVERNOR_CHAR_PATTERN = re.compile("[不没未非勿别莫怀难怎是否排除错会差无分特区级性划去剔删误谁哪为≠✗✘❌]")
 _EITHER_GAP_PATTERN = re.compile(r"[^,]{0,12}")
 _SIGN_GAP_PATTERN = re.compile(r"[ $-]*")
 # "The apples that he did not eat are 42": a denial in a clause about the subject, and the verb that follows it.
@@ -104,12 +107,12 @@ _DENIED_BEHIND_PATTERN = re.compile(
       | (?:isn't|aren't|wasn't|can't|cannot|couldn't|won't|wouldn't|shouldn't|doesn't|don't|didn't|(?:does|do
         |did)\snot)\b
       | (?:fails?|contradicts?|makes?\sno|too\s(?:large|small|big|high|low|many|few|long|short))\b)
-  | (?=[\s,.…(×✗❌-])(?:\s?(?:,|\.{{1,3}}|…)\s?no(?:pe)?\s?(?:[,.!]|$)|\s?-\s{_REJECTED}|\s?\(?\s?[×✗❌](?!\s?\d))
+  | (?=[\s,.…(×✗✘❌-])(?:\s?(?:,|\.{{1,3}}|…)\s?no(?:pe)?\s?(?:[,.!]|$)|\s?-\s{_REJECTED}|\s?\(?\s?[×✗✘❌](?!\s?\d))
   | [,(。]\s?(?:{_REJECTED}|not\s(?:valid|possible|allowed|correct)|舍|不合|不符|不满足|不成立|错(?!误?的[是选])
         |不对(?!的)|有误|这是错|这不)
   | (?=[^!-~])(?:[个元块角分人名位只天年米岁]|[两二三四]?个?选?项)?(?:的?说法|答案|的(?:人|同学|学生))?\s?
     (?:[是也都均皆全应可并太就被来先]|应该|可以|明显|显然|肯定|一定|绝对){{0,3}}
-    (?:错(?!误?的[是选])|不对|不正确|不符|不合|不成立|不满足|不行|不可|不能?选(?!\s?[a-h])|不是(?!\s?[-a-h\d])
+    (?:错(?!误?的[是选])|不对|不正确|不完全|不全对|半对|部分|不符|不合|不成立|不满足|不行|不可|不能?选(?!\s?[a-h])|不是(?!\s?[-a-h\d])
         |不通|行不通|不妥
       |非正确|非答案|有误|有问题|存在问题|说不通|不存在|不全面|不合理|不当|无效|无关|无中生有|过于|偏[大小]|假的
         |增根|划掉|删|与\w{{1,6}}不|排除|舍|陷阱|干扰|(?<=太)[\u4e00-\u9fff]|才怪|[以之]?外(?!\w?国))
@@ -119,7 +122,7 @@ _DENIED_BEHIND_PATTERN = re.compile(
 )
 # What takes an answer back, so that what follows is the answer.
 RETRACTION_PATTERN = re.compile(
-    r"\b(?:wait|actually|correction|sorry|my\smistake|scratch\sthat)\b|[.,;!]\s?no(?=[.,;!]|\swait|\sit)|actually\sno\b"
+    r"\b(?:wait|actually|correction|sorry|my\smistake|scratch\sthat|[i_]\smean|on\ssecond\sthoughts?)\b|[.,;!]\s?no(?=[.,;!]|\swait|\sit)|actually\sno\b"
     r"|[。，,；]\s?不[,，对]|更正|说错了|其实",
     re.IGNORECASE,
 )
@@ -129,6 +132,20 @@ _TENTATIVE_PATTERN = re.compile(
     r"|可能|也许|看起来|本来|本想|起初|以为|有人"
 )
 _ASKING_END_PATTERN = re.compile(r"[。！!?;；]+|吗[?。]?|\.(?=\s|$)|(?<=\S)\s*\n")
+
+
+_STRUCK_OUT_PATTERN = re.compile(r"~~[^~\n]{1,200}~~|<(s|del|strike)>[^<>\n]{0,200}</\1>")
+
+
+def remove_struck_out(text: str) -> str:
+    """Return a text without what its markup strikes out.
+
+    >>> remove_struck_out("~~5~~ 7"), remove_struck_out("<del>A</del> B")
+    ('  7', '  B')
+    """
+    if "~~" in text or "</" in text:
+        text = _STRUCK_OUT_PATTERN.sub(" ", text)
+    return text
 
 
 def lower_text(text: str) -> str:

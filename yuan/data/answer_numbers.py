@@ -8,7 +8,7 @@ import re
 import unicodedata
 from fractions import Fraction
 
-from yuan.data.answer_clauses import APOSTROPHES
+from yuan.data.answer_clauses import APOSTROPHES, remove_struck_out
 from yuan.data.chinese_numerals import CHINESE_NUMERAL_PATTERN, parse_chinese_numeral
 from yuan.data.text import INVISIBLE_CHARS
 
@@ -20,7 +20,7 @@ _GROUPING_SPACES = "\u00a0\u2007\u2009\u202f"  # no-break, figure, thin and narr
 _SUPERSCRIPTS = {ord(char): digit for char, digit in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-", strict=True)}
 _NUMBER_CHARS = {
     **dict.fromkeys(map(ord, INVISIBLE_CHARS)),
-    **dict.fromkeys(map(ord, _MINUS_SIGNS), "-"),
+    **dict.fromkeys(map(ord, f"{_MINUS_SIGNS}⁻➖"), "-"),
     **dict.fromkeys(map(ord, _GROUPING_SPACES), " "),
     **dict.fromkeys(map(ord, APOSTROPHES), "'"),
     ord("∕"): "/",
@@ -31,7 +31,9 @@ _NUMBER_CHARS = {
 }
 _FOREIGN_CHAR_PATTERN = re.compile(f"[{''.join(map(chr, (*_NUMBER_CHARS, *_SUPERSCRIPTS)))}]")
 # Most texts have none of the characters that cleaning, boxes, questions and further questions need.
-NUMBER_MARK_PATTERN = re.compile(rf"[\n<\\{{$`*_(/?吗半{''.join(map(chr, (*_NUMBER_CHARS, *_SUPERSCRIPTS)))}]")
+NUMBER_MARK_PATTERN = re.compile(rf"[\n<\\{{$`*~—_(/?吗半{''.join(map(chr, (*_NUMBER_CHARS, *_SUPERSCRIPTS)))}]")
+# A dash of a sentence, but at the start of an answer or an equation's side a minus.
+_DASH_MINUS_PATTERN = re.compile(r"(?:^|(?<==)\s?)—(?=\d)")
 _SUPERSCRIPT_PATTERN = re.compile("⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 # What a text must have, a pattern, and what replaces it; searching the former first is faster.
 _LATEX_SUBSTITUTIONS = tuple(
@@ -112,9 +114,17 @@ _SCALES = {
     "trillion": 10**12,
 }
 _SIGNS = "-+±负"
-_SIGN_PATTERN = re.compile(r"([-+±]|负|\bminus|\bnegative)(\s?)$", re.IGNORECASE)
+_SIGN_WORDS = ("minus", "negative", "零下")
+_SIGN_PATTERN = re.compile(r"([-+±]|负|零下|\bminus|\bnegative)(\s{0,3})$", re.IGNORECASE)
 # A minus behind one of these is a subtraction or a hyphen: "3-5", "x-5", "(a)-5", "GPT-4".
 _OPERAND_END_PATTERN = re.compile(r"[A-Za-z0-9)\]}%°]$")
+# No operand: "it is minus 17", "fell to - 17"; a noun may be one, as in "the total minus 5".
+_NO_OPERAND_PATTERN = re.compile(
+    r"\b(?:is|are|was|were|be|been|isn't|equals?|equal|gives?|gave|gets?|got|becomes?|became|yields?|makes?|made|means?|reads?"
+    r"|finds?|found|has|have|had|to|at|of|or|by|about|around|roughly|approximately|nearly|almost|exactly|only|just|now"
+    r"|then|thus|so|hence|therefore|say|says|that|but|not)$",
+    re.IGNORECASE,
+)
 _BULLET_PATTERN = re.compile(r"\n\s?-\s$")
 _BOUND_PATTERN = re.compile(
     r"(?:[<>]=|(?<![=-])<|(?<![=-])>(?=[-$]?$)|(?<=[^\s=-])\s?>|[≤≥≦≧]|\\(?:[gl]eq?|[gl]eqslant|[gl]t)(?![A-Za-z])"
@@ -136,7 +146,7 @@ _BOUND_BEHIND_A_SPACE = r"(?:at\s(?:least|most)|minimum|maximum|upwards)\b"
 # What makes a number a part of something that is not read: "2π", "√2", "x + 2", "2^n", "1.2.3", "3 and a half".
 _ATTACHED_BEFORE_PATTERN = re.compile(
     r"(?:[/{√第|]|/\(|[A-Za-z-][(\[]|(?:∞|\\infty)\s?,\s?|\b(?:twice|double|triple)\s|根号\s?|负的|比|\d的"
-    r"|\b(?:sqrt|cbrt|log|ln|lg|exp|(?:arc|a)?(?:sin|cos|tan)h?|cot|sec|csc|abs|mod|floor|ceil)\s?\(?"
+    r"|\b(?:minus|negative)\s?\(|\b(?:sqrt|cbrt|log|ln|lg|exp|(?:arc|a)?(?:sin|cos|tan)h?|cot|sec|csc|abs|mod|floor|ceil)\s?\(?"
     r"|\\(?!(?:approx|sim|simeq|cong|equiv|to|q?quad|implies|therefore|boldsymbol|[Rr]ightarrow|text"
     r"|colon)\s?-?$)[A-Za-z]+\s?[{|(\[]?"
     r"|(?:[A-Za-z)\]}]|\^-?\d{1,6})(?:[+*]|\s[+*]\s|\s?[×÷]\s?))-?$",
@@ -188,11 +198,13 @@ _ATTACHED_BEHIND = (
     r"|(?:[个元块角分人名位只天年米岁])?的(?=[\u4e00-\u9fff])"
 )
 _ATTACHED_BEHIND_A_SPACE = (
-    r"and\sa\s(?:half|third|quarter)\b|(?:squared|cubed|factorials|of\spi|radians\sof|tenths|hundredths|thousandths|pi"
-    r"|sqrt|log|ln|factorial|choose|times\s(?:pi|[a-z]|sqrt|the))\b|(?:minus|plus|-)\s[a-z]\b"
+    r"and\sa\s(?:half|third|quarter)\b|(?:squared|cubed|doubled|tripled|halved|factorials|of\spi|radians\sof|halves|thirds"
+    r"|fourths|fifths|sixths|sevenths|eighths|ninths|tenths|hundredths|thousandths|pi|sqrt|log|ln|factorial|choose"
+    r"|times\s(?:pi|[a-z]|sqrt|the|itself)|over\s(?:two|three|four|five|six|seven|eight|nine|ten))\b"
+    r"|(?:minus|plus|-)\s[a-z]\b|(?:degrees?\s(?:[a-z]{1,10}\s)?)?below\szero\b"
 )
 _ATTACHED_APART = (
-    r"[π√]|\\(?:pi|sqrt|[dt]?frac|log|ln|sin|cos|tan|alpha|beta|theta|lambda)(?![A-Za-z])|,\s?\+?(?:∞|\\infty)"
+    r",\s(?:squared|cubed|doubled|tripled|halved)\b|[π√]|\\(?:pi|sqrt|[dt]?frac|log|ln|sin|cos|tan|alpha|beta|theta|lambda)(?![A-Za-z])|,\s?\+?(?:∞|\\infty)"
     r"|/\s?[(\\]"
     r"|[+×÷]\s?(?:[A-Za-z(\\]|$)|\*\s?[A-Za-z(]"
 )
@@ -202,7 +214,8 @@ _UNKNOWN_BEHIND_A_SPACE = (
     r"|our\s|an?\s)*"
     r"(?:only\s|final\s|right\s|correct\s|best\s|good\s)?"
     r"(?:answer|correct|right|true|result|number|sum|total|solution|value|best|what|final|valid|prime|even|odd|half|\d"
-    r"|=|fine|ok)"
+    r"|=|fine|ok|largest|smallest|greatest|least|maximum|minimum|highest|lowest|average|mean|median|product|difference"
+    r"|quotient|remainder)"
     r"|divi|less|more|greater|smaller|larger|between|close|equal|in\b|from)"
 )
 _UNKNOWN_BEHIND = r"是(?!正确|对|答案|最|所求|我|正解|它|结果|该|本|\d|偶|奇|质|因)"
@@ -241,6 +254,9 @@ def clean_number_text(text: str) -> str:
     if not text.isascii() and _FOREIGN_CHAR_PATTERN.search(text):
         text = _SUPERSCRIPT_PATTERN.sub(lambda match: "^" + match[0].translate(_SUPERSCRIPTS), text)
         text = text.translate(_NUMBER_CHARS)
+    if "—" in text:
+        text = _DASH_MINUS_PATTERN.sub("-", text)
+    text = remove_struck_out(text)
     has_command = "\\" in text
     if has_command or "{" in text:
         for needle, pattern, replacement in _LATEX_SUBSTITUTIONS:
@@ -317,6 +333,8 @@ def read_number(text: str, match: re.Match[str]) -> tuple[Rational, ...]:
         assert numeral is not None, "find_numbers returns numerals that have a value"
         if match[0].endswith("千") and behind in _THOUSAND_UNITS:  # 三千克, 两千米
             return tuple({numeral, parse_chinese_numeral(match[0][:-1]) or numeral})
+        if before.endswith("零下"):
+            numeral = -numeral
         return (numeral, numeral * 100) if match[0].lstrip("负").startswith("百分之") else (numeral,)
 
     sign = _find_sign(before) if before else "+"
@@ -372,7 +390,7 @@ def _find_sign(before: str) -> str:
     """Return the sign of a number behind a text: "+", "-" or "±"."""
     end = before.rstrip()
     match = None
-    if end[-1:] in _SIGNS or end.lower().endswith(("minus", "negative")):
+    if end[-1:] in _SIGNS or end.lower().endswith(_SIGN_WORDS):
         match = _SIGN_PATTERN.search(before)
     if match is None:
         return "+"
@@ -383,8 +401,14 @@ def _find_sign(before: str) -> str:
         return "+"
     # "3 - 5" is a subtraction, but "3 -5" may be two numbers, the second of which is negative.
     operand = before[: match.start()]
+    if sign.lower() == "negative":
+        return "+" if operand.lower().endswith("non-") else "-"
     is_apart = bool(space) or sign != "-"
-    return "+" if _OPERAND_END_PATTERN.search(operand.rstrip() if is_apart else operand) else "-"
+    if is_apart:
+        operand = operand.rstrip()
+    if not _OPERAND_END_PATTERN.search(operand):
+        return "-"
+    return "-" if is_apart and _NO_OPERAND_PATTERN.search(operand) else "+"
 
 
 def _compute_magnitude(match: re.Match[str]) -> Rational | None:

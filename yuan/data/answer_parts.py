@@ -16,7 +16,7 @@ _NEXT_QUESTION_PATTERN = re.compile(
 )
 _BULLETS = ("- ", "* ", "• ")
 _BOX_PATTERN = re.compile(r"\\(?:boxed|fbox)\s?\{|\\?[{}]")
-_SENTENCE_END_PATTERN = re.compile(r"[。！？!?;；]|\.(?=\s|$)|(?<=\S)\s*\n")
+_SENTENCE_END_PATTERN = re.compile(r"[。！？!?]|[;；](?!\s?[(\[]?[A-Z][)\]]?[.。]?\s?$)|\.(?=\s|$)|(?<=\S)\s*\n")
 
 
 class Statement(NamedTuple):

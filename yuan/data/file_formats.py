@@ -1,6 +1,7 @@
 """Recognition of files that are not JSONL in UTF-8, so that each is refused once with the way to convert it."""
 
 import codecs
+import csv
 import json
 import re
 from typing import BinaryIO
@@ -59,6 +60,7 @@ _TEXT_SIGNATURES = {  # in lower case, after white space
 _TAR_MARKS, _TAR_MARK_OFFSET = (b"ustar\0", b"ustar  "), 257
 _MP4_MARK, _MP4_MARK_OFFSET = b"ftyp", 4
 MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_TABLE_LINES = 20  # that are compared to find the columns of a table without a header
 MAX_CONTROL_SHARE = 0.02  # of the bytes of a text; random bytes have 0.1
 _CONTROL_BYTES = bytes((*range(9), 11, *range(14, 27), *range(28, 32)))  # without ESC, which some encodings have
 _COLUMN_NAMES = frozenset(
@@ -215,7 +217,7 @@ def _is_pretty_printed(text: str) -> bool:
 
 
 def _find_table_separator(text: str) -> str | None:
-    """Return the name of what separates the columns named in the first line; None if it names no columns of rows."""
+    """Return the name of what separates columns, which the first line names or several lines have; None: no table."""
     first_line = text.partition("\n")[0].strip()
     if first_line.startswith("{"):
         return None
@@ -223,4 +225,18 @@ def _find_table_separator(text: str) -> str | None:
         columns = [column.strip().strip('"').lower() for column in first_line.split(separator)]
         if len(columns) > 1 and not _COLUMN_NAMES.isdisjoint(columns):
             return name
+        if _has_equal_columns(text, separator):
+            return name
     return None
+
+
+def _has_equal_columns(text: str, separator: str) -> bool:
+    """Return True if the first lines, none of which is an object, have as many columns, two at least."""
+    lines = [line for line in text.split("\n") if line.strip()][:MAX_TABLE_LINES]
+    if len(lines) < 2 or any(line.lstrip().startswith("{") for line in lines):
+        return False
+    try:
+        widths = {len(row) for row in csv.reader(lines, delimiter=separator, strict=True)}
+    except csv.Error:
+        return False
+    return len(widths) == 1 and min(widths) > 1
