@@ -225,6 +225,101 @@ def test_a_pickle_of_nested_tuples_is_one_line_with_its_file(published_folder, t
     assert "\n" not in str(raised.value) and "recursion" not in str(raised.value)
 
 
+NESTED_TUPLES = b"\x80\x02}" + b")" + b"\x85" * 1_000_000 + b"K\x01s."
+
+
+def write_pickled_folder(published_folder, folder, members, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w", compression) as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    (folder / "config.json").write_bytes((published_folder / "config.json").read_bytes())
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [("archive/x/data.pkl", b"\x80\x02}."), ("archive/data.pkl", NESTED_TUPLES)],
+        [("archive/DATA.PKL", NESTED_TUPLES)],
+        [("archive/Data.pkl", NESTED_TUPLES), ("archive/x/data.pkl", b"\x80\x02}.")],
+    ],
+)
+def test_the_pickle_that_torch_reads_is_the_one_that_is_checked(published_folder, tmp_path, members):
+    write_pickled_folder(published_folder, tmp_path, [*members, ("archive/version", b"3\n")])
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged \(its pickle has more than"):
+        import_hf(tmp_path, tmp_path / "ours")
+
+
+def test_an_archive_without_a_pickle_is_refused(published_folder, tmp_path):
+    write_pickled_folder(
+        published_folder, tmp_path, [("archive/x/data.pkl", b"\x80\x02}."), ("archive/version", b"3\n")]
+    )
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged .*data\.pkl"):
+        import_hf(tmp_path, tmp_path / "ours")
+
+
+def test_a_compressed_archive_is_refused(published_folder, tmp_path):
+    """Torch's reader loads the version as it opens the file, whatever its size."""
+    members = [("archive/data.pkl", b"\x80\x02}."), ("archive/version", b"3" * 10_000_000)]
+    write_pickled_folder(published_folder, tmp_path, members, zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged \(its member archive/data\.pkl is compressed"):
+        import_hf(tmp_path, tmp_path / "ours")
+
+
+def test_an_archive_with_two_directories_is_refused(published_folder, tmp_path):
+    """Torch would read the first one, which has the compressed members, and zipfile the second."""
+    other = tmp_path / "other"
+    other.mkdir()
+    members = [("archive/data.pkl", b"\x80\x02}."), ("archive/version", b"3\n")]
+    write_pickled_folder(published_folder, other, members)
+    write_pickled_folder(published_folder, tmp_path, members, zipfile.ZIP_DEFLATED)
+    file = tmp_path / "pytorch_model.bin"
+    file.write_bytes(file.read_bytes() + (other / file.name).read_bytes())
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged \(its zip directory"):
+        import_hf(tmp_path, tmp_path / "ours")
+
+
+BYTE_ARRAY = b"c__builtin__\nbytearray\n\x8a\x05" + (14 * 2**30).to_bytes(5, "little") + b"\x85Rs."
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (b"\x80\x02}X\x01\0\0\0a" + BYTE_ARRAY, "builtins.bytearray"),
+        (b"\x80\x02}X\x01\0\0\0acbuiltins\nset\n)Rs.", "builtins.set"),
+        (b"\x80\x02}X\x01\0\0\0ac_codecs\nencode\n.", "_codecs.encode"),
+        (b"\x80\x02}X\x01\0\0\0accollections\nCounter\n)Rs.", "collections.Counter"),
+        (b"\x80\x02}X\x01\0\0\0actorch\nTensor\n.", "torch.Tensor"),
+        (b"\x80\x02}X\x01\0\0\0actorch._utils\n_rebuild_wrapper_subclass\n.", "torch._utils._rebuild_wrapper_subclass"),
+        (pickle.dumps({"a": bytearray(5)}, 4), "builtins.bytearray"),
+    ],
+)
+@pytest.mark.parametrize("place", ["archive", 0, 1, 2, 3, 4])
+def test_a_pickle_that_names_what_no_state_dictionary_needs_is_refused_by_it(
+    published_folder, tmp_path, content, name, place
+):
+    """A file of 200 bytes could fill the memory: torch's restricted unpickler makes byte arrays of any size."""
+    write_pickled_folder(published_folder, tmp_path, [("archive/data.pkl", content), ("archive/version", b"3\n")])
+    if place != "archive":
+        pickles = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {}, {}, [])]
+        pickles[place] = content
+        (tmp_path / "pytorch_model.bin").write_bytes(b"".join(pickles))
+    with pytest.raises(ValueError, match=rf"its pickle names {name}, which no state dictionary needs; save") as raised:
+        import_hf(tmp_path, tmp_path / "ours")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [b"X\xff\xff\xff\x7fa", b"U\xffa", b"\x8a\xffa", b"\x8b\xff\xff\xff\x7fa"])
+@pytest.mark.parametrize("with_zip", [True, False])
+def test_a_pickle_with_a_value_longer_than_the_file_is_refused(published_folder, tmp_path, content, with_zip):
+    write_pickled_folder(
+        published_folder, tmp_path, [("archive/data.pkl", b"\x80\x02" + content), ("archive/version", b"3\n")]
+    )
+    if not with_zip:
+        (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02" + content)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged \(it is no pickle of tensors\)"):
+        import_hf(tmp_path, tmp_path / "ours")
+
+
 def test_a_pickle_whose_tensors_overlap_in_the_file_is_refused(published_folder, tmp_path):
     """Half of the tensors claim a storage that reaches over the next ones, so 2 MB could become 249 MB."""
     file, num_tensors, num_values = tmp_path / "whole.bin", 40, 1_000

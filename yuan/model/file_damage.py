@@ -29,11 +29,6 @@ class DamageReporter:
             raise ValueError(f"{self._path} cannot be read ({error.strerror or error}); correct it") from None
         if _is_lfs_pointer(self._path):
             raise ValueError(f"{self._path} {LFS_POINTER_REASON}") from None
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            raise ValueError(
-                f"{self._path} holds objects other than tensors, or code, which is never run; "
-                "save the model's state_dict alone"
-            ) from None
         is_pickle = isinstance(error, pickle.UnpicklingError)  # torch's text advises to load it without protection
         reason = "it is no pickle of tensors" if is_pickle else make_printable(str(error).partition("\n")[0])
         reason = reason or type(error).__name__
