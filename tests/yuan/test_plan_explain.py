@@ -8,13 +8,14 @@ from itertools import combinations, product
 import pytest
 
 from yuan.config import ModelConfig, yuan_102b
+from yuan.plan.devices import DEVICE_SPECS
 from yuan.plan.even_split import find_best_even_split, is_even_split
 from yuan.plan.layout_prediction import predict_layout
 from yuan.plan.memory_costs import DOES_NOT_FIT
 from yuan.plan.memory_model import GIB
 from yuan.plan.planner import make_plan
 from yuan.plan.pool import MAX_DEVICES, load_pool, parse_pool
-from yuan.plan.search import SizeLimits
+from yuan.plan.search import SizeLimits, iter_grids, select_other_grids
 from yuan.plan.stage_costs import build_stage_costs
 from yuan.plan.workload import Grid, Workload, compute_default_loss_block
 
@@ -124,3 +125,21 @@ def test_additions_are_advised_by_gain_and_only_from_one_percent():
     gains = [float(gain) for gain in re.findall(r"would save ([\d.]+)%", plan.explanation)]
     assert gains and gains == sorted(gains, reverse=True) and min(gains) >= 1
     assert "bring nothing" not in plan.explanation
+
+
+def test_added_devices_of_large_pools_open_no_grid_to_search_again():
+    pool = make_pool(**{name: 300_000 + 99_991 * n for n, name in enumerate(DEVICE_SPECS)})
+    grids = list(iter_grids(LARGE, pool, SizeLimits()))
+    for n, group in enumerate(pool.groups):
+        more = dataclasses.replace(group, count=group.count + 8)
+        grown = dataclasses.replace(pool, groups=(*pool.groups[:n], more, *pool.groups[n + 1 :]))
+        assert not list(select_other_grids(grids, grown, pool))
+    larger = dataclasses.replace(pool, groups=tuple(dataclasses.replace(g, memory_gib=200) for g in pool.groups))
+    assert list(select_other_grids(grids, larger, pool)) == grids
+
+
+def test_grids_of_which_added_devices_take_more_stages_are_searched_again():
+    pool, grown = make_pool(H200=5, L40S=4), make_pool(H200=8, L40S=4)
+    grids = list(iter_grids(SMALL, grown, SizeLimits()))
+    more = [grid for grid in grids if min(8 // grid.data_size, grid.pipeline_size) > 5 // grid.data_size]
+    assert more and list(select_other_grids(grids, grown, pool)) == more

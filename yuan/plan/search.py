@@ -1,7 +1,7 @@
 """Search all grids (pipeline, data and micro-batch size) for the best layout, in order of their lower bounds."""
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -164,11 +164,9 @@ def search(
         The best candidate and the next best ones that are close to it; none if nothing fits.
     """
     grids = _GridSearch(work, pool.groups, objective, cutoff, num_candidates)
-    bounded = sorted(
-        (grids.bound_grid(grid), n, grid)
-        for n, grid in enumerate(iter_grids(work, pool, limits))
-        if searched is None or _has_other_layouts(grid, pool, searched)
-    )
+    all_grids = iter_grids(work, pool, limits)
+    new_grids = all_grids if searched is None else select_other_grids(all_grids, pool, searched)
+    bounded = sorted((grids.bound_grid(grid), n, grid) for n, grid in enumerate(new_grids))
 
     # Solve one grid early: its value is a cutoff for the many grids that remain to be bounded.
     for bound, _, grid in bounded:
@@ -182,13 +180,17 @@ def search(
     return grids.result()
 
 
-def _has_other_layouts(grid: Grid, pool: Pool, searched: Pool) -> bool:
-    """Return True if a class may take more stages of a grid than in another pool of the classes, or is another one."""
-    return any(
-        min(group.count // grid.data_size, grid.pipeline_size) > min(other.count // grid.data_size, grid.pipeline_size)
-        or replace(group, count=1) != replace(other, count=1)
-        for group, other in zip(pool.groups, searched.groups, strict=True)
-    )
+def select_other_grids(grids: Iterable[Grid], pool: Pool, searched: Pool) -> Iterator[Grid]:
+    """Yield the grids of which a class may take more stages than in another pool of the classes, or is another one."""
+    pairs = list(zip(pool.groups, searched.groups, strict=True))
+    if any(replace(group, count=other.count) != other for group, other in pairs):
+        yield from grids
+        return
+    counts = [(group.count, other.count) for group, other in pairs if group.count > other.count]
+    for grid in grids:
+        data, pipeline = grid.data_size, grid.pipeline_size
+        if any(min(more // data, pipeline) > fewer // data for more, fewer in counts):
+            yield grid
 
 
 def has_feasible_layout(work: Workload, pool: Pool, limits: SizeLimits = SizeLimits()) -> bool:
