@@ -76,6 +76,8 @@ def check_named(data, *names):
         (change(gap=5.0), "gap must be step_seconds / lower_bound - 1"),
         (change(binding="time"), "binding must be compute or memory, got 'time'"),
         (change_stage(1, compute_seconds=-1.0), "compute_seconds of stage 1 must be zero or more"),
+        (change_stage(2, compute_seconds=1e300), "compute_seconds of stage 2 must be at most step_seconds"),
+        (change_stage(2, compute_seconds=0.0), "bubble_fraction must be 1 - grad_accum_steps x compute_seconds"),
         (change(stages=[PLAN["stages"][0], 3]), "stages must be objects, got 3 as stage 2"),
         (change(spare=1), "the field 'spare' is unknown"),
         (change_stage(1, recompute_layers=9), "recompute_layers of stage 1 must be at most its"),

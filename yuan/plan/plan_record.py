@@ -154,7 +154,19 @@ class PipelinePlan:
         for number, stage in enumerate(self.stages, 1):
             may_be_empty = number == self.pipeline_size > 1
             _check_stage(stage, number, first_layer, may_be_empty=may_be_empty)
+            if stage.compute_seconds > self.step_seconds:
+                raise ValueError(
+                    f"compute_seconds of stage {number} must be at most step_seconds, {self.step_seconds:g}, got "
+                    f"{stage.compute_seconds:g}"
+                )
             first_layer += stage.layers
+        compute_seconds = self.grad_accum_steps * sum(stage.compute_seconds for stage in self.stages)
+        bubble_fraction = 1 - compute_seconds / (self.pipeline_size * self.step_seconds)
+        if abs(self.bubble_fraction - bubble_fraction) > PLAN_TOLERANCE:
+            raise ValueError(
+                "bubble_fraction must be 1 - grad_accum_steps x compute_seconds of all stages / (pipeline_size x "
+                f"step_seconds), {bubble_fraction:g}, got {self.bubble_fraction:g}"
+            )
         peak = max(stage.memory_bytes for stage in self.stages)
         if self.peak_memory_bytes != peak:
             raise ValueError(
