@@ -138,7 +138,7 @@ def test_added_devices_of_large_pools_open_no_grid_to_search_again():
     assert list(select_other_grids(grids, larger, pool)) == grids
 
 
-def test_grids_of_which_added_devices_take_more_stages_are_searched_again():
+def test_added_devices_open_grids_with_more_stages_of_a_class():
     pool, grown = make_pool(H200=5, L40S=4), make_pool(H200=8, L40S=4)
     grids = list(iter_grids(SMALL, grown, SizeLimits()))
     more = [grid for grid in grids if min(8 // grid.data_size, grid.pipeline_size) > 5 // grid.data_size]
