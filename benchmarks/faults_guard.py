@@ -18,7 +18,7 @@ from pairs import make_line, print_lines
 from training_grids import make_training_inputs
 
 from infra.process_group import build_torchrun_command, run_child
-from yuan.config import ModelConfig, Recipe
+from yuan.config import ModelConfig, TrainConfig
 from yuan.data.samples import Sample
 from yuan.model import weights
 from yuan.model.loss import weighted_cross_entropy
@@ -27,12 +27,13 @@ from yuan.plan.pool import make_cpu_pool
 from yuan.plan.workload import Workload
 from yuan.train.events import RepeatEvent, RollBackEvent, SkipEvent
 from yuan.train.metrics_row import END_POSITION_METRIC, FIRST_POSITION_METRIC
-from yuan.train.run_folder import RunFolder, RunSpec
+from yuan.train.run_folder import RunFolder
+from yuan.train.run_spec import RunSpec
 
 MAX_STEPS = 80
 GLOBAL_BATCH_SIZE = 16
 MAX_DIFFERENCE = 0.01  # of the loss, relative
-RECIPE = Recipe(
+TRAIN_CONFIG = TrainConfig(
     max_steps=MAX_STEPS,
     learning_rate=1e-3,
     seq_len=64,
@@ -82,13 +83,19 @@ def main() -> int:
 
 def run(path: Path, parent: Path, model: ModelConfig, samples: list[Sample], fault: dict[str, Any] | None) -> RunFolder:
     plan = make_plan_from_bounds(
-        Workload.from_recipe(model, RECIPE), make_cpu_pool().groups[0], (0, 4, 6), data_size=1, micro_batch_size=2
+        Workload.from_train_config(model, TRAIN_CONFIG),
+        make_cpu_pool().groups[0],
+        (0, 4, 6),
+        data_size=1,
+        micro_batch_size=2,
     )
     path.mkdir()
     (path / "parent").symlink_to(parent)
     (path / "tokenizer.model").write_bytes((parent / "tokenizer.model").read_bytes())
     folder = RunFolder(path)
-    spec = RunSpec(kind="finetune", model=model, snapshot="s", plan=plan, recipe=RECIPE, seed=5, parent="v1")
+    spec = RunSpec(
+        kind="finetune", model=model, snapshot="s", plan=plan, train_config=TRAIN_CONFIG, seed=5, parent="v1"
+    )
     folder.prepare(spec, {"documents": samples}, pad=0)
     program: list[str | Path] = ["-m", "yuan.train.run"]
     if fault is not None:

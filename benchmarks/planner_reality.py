@@ -18,7 +18,7 @@ from pairs import make_line, print_lines
 from scipy.stats import spearmanr
 
 from flows.calibrate_pool import run_measurement
-from yuan.config import ModelConfig, Recipe
+from yuan.config import ModelConfig, TrainConfig
 from yuan.plan.calibration_fit import StepTiming, calibrate_group
 from yuan.plan.layout_prediction import predict_layout
 from yuan.plan.pool import DeviceGroup, make_cpu_pool
@@ -53,7 +53,7 @@ MODEL = ModelConfig(
     seq_len=SEQ_LEN,
     rope_precision="fp32",
 )
-RECIPE = Recipe(
+TRAIN_CONFIG = TrainConfig(
     max_steps=10,
     warmup_steps=0,
     learning_rate=1e-4,
@@ -102,7 +102,7 @@ def measure_minimum(request: CalibrationRequest) -> CalibrationResult:
 
 
 def make_workload(layers: int) -> Workload:
-    return Workload.from_recipe(replace(MODEL, num_layers=layers), RECIPE)
+    return Workload.from_train_config(replace(MODEL, num_layers=layers), TRAIN_CONFIG)
 
 
 def predict(group: DeviceGroup, trial: CalibrationTrial) -> float:
@@ -118,7 +118,11 @@ def predict(group: DeviceGroup, trial: CalibrationTrial) -> float:
 def main() -> int:
     requested_trials = make_trials()
     request = CalibrationRequest(
-        model=MODEL, recipe=RECIPE, loss_block=LOSS_BLOCK, trials=(*CALIBRATION_TRIALS, *requested_trials), steps=2
+        model=MODEL,
+        train_config=TRAIN_CONFIG,
+        loss_block=LOSS_BLOCK,
+        trials=(*CALIBRATION_TRIALS, *requested_trials),
+        steps=2,
     )
     result = measure_minimum(request)
     small_batch_s, large_batch_s, *measured_s = result.step_s

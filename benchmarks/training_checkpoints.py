@@ -24,14 +24,14 @@ from deepspeed import comm as dist
 from pairs import PAIRS, compute_interval, make_line, print_lines
 
 from infra.process_group import build_torchrun_command
-from yuan.config import ModelConfig, Recipe
+from yuan.config import ModelConfig, TrainConfig
 from yuan.train.checkpoint.checkpoints import CheckpointStore
 from yuan.train.zero.engine import build_deepspeed_config, start_distributed, start_engine, stop_distributed
 from yuan.train.zero.optimizer_state import collect_slices, collect_state, restore_state
 from yuan.train.zero.pipeline import PlannedPipeline
 
 MODEL = ModelConfig(name="m", num_layers=12, hidden_size=512, num_heads=8, vocab_size=8_192, seq_len=64)
-RECIPE = Recipe(
+TRAIN_CONFIG = TrainConfig(
     max_steps=9,
     learning_rate=1e-3,
     seq_len=64,
@@ -130,16 +130,16 @@ def run_rank(phase: str, folder: Path) -> None:
 def make_engine(bounds: tuple[int, ...], replicas: int, **settings: Any) -> Any:
     module = PlannedPipeline(MODEL, list(bounds), 0)
     module.universal_checkpoint_info = UNIVERSAL
-    return start_engine(module, RECIPE, {**build_deepspeed_config(RECIPE, replicas), **settings})[0]
+    return start_engine(module, TRAIN_CONFIG, {**build_deepspeed_config(TRAIN_CONFIG, replicas), **settings})[0]
 
 
 def measure_saves(folder: Path) -> None:
     """Train one step, so that there are moments; then write our checkpoints, asynchronous and blocking, and theirs."""
     engine = make_engine(BOUNDS, 1)
-    tokens = torch.randint(0, MODEL.vocab_size, (1, RECIPE.seq_len))
-    documents, weights = torch.zeros_like(tokens), torch.full(tokens.shape, 1 / RECIPE.seq_len)
+    tokens = torch.randint(0, MODEL.vocab_size, (1, TRAIN_CONFIG.seq_len))
+    documents, weights = torch.zeros_like(tokens), torch.full(tokens.shape, 1 / TRAIN_CONFIG.seq_len)
     sources = torch.zeros(len(tokens), dtype=torch.int64)
-    engine.train_batch(iter([((tokens, documents), (tokens, weights, sources))] * RECIPE.global_batch_size))
+    engine.train_batch(iter([((tokens, documents), (tokens, weights, sources))] * TRAIN_CONFIG.global_batch_size))
     store = CheckpointStore(folder / "ours", model=MODEL.to_json(), order=ORDER, keep=1, event=lambda _: None)
     state = collect_state(engine, MODEL.num_layers)
     times: dict[str, list[float]] = {"stall_s": [], "whole_s": [], "deepspeed_s": []}

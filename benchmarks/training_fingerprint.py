@@ -15,16 +15,17 @@ from pathlib import Path
 import torch
 from pairs import make_line, print_lines
 from safetensors.torch import load_file
-from training_grids import RECIPE, make_training_inputs
+from training_grids import TRAIN_CONFIG, make_training_inputs
 
 from infra.process_group import build_torchrun_command, run_child
-from yuan.config import ModelConfig, Recipe, tiny, yuan_2b, yuan_51b
+from yuan.config import ModelConfig, TrainConfig, tiny, yuan_2b, yuan_51b
 from yuan.data.samples import Sample
 from yuan.plan.planner import make_plan, make_plan_from_bounds
 from yuan.plan.pool import load_pool, make_cpu_pool
 from yuan.plan.workload import Workload
 from yuan.train.metrics_row import GRAD_NORM_METRIC, LOSS_METRIC
-from yuan.train.run_folder import RunFolder, RunSpec
+from yuan.train.run_folder import RunFolder
+from yuan.train.run_spec import RunSpec
 
 POOLS = Path(__file__).parent / "pools"
 BOUNDS = (0, 4, 6)
@@ -35,8 +36,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         parent, model, samples = make_training_inputs(Path(name) / "parent")
         for precision in ("fp32", "bf16"):
-            recipe = dataclasses.replace(RECIPE, precision=precision, checkpoint_every=5)
-            folder = run(Path(name) / precision, parent, model, samples, recipe)
+            train_config = dataclasses.replace(TRAIN_CONFIG, precision=precision, checkpoint_every=5)
+            folder = run(Path(name) / precision, parent, model, samples, train_config)
             show_hashes([(f"{precision}: {part}", sha) for part, sha in hash_run(folder)])
     return 0
 
@@ -48,35 +49,45 @@ def show_hashes(hashes: list[tuple[str, str]]) -> None:
 
 def hash_plans() -> list[tuple[str, str]]:
     """Return the hash of the JSON of some plans, by name."""
-    recipe = Recipe(max_steps=100, learning_rate=1e-4, seq_len=4096, micro_batch_size=1, global_batch_size=96)
-    small = Recipe(max_steps=100, learning_rate=1e-4, seq_len=128, micro_batch_size=2, global_batch_size=64)
+    train_config = TrainConfig(
+        max_steps=100, learning_rate=1e-4, seq_len=4096, micro_batch_size=1, global_batch_size=96
+    )
+    small = TrainConfig(max_steps=100, learning_rate=1e-4, seq_len=128, micro_batch_size=2, global_batch_size=64)
     cases = {
         "plan of tiny on two processes": (tiny(1024), small, make_cpu_pool()),
-        "plan of 2b on mixed.toml:mixed-256": (yuan_2b(), recipe, load_pool(str(POOLS / "mixed.toml") + ":mixed-256")),
-        "plan of 51b on a100-96.toml": (yuan_51b(), recipe, load_pool(str(POOLS / "a100-96.toml"))),
+        "plan of 2b on mixed.toml:mixed-256": (
+            yuan_2b(),
+            train_config,
+            load_pool(str(POOLS / "mixed.toml") + ":mixed-256"),
+        ),
+        "plan of 51b on a100-96.toml": (yuan_51b(), train_config, load_pool(str(POOLS / "a100-96.toml"))),
     }
     return [
         (
             name,
             hash_bytes(
-                json.dumps(make_plan(Workload.from_recipe(model, plan_recipe), pool).to_json(), sort_keys=True).encode()
+                json.dumps(
+                    make_plan(Workload.from_train_config(model, plan_train_config), pool).to_json(), sort_keys=True
+                ).encode()
             ),
         )
-        for name, (model, plan_recipe, pool) in cases.items()
+        for name, (model, plan_train_config, pool) in cases.items()
     ]
 
 
-def run(path: Path, parent: Path, model: ModelConfig, samples: list[Sample], recipe: Recipe) -> RunFolder:
+def run(path: Path, parent: Path, model: ModelConfig, samples: list[Sample], train_config: TrainConfig) -> RunFolder:
     """Train in a run folder, as the platform does."""
-    work, device = Workload.from_recipe(model, recipe), make_cpu_pool().groups[0]
-    plan = make_plan_from_bounds(work, device, BOUNDS, data_size=1, micro_batch_size=recipe.micro_batch_size)
+    work, device = Workload.from_train_config(model, train_config), make_cpu_pool().groups[0]
+    plan = make_plan_from_bounds(work, device, BOUNDS, data_size=1, micro_batch_size=train_config.micro_batch_size)
     first, *other_stages = plan.stages
     plan = dataclasses.replace(plan, stages=[dataclasses.replace(first, recompute_layers=1), *other_stages])
     path.mkdir()
     (path / "parent").symlink_to(parent)
     (path / "tokenizer.model").write_bytes((parent / "tokenizer.model").read_bytes())
     folder = RunFolder(path)
-    spec = RunSpec(kind="finetune", model=model, snapshot="s", plan=plan, recipe=recipe, seed=5, parent="v1")
+    spec = RunSpec(
+        kind="finetune", model=model, snapshot="s", plan=plan, train_config=train_config, seed=5, parent="v1"
+    )
     folder.prepare(spec, {"documents": samples}, pad=0)
     command = build_torchrun_command(plan.num_ranks, "-m", "yuan.train.run", path)
     with run_child(command, path, env={**os.environ, "OMP_NUM_THREADS": "1"}, log_name="train.log") as process:

@@ -18,7 +18,7 @@ import torch
 from pairs import make_line, print_lines
 
 from infra.process_group import build_torchrun_command
-from yuan.config import ModelConfig, Recipe, tiny, yuan_2b
+from yuan.config import ModelConfig, TrainConfig, tiny, yuan_2b
 from yuan.plan.devices import DEVICE_SPECS
 from yuan.plan.flops import count_flops_per_token
 from yuan.plan.plan_record import PipelinePlan
@@ -98,8 +98,8 @@ def run_rank(folder: Path, is_small: bool) -> None:
     pool, name, peak = describe_device()
     torch.set_num_threads(1 if pool.name != "gpu" else torch.get_num_threads())
     start_distributed(1)
-    plan, recipe = make_plan_and_recipe(model, length, pool)
-    isolated = recipe.isolate_documents
+    plan, train_config = make_plan_and_train_config(model, length, pool)
+    isolated = train_config.isolate_documents
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         module = PlannedPipeline(
             model,
@@ -109,12 +109,12 @@ def run_rank(folder: Path, is_small: bool) -> None:
             isolated=isolated,
             recomputed_layers=plan.recomputed_layers,
         )
-    engine, _ = start_engine(module, recipe, build_deepspeed_config(recipe, 1))
+    engine, _ = start_engine(module, train_config, build_deepspeed_config(train_config, 1))
     seconds = []
     for step in range(UNMEASURED_STEPS + MEASURED_STEPS):
         engine.reset_activation_shape()
         begun = time.perf_counter()
-        engine.train_batch(make_batches(model, recipe, engine.device)).item()
+        engine.train_batch(make_batches(model, train_config, engine.device)).item()
         if step >= UNMEASURED_STEPS:
             seconds.append(time.perf_counter() - begun)
     figures = {
@@ -132,11 +132,11 @@ def run_rank(folder: Path, is_small: bool) -> None:
     stop_distributed()
 
 
-def make_plan_and_recipe(model: ModelConfig, length: int, pool: Pool) -> tuple[PipelinePlan, Recipe]:
-    """Return the plan for one device, and the recipe with its micro-batches."""
+def make_plan_and_train_config(model: ModelConfig, length: int, pool: Pool) -> tuple[PipelinePlan, TrainConfig]:
+    """Return the plan for one device, and the settings with its micro-batches."""
 
-    def recipe(micro: int) -> Recipe:
-        return Recipe(
+    def train_config(micro: int) -> TrainConfig:
+        return TrainConfig(
             max_steps=9,
             learning_rate=1e-4,
             seq_len=length,
@@ -146,13 +146,13 @@ def make_plan_and_recipe(model: ModelConfig, length: int, pool: Pool) -> tuple[P
             precision="bf16",
         )
 
-    plan = make_plan(Workload.from_recipe(model, recipe(1)), pool, SizeLimits(pipeline_size=1, data_size=1))
-    return plan, recipe(plan.micro_batch_size)
+    plan = make_plan(Workload.from_train_config(model, train_config(1)), pool, SizeLimits(pipeline_size=1, data_size=1))
+    return plan, train_config(plan.micro_batch_size)
 
 
-def make_batches(model: ModelConfig, recipe: Recipe, device: torch.device) -> Any:
-    shape = (recipe.micro_batch_size, recipe.seq_len)
-    for _ in range(recipe.global_batch_size // recipe.micro_batch_size):
+def make_batches(model: ModelConfig, train_config: TrainConfig, device: torch.device) -> Any:
+    shape = (train_config.micro_batch_size, train_config.seq_len)
+    for _ in range(train_config.global_batch_size // train_config.micro_batch_size):
         tokens = torch.randint(model.vocab_size, shape, device=device)
         documents = (torch.arange(shape[1], device=device) >= shape[1] // 2).long().expand(shape).contiguous()
         yield (tokens, documents), (tokens, torch.full(shape, 1 / tokens.numel(), device=device))

@@ -17,7 +17,7 @@ from pairs import make_line, print_lines
 
 from infra.process_group import build_torchrun_command, run_child
 from yuan import tokenizer as tokenizers
-from yuan.config import ModelConfig, Recipe
+from yuan.config import ModelConfig, TrainConfig
 from yuan.data.mixture import find_unskipped_positions
 from yuan.data.samples import Sample
 from yuan.model import weights
@@ -27,14 +27,15 @@ from yuan.plan.planner import make_plan_from_bounds
 from yuan.plan.pool import make_cpu_pool
 from yuan.plan.workload import Workload
 from yuan.train.metrics_row import LOSS_METRIC
-from yuan.train.run_folder import RunFolder, RunSpec
+from yuan.train.run_folder import RunFolder
+from yuan.train.run_spec import RunSpec
 from yuan.train.zero.engine import compute_learning_rate
 
 GRIDS = {"P2·D1": ((0, 4, 6), 1), "P1·D2": ((0, 6), 2), "P2·D2": ((0, 2, 6), 2), "P4·D1": ((0, 2, 3, 5, 6), 1)}
 MAX_STEPS = 20
 SEED = 5
 MAX_RELATIVE_DIFFERENCE = 1e-5
-RECIPE = Recipe(
+TRAIN_CONFIG = TrainConfig(
     max_steps=MAX_STEPS, learning_rate=3e-3, seq_len=64, micro_batch_size=2, global_batch_size=16, warmup_steps=3
 )
 
@@ -81,13 +82,17 @@ def make_training_inputs(parent: Path) -> tuple[Path, ModelConfig, list[Sample]]
 def run(
     path: Path, parent: Path, model: ModelConfig, samples: list[Sample], bounds: tuple[int, ...], replicas: int
 ) -> RunFolder:
-    work, device = Workload.from_recipe(model, RECIPE), make_cpu_pool().groups[0]
-    plan = make_plan_from_bounds(work, device, bounds, data_size=replicas, micro_batch_size=RECIPE.micro_batch_size)
+    work, device = Workload.from_train_config(model, TRAIN_CONFIG), make_cpu_pool().groups[0]
+    plan = make_plan_from_bounds(
+        work, device, bounds, data_size=replicas, micro_batch_size=TRAIN_CONFIG.micro_batch_size
+    )
     path.mkdir()
     (path / "parent").symlink_to(parent)
     (path / "tokenizer.model").write_bytes((parent / "tokenizer.model").read_bytes())
     folder = RunFolder(path)
-    spec = RunSpec(kind="finetune", model=model, snapshot="s", plan=plan, recipe=RECIPE, seed=SEED, parent="v1")
+    spec = RunSpec(
+        kind="finetune", model=model, snapshot="s", plan=plan, train_config=TRAIN_CONFIG, seed=SEED, parent="v1"
+    )
     folder.prepare(spec, {"documents": samples}, pad=0)
     command = build_torchrun_command(plan.pipeline_size * replicas, "-m", "yuan.train.run", path)
     with run_child(command, path, env=dict(os.environ), log_name="train.log") as process:
@@ -100,11 +105,11 @@ def train_plain_loop(parent: Path, folder: RunFolder) -> list[float]:
     """Return the losses of the same training as a plain PyTorch loop."""
     model = weights.load(parent).float().train()
     groups = [
-        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": RECIPE.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": TRAIN_CONFIG.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(RECIPE.beta1, RECIPE.beta2))
-    losses, size, corpus = [], RECIPE.global_batch_size, folder.open_corpus(SEED)
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(TRAIN_CONFIG.beta1, TRAIN_CONFIG.beta2))
+    losses, size, corpus = [], TRAIN_CONFIG.global_batch_size, folder.open_corpus(SEED)
     for step in range(MAX_STEPS):
         windows, _ = corpus.read(find_unskipped_positions(size * step, size, []))
         tokens, labels, documents = (
@@ -114,9 +119,9 @@ def train_plain_loop(parent: Path, folder: RunFolder) -> list[float]:
         loss = weighted_cross_entropy(model(tokens, documents), labels, loss_mask / loss_mask.sum())
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), RECIPE.grad_clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), TRAIN_CONFIG.grad_clip)
         for group in optimizer.param_groups:
-            group["lr"] = compute_learning_rate(step, RECIPE)
+            group["lr"] = compute_learning_rate(step, TRAIN_CONFIG)
         optimizer.step()
         losses.append(loss.item())
     return losses

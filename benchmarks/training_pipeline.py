@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 from infra.process_group import build_torchrun_command
-from yuan.config import ModelConfig, Recipe
+from yuan.config import ModelConfig, TrainConfig
 from yuan.model.loss import head_loss
 from yuan.plan.flops import count_head_forward_flops, count_layer_forward_flops
 from yuan.train.zero.engine import build_deepspeed_config, start_distributed, start_engine, stop_distributed
@@ -40,7 +40,7 @@ MODEL = ModelConfig(name="m", num_layers=9, hidden_size=384, num_heads=6, vocab_
 BOUNDS = (0, 5, 9)
 GRAD_ACCUM_STEPS = 16
 LOSS_BLOCK = 128
-RECIPE = Recipe(
+TRAIN_CONFIG = TrainConfig(
     max_steps=9, learning_rate=1e-4, seq_len=128, micro_batch_size=1, global_batch_size=GRAD_ACCUM_STEPS, warmup_steps=1
 )
 UNMEASURED_STEPS = 2  # the first ones, which allocate
@@ -57,7 +57,7 @@ def main() -> int:
     our_seconds = seconds["ours"]
     torch_seconds = seconds["torch"]
     plain_seconds = seconds["plain"]
-    tokens = GRAD_ACCUM_STEPS * RECIPE.seq_len
+    tokens = GRAD_ACCUM_STEPS * TRAIN_CONFIG.seq_len
     ratios = [torch_s / ours_s for ours_s, torch_s in zip(our_seconds, torch_seconds, strict=True)]
     figure = round(tokens / statistics.median(our_seconds))
     peer = "torch.distributed.pipelining 1F1B"
@@ -88,7 +88,7 @@ def main() -> int:
 
 def compute_bubble_limit() -> float:
     """Return the speedup of two stages by the time model, without communication, synchronization or waiting."""
-    layer, head = count_layer_forward_flops(MODEL, RECIPE.seq_len), count_head_forward_flops(MODEL)
+    layer, head = count_layer_forward_flops(MODEL, TRAIN_CONFIG.seq_len), count_head_forward_flops(MODEL)
     first, last = BOUNDS[1] * layer, (BOUNDS[2] - BOUNDS[1]) * layer + head
     return GRAD_ACCUM_STEPS * (first + last) / (first + last + (GRAD_ACCUM_STEPS - 1) * max(first, last))
 
@@ -116,14 +116,14 @@ def run_rank(folder: Path) -> None:
 def make_batch() -> tuple[Tensor, Tensor, Tensor]:
     """Return tokens, documents and weights of the micro-batches, (A, S) each."""
     tokens = torch.randint(
-        MODEL.vocab_size, (GRAD_ACCUM_STEPS, RECIPE.seq_len), generator=torch.Generator().manual_seed(0)
+        MODEL.vocab_size, (GRAD_ACCUM_STEPS, TRAIN_CONFIG.seq_len), generator=torch.Generator().manual_seed(0)
     )
-    return tokens, torch.zeros_like(tokens), torch.full(tokens.shape, 1 / RECIPE.seq_len)
+    return tokens, torch.zeros_like(tokens), torch.full(tokens.shape, 1 / TRAIN_CONFIG.seq_len)
 
 
 def make_our_step() -> Callable[[], None]:
     module = PlannedPipeline(MODEL, list(BOUNDS), 0, loss_block=LOSS_BLOCK)
-    engine, _ = start_engine(module, RECIPE, build_deepspeed_config(RECIPE, 1))
+    engine, _ = start_engine(module, TRAIN_CONFIG, build_deepspeed_config(TRAIN_CONFIG, 1))
     tokens, documents, weights = make_batch()
 
     def step() -> None:
@@ -153,7 +153,7 @@ class Part(nn.Module):
             self.tied.get_gradient = make_gradient_getter(None, self.tied.weight)
         self.layers = nn.ModuleList(LayerStage(MODEL, rows, is_recomputed=False) for _ in range(first, end))
         self.norm = NormStage(MODEL) if has_head else None
-        self.documents = torch.zeros(1, RECIPE.seq_len, dtype=torch.long)
+        self.documents = torch.zeros(1, TRAIN_CONFIG.seq_len, dtype=torch.long)
 
     def forward(self, x: Tensor) -> Tensor:
         activations = (x, self.documents)
@@ -164,7 +164,7 @@ class Part(nn.Module):
         return activations[0] if self.norm is None else self.norm(activations)
 
     def loss(self, x_BSH: Tensor, labels_BS: Tensor) -> Tensor:
-        weights_BS = torch.full(labels_BS.shape, 1 / RECIPE.seq_len)
+        weights_BS = torch.full(labels_BS.shape, 1 / TRAIN_CONFIG.seq_len)
         head_sum = None if self.tied.get_gradient is None else self.tied.get_gradient()
         return head_loss(
             x_BSH, self.tied.weight, labels_BS, weights_BS, block=LOSS_BLOCK, head_sum=head_sum, upstream=self.upstream
@@ -191,7 +191,7 @@ def make_torch_step() -> Callable[[], None]:
         squares = sum((grad.square().sum() for grad in grads), torch.zeros(()))
         squares -= tied_grad.square().sum() * number  # its copy is counted on the first stage
         torch_dist.all_reduce(squares)
-        scale = torch.clamp(RECIPE.grad_clip / (squares.sqrt() + 1e-6), max=1.0)
+        scale = torch.clamp(TRAIN_CONFIG.grad_clip / (squares.sqrt() + 1e-6), max=1.0)
         for grad in grads:
             grad.mul_(scale)
         optimizer.step()
@@ -209,7 +209,7 @@ def make_plain_step() -> Callable[[], None]:
     def step() -> None:
         for n in range(GRAD_ACCUM_STEPS):
             (model.loss(model(tokens[n : n + 1]), tokens[n : n + 1]) / GRAD_ACCUM_STEPS).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), RECIPE.grad_clip)
+        nn.utils.clip_grad_norm_(model.parameters(), TRAIN_CONFIG.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -219,10 +219,12 @@ def make_plain_step() -> Callable[[], None]:
 def make_adam(module: nn.Module) -> Any:
     parameters = list(module.parameters())
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": RECIPE.weight_decay},
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": TRAIN_CONFIG.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=RECIPE.learning_rate, betas=(RECIPE.beta1, RECIPE.beta2), fused=True)
+    return torch.optim.AdamW(
+        groups, lr=TRAIN_CONFIG.learning_rate, betas=(TRAIN_CONFIG.beta1, TRAIN_CONFIG.beta2), fused=True
+    )
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from yuan.data.checkers import Checker, Exact
 from yuan.data.rows import BadRow
 from yuan.data.rule_text import describe_errors
 from yuan.data.text import MAX_TEXT_CHARS, PatternRule, TextRule, make_rule_error, normalize_text
+from yuan.recipe import PartWeight, Recipe
+from yuan.recipe_overrides import RecipeOverrides, override_recipe
 from yuan.serve.response_schemas import TextChoice, TextCompletion
 from yuan.train.run_status import RunStatus
 
@@ -39,9 +41,9 @@ IdempotencyKeyText = Annotated[str, PatternRule("^[!-~]+$", "visible ASCII chara
 # Strict: `true` and "3" are not accepted as numbers. A PostgreSQL integer column holds at most 2**31 - 1.
 VersionNumber = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
 StepCount = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
+RECIPE_NAME_RULE = "lower-case letters, digits, and the signs . _ -, and begin with a letter or digit"
 # The smallest share that yuan.data.mixture can represent: 32 positions of a block of 2**20.
 MIN_PART_SHARE = 32 / 2**20
-PartWeight = Annotated[float, Field(strict=True, ge=1e-6, le=1e6, allow_inf_nan=False)]
 # Fields that each kind of report needs, in addition to the fields that every report needs.
 REQUIRED_FIELDS_BY_KIND: dict[str, tuple[str, ...]] = {
     "correction": ("expected",),
@@ -227,17 +229,21 @@ class ContributorOut(BaseModel):
     token: str
 
 
+RecipeName = Annotated[str, PatternRule(r"^[a-z0-9][a-z0-9._-]*$", RECIPE_NAME_RULE, max_length=60)]
+
+
 class RoundParameters(BaseModel):
-    """Parameters of a round that an operator may set; the others follow from the model."""
+    """Parameters of a round that an operator may set: a recipe, and values that replace the recipe's."""
 
     model_config = ConfigDict(extra="forbid")
 
-    max_steps: StepCount = Field(default=600, description="optimizer steps")
-    learning_rate: Annotated[float, Field(strict=True, gt=0, lt=1, allow_inf_nan=False)] = Field(
-        default=1.5e-3, description="peak learning rate"
+    recipe: RecipeName | None = Field(default=None, description="name of a recipe; empty: the one of COTRAIN_RECIPE")
+    max_steps: StepCount | None = Field(default=None, description="optimizer steps; empty: the recipe's length")
+    learning_rate: Annotated[float, Field(strict=True, gt=0, lt=1, allow_inf_nan=False)] | None = Field(
+        default=None, description="peak learning rate; empty: the recipe's"
     )
-    replay_rows: Annotated[int, Field(strict=True, ge=0, le=100_000_000)] = Field(
-        default=3000, description="rows of the base mixture to train on again, against forgetting"
+    replay_rows: Annotated[int, Field(strict=True, ge=0, le=100_000_000)] | None = Field(
+        default=None, description="rows of the base mixture to train on again, against forgetting; empty: the recipe's"
     )
     seed: Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)] = Field(
         default=0, description="seed of the data order and of newly initialized weights"
@@ -245,13 +251,19 @@ class RoundParameters(BaseModel):
     weights: dict[Literal["corrections", "datasets", "base"], PartWeight] | None = Field(
         default=None,
         min_length=1,
-        description="relative weight of each part that has rows in training; empty: every window once an epoch",
+        description="relative weight of each part that has rows in training; empty: the recipe's",
     )
-    precision: Literal["auto", "bf16", "fp32"] = Field(
-        default="auto",
-        description="auto: bf16 if every device class of the pool is fast at it; fp32 runs are bit-reproducible",
+    precision: Literal["auto", "bf16", "fp32"] | None = Field(
+        default=None,
+        description="auto: bf16 if every device class of the pool is fast at it; fp32 runs are bit-reproducible; "
+        "empty: the recipe's",
     )
-    checkpoint_every: StepCount = Field(default=200, description="steps between checkpoints")
+    checkpoint_every: StepCount | None = Field(
+        default=None, description="steps between checkpoints; empty: the recipe's"
+    )
+    overrides: RecipeOverrides = Field(
+        default_factory=dict, description="other values of the recipe to replace, by section and key"
+    )
     priority: int = Field(
         default=0, strict=True, ge=-100, le=100, description="priority in the device queue; waiting time adds to it"
     )
@@ -271,6 +283,27 @@ class RoundParameters(BaseModel):
                 "weights", f"the smallest must be at least {MIN_PART_SHARE:.2e} of their sum; raise it or leave it out"
             )
         return self
+
+    def apply_to(self, recipe: Recipe, name: str) -> Recipe:
+        """Return the recipe with the values that this round replaces.
+
+        Raises:
+            ValueError: if the result contradicts itself.
+        """
+        named: dict[str, dict[str, Any]] = {
+            "length": {"steps": self.max_steps},
+            "schedule": {"learning_rate": self.learning_rate},
+            "data": {"replay_rows": self.replay_rows},
+            "mixture": {str(part): weight for part, weight in (self.weights or {}).items()},
+            "model": {"precision": self.precision},
+            "checkpoints": {"every_steps": self.checkpoint_every},
+        }
+        overrides = {section: dict(values) for section, values in self.overrides.items()}
+        for section, values in named.items():
+            given = {key: value for key, value in values.items() if value is not None}
+            if given:
+                overrides[section] = {**overrides.get(section, {}), **given}
+        return override_recipe(recipe, name, overrides)
 
 
 def _parse_run_status(status: object) -> RunStatus | None:

@@ -21,6 +21,7 @@ from infra.error_text import SafeMessageError
 from yuan.data.rule_text import describe_errors
 from yuan.model.model_manifest import ModelManifest
 from yuan.plan.plan_record import PipelinePlan
+from yuan.recipe import Recipe, validate_recipe
 
 log = logging.getLogger(__name__)
 
@@ -202,6 +203,26 @@ def find_version_of_run(session: Session, run_id: str) -> ModelVersion | None:
 def lock_registrations(session: Session) -> None:
     """Block other transactions from registering a lost version until this one ends, so that it is registered once."""
     hold_advisory_lock(session, AdvisoryLock.REGISTRATIONS)
+
+
+def get_or_store_recipe(session: Session, round_id: str, name: str, recipe: Recipe) -> tuple[str, Recipe]:
+    """Store the round's recipe if it has none; return the name and the values that are stored."""
+    training_round = session.get_one(Round, round_id, with_for_update=True)
+    if training_round.recipe is None:
+        training_round.recipe = {"name": name, "values": recipe.to_json()}
+    return read_recipe(training_round)
+
+
+def read_recipe(training_round: Round) -> tuple[str, Recipe]:
+    """Return the name and the values of the recipe that a round began with.
+
+    Raises:
+        ValueError: if the round has none, or this release cannot read it.
+    """
+    stored = training_round.recipe
+    if stored is None:
+        raise ValueError(f"round {training_round.number} has no recipe yet; its flow stores one when it begins")
+    return str(stored["name"]), validate_recipe(stored["values"], str(stored["name"]))
 
 
 class VersionNotRegistered(SafeMessageError, ValueError):

@@ -44,7 +44,14 @@ class MixturePart:
     num_failed: int
 
 
-def freeze_mixture(session: Session, round_id: str, fetch: FetchObject, store: Callable[[bytes], str]) -> str:
+def freeze_mixture(
+    session: Session,
+    round_id: str,
+    fetch: FetchObject,
+    store: Callable[[bytes], str],
+    *,
+    replay_rows: int | None = None,
+) -> str:
     """Freeze the round's mixture: train rows, train corrections, and a replay sample of the base; return its id.
 
     Without a parent version, all base rows are included. Rows that have the prompt of a held-out case are
@@ -56,6 +63,7 @@ def freeze_mixture(session: Session, round_id: str, fetch: FetchObject, store: C
     Args:
         fetch: returns the bytes of an object by its key.
         store: stores the snapshot's bytes and returns their sha256.
+        replay_rows: rows of the base at most, if there is a parent version; None: all.
 
     Raises:
         ValueError: if the mixture is empty.
@@ -63,7 +71,7 @@ def freeze_mixture(session: Session, round_id: str, fetch: FetchObject, store: C
     training_round = session.get_one(Round, round_id)
     if training_round.snapshot_id is not None:
         return training_round.snapshot_id
-    rows, counts = _collect_mixture(session, training_round, fetch)
+    rows, counts = _collect_mixture(session, training_round, fetch, replay_rows)
     if not rows:
         raise ValueError("the mixture is empty; accept reports or push a dataset, then start a round")
     snapshot_id = store(dump_rows(rows))
@@ -84,7 +92,9 @@ def read_failed_count(session: Session, snapshot_id: str) -> int:
     return int(session.get_one(Snapshot, snapshot_id).counts.get("failed", 0))
 
 
-def _collect_mixture(session: Session, training_round: Round, fetch: FetchObject) -> tuple[list[Row], dict[str, int]]:
+def _collect_mixture(
+    session: Session, training_round: Round, fetch: FetchObject, replay_rows: int | None
+) -> tuple[list[Row], dict[str, int]]:
     held_out = select(Case.prompt_key).where(Case.role == CaseRole.HELD_OUT, Case.withdrawn_at.is_(None))
     held_out_prompts = set(session.scalars(held_out))
     parts = (
@@ -93,14 +103,14 @@ def _collect_mixture(session: Session, training_round: Round, fetch: FetchObject
         _collect_train_rows(session, DatasetPurpose.BASE, fetch),
     )
 
-    parameters = read_parameters(training_round)
+    seed = read_parameters(training_round).seed
     kept: list[Row] = []
     counts = {"failed": sum(part.num_failed for part in parts)}
     for name, part in zip(SNAPSHOT_PARTS, parts, strict=True):
         clean_rows, decontaminated_owners = _decontaminate(part.rows, held_out_prompts)
-        if name == "base" and training_round.parent_version is not None:
-            num_replay = min(parameters.replay_rows, len(clean_rows))
-            clean_rows = random.Random(f"replay {parameters.seed}").sample(clean_rows, num_replay)
+        if name == "base" and training_round.parent_version is not None and replay_rows is not None:
+            num_replay = min(replay_rows, len(clean_rows))
+            clean_rows = random.Random(f"replay {seed}").sample(clean_rows, num_replay)
         counts |= {name: len(clean_rows), f"{name}{DECONTAMINATED_COUNT_SUFFIX}": len(decontaminated_owners)}
         kept += clean_rows
         if name == "corrections":

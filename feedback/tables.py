@@ -225,6 +225,7 @@ class Round(Created, Base):
     cut_off: Mapped[datetime] = mapped_column(server_default=func.now())
     requested_by: Mapped[str]
     parameters: Mapped[JsonbObject]
+    recipe: Mapped[JsonbObject | None] = mapped_column(comment="name and values of the recipe, with replaced values")
     attempt: Mapped[int] = mapped_column(default=0)
     reason: Mapped[str | None]
     parent_version: Mapped[int | None]

@@ -5,7 +5,7 @@ everybody who has its password can write there.
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,18 +64,36 @@ class AllowedFlow:
         flow: Flow[..., Any] = getattr(importlib.import_module(self.module), self.function)
         return flow
 
-    def build_schema(self) -> dict[str, Any]:
-        """Build the JSON schema by which Prefect validates parameters and from which its UI builds the Run form."""
+    def build_schema(self, recipe_names: Sequence[str] = ()) -> dict[str, Any]:
+        """Build the JSON schema by which Prefect validates parameters and from which its UI builds the Run form.
+
+        Args:
+            recipe_names: the recipes from which the form lets one choose; none: any name.
+        """
         schema = self.form.model_json_schema(ref_template="#/definitions/{model}")
+        if recipe_names and "recipe" in schema["properties"]:
+            schema["properties"]["recipe"]["anyOf"][0]["enum"] = list(recipe_names)
         for position, field in enumerate(schema["properties"].values()):
             field["position"] = position
-        return {**schema, "title": "Parameters"}
+        definitions = schema.pop("$defs", {})  # Prefect looks for them below another name
+        return {**schema, "definitions": definitions, "title": "Parameters"}
 
 
 ALLOWED_FLOWS: Mapping[str, AllowedFlow] = {
     ROUND_FLOW: AllowedFlow("flows.round.flow", "cotrain_round", RoundForm),
     REPRODUCE_FLOW: AllowedFlow("flows.round.flow", "cotrain_reproduce", ReproduceForm),
 }
+
+
+def is_schema_of_flow(schema: Any) -> bool:
+    """Return True if a JSON schema is that of an allowed flow, with any recipes to choose from."""
+    try:
+        names = schema["properties"]["recipe"]["anyOf"][0].get("enum", [])
+    except (KeyError, IndexError, TypeError, AttributeError):
+        names = []
+    if not isinstance(names, list) or not all(isinstance(name, str) and len(name) <= 60 for name in names):
+        return False
+    return schema in [flow.build_schema(names) for flow in ALLOWED_FLOWS.values()]
 
 
 def make_attempt_run_name(round_number: int, attempt: int) -> str:

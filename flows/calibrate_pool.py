@@ -11,7 +11,7 @@ import torch
 from infra.confinement import build_confined_environment
 from infra.files import read_tail
 from infra.process_group import build_torchrun_command, run_child
-from yuan.config import ModelConfig, Precision, Recipe
+from yuan.config import ModelConfig, Precision, TrainConfig
 from yuan.plan.calibration_fit import StepTiming, calibrate_group
 from yuan.plan.pool import DeviceGroup
 from yuan.plan.workload import Workload
@@ -38,7 +38,7 @@ def measure_rates(
     """
     num_ranks = processes or torch.cuda.device_count() or 2
     one_layer_per_rank = replace(config, num_layers=num_ranks)
-    recipe = Recipe(
+    train_config = TrainConfig(
         max_steps=1,
         warmup_steps=0,
         learning_rate=1e-4,
@@ -47,7 +47,7 @@ def measure_rates(
         global_batch_size=micro_batch_size,
         precision=precision,
     )
-    work = Workload.from_recipe(one_layer_per_rank, recipe)
+    work = Workload.from_train_config(one_layer_per_rank, train_config)
     bounds = tuple(range(num_ranks + 1))
     recompute_layers = (0,) * num_ranks
     # Two steps of different length, from which `calibrate_group` derives a stage's overhead.
@@ -56,7 +56,9 @@ def measure_rates(
         CalibrationTrial(bounds=bounds, recompute_layers=recompute_layers, grad_accum_steps=num_micro_batches)
         for num_micro_batches in nums_micro_batches
     )
-    request = CalibrationRequest(model=one_layer_per_rank, recipe=recipe, loss_block=work.loss_block, trials=trials)
+    request = CalibrationRequest(
+        model=one_layer_per_rank, train_config=train_config, loss_block=work.loss_block, trials=trials
+    )
 
     shape = f"{config.name}, S {seq_len}, micro-batch {micro_batch_size}, {precision}, {num_ranks} processes"
     report(f"measuring {shape}")

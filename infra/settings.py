@@ -74,9 +74,10 @@ class ModelServerAccess(ProcessSettings):
 
 
 class PoolSettings(ProcessSettings):
-    """Name the pool that runs are planned for, and the team that their device-hours are charged to."""
+    """Name the pool that runs are planned for, the team charged with their device-hours, and the rounds' recipe."""
 
     pool: str = ""
+    recipe: str = "demo"
     team: str = "programme"
 
 

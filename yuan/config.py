@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 Precision = Literal["fp32", "bf16"]
+Schedule = Literal["cosine", "wsd"]
 LocalFilterKind = Literal["two_convs_norm", "two_convs", "conv7", "conv3", "conv2", "conv1", "none"]
 T = TypeVar("T")
 
@@ -133,12 +134,14 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """The configuration of a run's training: batch, learning-rate schedule, optimizer.
+class TrainConfig:
+    """The resolved settings of a run's training: batch, learning-rate schedule, optimizer.
 
     Attributes:
-        warmup_steps: steps of linear warm-up of the learning rate; a cosine follows.
-        final_lr_ratio: where the cosine ends, over the peak.
+        schedule: what follows the warm-up: "cosine" falls all the time, "wsd" (warm-up, stable, decay) stays at the
+            peak and falls linearly in the last `decay_share` of the steps.
+        warmup_steps: steps of linear warm-up of the learning rate.
+        final_lr_ratio: where the schedule ends, over the peak.
         isolate_documents: packed documents do not attend to each other; off, they do, and only positions restart, as in
             the official training.
         spike_sigmas, max_skips, max_rollbacks: settings of the loss guard (`yuan.train.guard`).
@@ -153,7 +156,9 @@ class Recipe:
     seq_len: int
     micro_batch_size: int
     global_batch_size: int
+    schedule: Schedule = "cosine"
     warmup_steps: int = 20
+    decay_share: float = 0.1
     final_lr_ratio: float = 0.05
     weight_decay: float = 0.05
     beta1: float = 0.9
@@ -186,6 +191,14 @@ class Recipe:
                 f"warmup_steps must be zero or more and below max_steps, got {self.warmup_steps} and "
                 f"{self.max_steps}; change warmup_steps or raise max_steps"
             )
+        if self.schedule not in get_args(Schedule):
+            raise ValueError(
+                f"schedule must be one of {', '.join(get_args(Schedule))}, got {self.schedule!r}; choose one"
+            )
+        if not 0 < self.decay_share <= 1:
+            raise ValueError(
+                f"decay_share must be above 0 and at most 1, got {self.decay_share}; write 0.1 for a tenth"
+            )
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(
                 f"precision must be fp32 or bf16, got {self.precision!r}; use bf16 on devices that compute in it, else "
@@ -202,8 +215,8 @@ class Recipe:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "Recipe":
-        """Rebuild a recipe from its JSON.
+    def from_json(cls, data: dict[str, Any]) -> "TrainConfig":
+        """Rebuild the settings from their JSON.
 
         Raises:
             ValueError: if a field is unknown or missing; the message names it.
@@ -285,4 +298,9 @@ def tiny(vocab_size: int = 1024) -> ModelConfig:
     return ModelConfig(name="tiny", num_layers=3, hidden_size=160, num_heads=4, vocab_size=vocab_size, seq_len=256)
 
 
-MODEL_PRESETS = {"tiny": tiny, "2b": yuan_2b, "51b": yuan_51b, "102b": yuan_102b}
+def mini() -> ModelConfig:
+    """Return the published layout and vocabulary at a size that trains on two CPU cores."""
+    return _make_published_config("mini", num_layers=4, hidden_size=256, num_heads=4, seq_len=2048)
+
+
+MODEL_PRESETS = {"tiny": tiny, "mini": mini, "2b": yuan_2b, "51b": yuan_51b, "102b": yuan_102b}

@@ -87,6 +87,7 @@ COMMANDS = (
     ("dataset", "contribute:dataset", "Contribute datasets."),
     ("withdraw", "withdraw:withdraw", "Remove a report or a dataset from training, tests and notices."),
     ("round", "rounds:round_", "Start, show and cancel training rounds."),
+    ("recipe", "recipes:recipe", "Show the recipes by which rounds train."),
     ("pool", "pool:pool", "Show and change the devices that runs are scheduled on."),
 )
 

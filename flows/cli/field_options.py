@@ -14,17 +14,20 @@ from flows.cli.output import name_option
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def add_field_options(model: type[BaseModel]) -> Callable[[Command], Command]:
+def add_field_options(model: type[BaseModel], exclude: Sequence[str] = ()) -> Callable[[Command], Command]:
     """Give a command one option for each field of a model; the command takes them as `**fields`.
 
     Name, type, default and help come from the field. A field that is a mapping is an option `NAME=NUMBER` that may be
     repeated; `parse_fields` puts it together again.
+
+    Args:
+        exclude: fields for which the command has options of its own.
     """
 
     def decorate(command: Command) -> Command:
         parameters = inspect.signature(command).parameters.values()
         named_parameters = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
-        options = [_make_option(name, field) for name, field in model.model_fields.items()]
+        options = [_make_option(name, field) for name, field in model.model_fields.items() if name not in exclude]
         command.__signature__ = inspect.Signature([*options, *named_parameters])  # type: ignore[attr-defined]
         return command
 
@@ -46,8 +49,8 @@ def parse_fields(model: type[BaseModel], fields: Mapping[str, Any]) -> dict[str,
 
 
 def _make_option(name: str, field: FieldInfo) -> inspect.Parameter:
-    option_type: Any = field.annotation
-    help_text = f"{field.description}{_describe_bounds(field.metadata)}"
+    option_type, metadata = _split_annotation(field)
+    help_text = f"{field.description}{_describe_bounds(metadata)}"
     if _is_mapping(field):
         option_type = list[str] | None
         help_text += "; NAME=NUMBER, may be repeated"
@@ -57,6 +60,17 @@ def _make_option(name: str, field: FieldInfo) -> inspect.Parameter:
         default=field.default,
         annotation=Annotated[option_type, typer.Option(help=help_text)],
     )
+
+
+def _split_annotation(field: FieldInfo) -> tuple[Any, Sequence[Any]]:
+    """Return a field's type without its rules, and the rules; those of `Annotated[T, rule] | None` count too."""
+    members = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else ()
+    for member in members:
+        if get_origin(member) is Annotated:
+            bare_type, *rules = get_args(member)
+            metadata = [part for rule in rules for part in (rule.metadata if isinstance(rule, FieldInfo) else [rule])]
+            return bare_type | None, metadata
+    return field.annotation, field.metadata
 
 
 def _is_mapping(field: FieldInfo) -> bool:
@@ -70,9 +84,10 @@ def _describe_bounds(metadata: Sequence[Any]) -> str:
     """Return the bounds of a number in words.
 
     >>> from feedback.contracts import RoundParameters
-    >>> _describe_bounds(RoundParameters.model_fields["max_steps"].metadata)
-    ', 1 to 1,000,000'
-    >>> _describe_bounds(RoundParameters.model_fields["learning_rate"].metadata), _describe_bounds([])
+    >>> fields = RoundParameters.model_fields
+    >>> _describe_bounds(_split_annotation(fields["max_steps"])[1]), _describe_bounds(fields["priority"].metadata)
+    (', 1 to 1,000,000', ', -100 to 100')
+    >>> _describe_bounds(_split_annotation(fields["learning_rate"])[1]), _describe_bounds([])
     (', above 0 and below 1', '')
     """
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}

@@ -18,7 +18,7 @@ from yuan.safe_files import read_regular_file
 
 MAX_PLAN_BYTES = 16 * 2**20
 
-ModelNameOption = Annotated[str, typer.Option(help="tiny, 2b, 51b or 102b")]
+ModelNameOption = Annotated[str, typer.Option(help=f"one of {', '.join(MODEL_PRESETS)}")]
 PoolFileOption = Annotated[
     str | None, typer.Option(help="FILE[:NAME] of a pool; default: two processes on this machine")
 ]

@@ -1,5 +1,7 @@
 """The work pool and the deployments, registered by the dispatcher at every start."""
 
+from collections.abc import Sequence
+
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.schedules import CronSchedule
@@ -7,6 +9,7 @@ from prefect.exceptions import ObjectNotFound
 
 from flows.allowed_flows import ALLOWED_FLOWS, REPRODUCE_FLOW, ROUND_FLOW, WORK_POOL_NAME
 from flows.prefect_gate.deployment_rules import DEPLOYMENT_NAME, WORK_POOL_TEMPLATE
+from flows.recipe_files import find_recipe_files
 from infra.settings import DispatcherSettings
 
 ROUND_DEPLOYMENT = f"{ROUND_FLOW}/{DEPLOYMENT_NAME}"
@@ -23,18 +26,21 @@ def register_deployments(client: SyncPrefectClient, settings: DispatcherSettings
         name=WORK_POOL_NAME, type="process", base_job_template=WORK_POOL_TEMPLATE, concurrency_limit=None
     )
     client.create_work_pool(pool, overwrite=True)
-    deploy_flow(client, ROUND_FLOW, [_make_calendar_schedule(client, settings)])
+    recipe_names = [file.name for file in find_recipe_files(settings.home)]
+    deploy_flow(client, ROUND_FLOW, [_make_calendar_schedule(client, settings)], recipe_names)
     deploy_flow(client, REPRODUCE_FLOW, [])
 
 
-def deploy_flow(client: SyncPrefectClient, name: str, schedules: list[DeploymentScheduleCreate]) -> None:
+def deploy_flow(
+    client: SyncPrefectClient, name: str, schedules: list[DeploymentScheduleCreate], recipe_names: Sequence[str] = ()
+) -> None:
     """Register a deployment of one of the allowed flows, which the worker looks up by name."""
     flow = ALLOWED_FLOWS[name]
     client.create_deployment(
         flow_id=client.create_flow_from_name(name),
         name=DEPLOYMENT_NAME,
         work_pool_name=WORK_POOL_NAME,
-        parameter_openapi_schema=flow.build_schema(),
+        parameter_openapi_schema=flow.build_schema(recipe_names),
         enforce_parameter_schema=True,
         description=flow.load().description,
         paused=None,

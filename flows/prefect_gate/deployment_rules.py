@@ -13,7 +13,7 @@ from zoneinfo import available_timezones
 
 from prefect._vendor.croniter.croniter import croniter  # the server's own
 
-from flows.allowed_flows import ALLOWED_FLOWS, WORK_POOL_NAME
+from flows.allowed_flows import ALLOWED_FLOWS, WORK_POOL_NAME, is_schema_of_flow
 from infra.settings import UNUSABLE_TIME_ZONES
 from yuan.data.text import make_printable
 
@@ -79,7 +79,7 @@ def find_foreign_deployment(path: str, form: Any) -> str | None:
         return _find_schedule_fault(form, is_whole=False)
     if fault := _find_foreign_field(form, DEPLOYMENT_FIXED_FIELDS, DEPLOYMENT_FREE_FIELDS):
         return fault
-    if form.get("parameter_openapi_schema") not in [flow.build_schema() for flow in ALLOWED_FLOWS.values()]:
+    if not is_schema_of_flow(form.get("parameter_openapi_schema")):
         return "parameter_openapi_schema must be the schema of a flow in flows/allowed_flows.py; send that one"
     schedules = form.get("schedules", [])
     if not isinstance(schedules, list) or len(schedules) > MAX_SCHEDULES:

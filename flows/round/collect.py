@@ -22,6 +22,7 @@ from feedback.reproduce import make_reproduction_prompt, reproduce_answers
 from feedback.round_steps import ItemStep, RoundStep
 from feedback.tables import read_transaction_time
 from flows.context import Context
+from flows.round.round_recipe import settle_recipe
 from infra.faults import is_item_error
 from yuan.data.judge import AnswerJudge
 
@@ -57,6 +58,7 @@ def collect_reports_and_datasets(context: Context, round_id: str) -> CollectedCo
     Returns:
         The numbers of items; None if the round is past this step.
     """
+    settle_recipe(context, round_id)
     with context.sessions.begin() as session:
         if not rounds.begin_step(session, round_id, RoundStep.COLLECT, context.attempt):
             return None
@@ -220,13 +222,14 @@ def _review_reports(context: Context, cut_off: datetime, subject: str) -> report
 
 def freeze_snapshot(context: Context, round_id: str) -> str:
     """Freeze the round's mixture and return its id."""
+    replay_rows = settle_recipe(context, round_id).data.replay_rows
     with context.sessions.begin() as session:
         rounds.begin_step(session, round_id, RoundStep.SNAPSHOT, context.attempt)
 
         def store(data: bytes) -> str:
             return context.objects.put_by_sha256(snapshots.SNAPSHOTS_FOLDER, data)
 
-        snapshot_id = snapshots.freeze_mixture(session, round_id, context.objects.get, store)
+        snapshot_id = snapshots.freeze_mixture(session, round_id, context.objects.get, store, replay_rows=replay_rows)
         num_failed = snapshots.read_failed_count(session, snapshot_id)
         rounds.record_failed_items(session, round_id, {ItemStep.SNAPSHOT: num_failed})
     log.info("froze snapshot %s", snapshot_id[:12])

@@ -1,41 +1,43 @@
-"""Prepare the run folder of a round from its snapshot, with a plan for the configured pool."""
+"""Prepare the run folder of a round from its recipe and snapshot, with a plan for the configured pool."""
 
-import json
 import logging
 import random
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from feedback import rounds, snapshots
-from feedback.contracts import RoundParameters
 from feedback.items import describe_item_error
 from feedback.round_steps import ItemStep, RoundStep
 from flows.context import Context
-from flows.round.versions import fetch_version
+from flows.round.round_recipe import settle_recipe
+from flows.round.run_model import RoundUnfit, choose_parent, prepare_model
 from flows.supervisor.pool_launcher import load_configured_pool, make_plan_limits
-from infra.error_text import SafeMessageError
 from infra.faults import is_item_error
 from infra.machine import has_fast_bf16
 from yuan import tokenizer as tokenizers
-from yuan.config import MODEL_CONFIG_FILE, RUN_SPEC_FILE, ModelConfig, Precision, Recipe, tiny
+from yuan.config import RUN_SPEC_FILE, ModelConfig, Precision
+from yuan.data.corpus import write_corpus_index, write_sources
 from yuan.data.rows import BadRow, Row, parse_rows
-from yuan.data.samples import Sample, encode_row
+from yuan.data.samples import Sample, encode_fill_in_middle, encode_row
 from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import draw_plan, make_plan
 from yuan.plan.pool import CPU_POOL_NAME, Pool, is_fast_at_bf16
-from yuan.plan.workload import Workload
-from yuan.train.run_folder import PLAN_PICTURE_FILE, RunFolder, RunSpec
+from yuan.plan.workload import Workload, compute_default_loss_block
+from yuan.recipe import DataSection, Recipe
+from yuan.recipe_resolution import (
+    RecipeUnfit,
+    RunLength,
+    build_train_config,
+    count_epoch_windows,
+    resolve_length,
+    resolve_part_weights,
+)
+from yuan.train.run_folder import PLAN_PICTURE_FILE, RunFolder
+from yuan.train.run_spec import RunSpec
 
 log = logging.getLogger(__name__)
-
-ROUND_SEQ_LEN = 128  # tokens
-ROUND_MICRO_BATCH_SIZE = 2  # windows of ROUND_SEQ_LEN tokens
-ROUND_GLOBAL_BATCH_SIZE = 8  # windows
-MAX_ROUND_VOCAB_SIZE = 1024  # of a tokenizer that a first round trains
-MODEL_VOCAB_MULTIPLE = 64  # the model's vocabulary is padded to a multiple of it
-MAX_WARMUP_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -51,19 +53,7 @@ class RunInputs:
     snapshot_id: str
     part_sizes: dict[str, int]
     parent_version: int | None
-    parameters: RoundParameters
-
-
-@dataclass(frozen=True)
-class RunModel:
-    """The config of the model that a run trains, and its tokenizer."""
-
-    config: ModelConfig
-    tokenizer: tokenizers.Tokenizer
-
-
-class WeightMissing(SafeMessageError, ValueError):
-    """A round's weights lack a part that has rows."""
+    seed: int
 
 
 class RowEncoder:
@@ -74,8 +64,10 @@ class RowEncoder:
             snapshot that can no longer be parsed, which has no key.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: tokenizers.Tokenizer, data: DataSection, seed: int) -> None:
+        self.tokenizer = tokenizer
+        self._data = data
+        self._seed = seed
         self.exclusion_reasons: dict[str, str] = {}
 
     def encode(self, rows: Iterable[Row | BadRow]) -> Iterator[Sample]:
@@ -85,13 +77,24 @@ class RowEncoder:
                 self.exclusion_reasons[f"line {row.row}"] = row.reason
                 continue
             try:
-                sample = encode_row(row, self._tokenizer)
+                sample = self._encode_row(row)
             except Exception as error:
                 if not is_item_error(error):
                     raise
                 self.exclusion_reasons[row.key] = f"it cannot be encoded: {describe_item_error(error)}"
             else:
                 yield sample
+
+    def _encode_row(self, row: Row) -> Sample:
+        if row.prompt or not self._data.fim_rate:
+            return encode_row(row, self.tokenizer)
+        return encode_fill_in_middle(
+            row.answer,
+            self.tokenizer,
+            fim_probability=self._data.fim_rate,
+            spm_share=self._data.fim_spm_share,
+            seed=(self._seed, row.key),
+        )
 
 
 def prepare_run_folder(context: Context, round_id: str) -> PipelinePlan:
@@ -101,9 +104,10 @@ def prepare_run_folder(context: Context, round_id: str) -> PipelinePlan:
     that was killed, and is written again.
 
     Raises:
-        ValueError: if the snapshot is lost.
-        WeightMissing: if a part with rows has no weight.
+        ValueError: if the snapshot is lost, or the recipe cannot be read.
+        RoundUnfit: if recipe, data, parent and pool do not fit together.
     """
+    recipe = settle_recipe(context, round_id)
     inputs = _read_inputs(context, round_id)
     folder = RunFolder(context.runs / inputs.run_id)
     if (folder.path / RUN_SPEC_FILE).exists():
@@ -111,31 +115,30 @@ def prepare_run_folder(context: Context, round_id: str) -> PipelinePlan:
     shutil.rmtree(folder.path, ignore_errors=True)
     folder.path.mkdir(parents=True)
 
+    parent_version = choose_parent(recipe, inputs.parent_version)
     snapshot_rows = _read_snapshot(context, inputs.snapshot_id)
-    model = _prepare_model(context, folder, inputs.parent_version, snapshot_rows)
+    model = prepare_model(context, folder, recipe, parent_version, snapshot_rows)
     model.tokenizer.save(folder.path)
-
-    pool = load_configured_pool(context.settings)
-    recipe = _build_recipe(inputs.parameters, pool)
-    plan = _plan_run(context, round_id, folder, model.config, recipe, pool)
+    encoder = RowEncoder(model.tokenizer, recipe.data, inputs.seed)
+    length = _write_windows(folder, recipe, inputs, snapshot_rows, encoder)
+    plan = _plan_run(context, round_id, folder, model.config, recipe, length)
 
     spec = RunSpec(
-        kind="pretrain" if inputs.parent_version is None else "finetune",
+        kind="pretrain" if parent_version is None else recipe.run.kind,
         model=model.config,
         snapshot=inputs.snapshot_id,
         plan=plan,
+        train_config=build_train_config(recipe, length, plan),
         recipe=recipe,
-        seed=inputs.parameters.seed,
-        parent=None if inputs.parent_version is None else f"v{inputs.parent_version}",
+        seed=inputs.seed,
+        parent=None if parent_version is None else f"v{parent_version}",
     )
-    exclusion_reasons = _write_windows(folder, spec, inputs, snapshot_rows, model.tokenizer)
+    reasons = encoder.exclusion_reasons
     with context.sessions.begin() as session:
-        rounds.record_failed_items(session, round_id, {ItemStep.PLAN: len(exclusion_reasons)})
-        snapshots.record_excluded_rows(session, ItemStep.PLAN, exclusion_reasons)
-
+        rounds.record_failed_items(session, round_id, {ItemStep.PLAN: len(reasons)})
+        snapshots.record_excluded_rows(session, ItemStep.PLAN, reasons)
     folder.write_spec(spec)
-    num_rows, num_excluded = len(snapshot_rows), len(exclusion_reasons)
-    log.info("prepared run %s: %d rows, excluded %d, stages %s", inputs.run_id, num_rows, num_excluded, plan.bounds)
+    log.info("prepared run %s: %d rows, excluded %d, %s", inputs.run_id, len(snapshot_rows), len(reasons), length)
     return plan
 
 
@@ -150,7 +153,7 @@ def _read_inputs(context: Context, round_id: str) -> RunInputs:
             snapshot_id=snapshot_id,
             part_sizes=snapshots.read_part_sizes(session, snapshot_id),
             parent_version=training_round.parent_version,
-            parameters=rounds.read_parameters(training_round),
+            seed=rounds.read_parameters(training_round).seed,
         )
 
 
@@ -164,35 +167,45 @@ def _read_snapshot(context: Context, snapshot_id: str) -> list[Row | BadRow]:
     return list(parse_rows(context.objects.get(key)))
 
 
-def _prepare_model(
-    context: Context, folder: RunFolder, parent_version: int | None, snapshot_rows: Sequence[Row | BadRow]
-) -> RunModel:
-    """Return the parent's config and tokenizer, or the tiny preset with a tokenizer trained on the rows.
-
-    The parent's model folder is copied into the run folder.
-    """
-    if parent_version is not None:
-        download = folder.path / ".download"
-        fetch_version(context, parent_version, download).rename(folder.parent)
-        shutil.rmtree(download)
-        config = ModelConfig.from_json(json.loads((folder.parent / MODEL_CONFIG_FILE).read_text()))
-        return RunModel(config, tokenizers.load(folder.parent))
-
-    texts = (f"{row.prompt}\n{row.answer}" for row in snapshot_rows if isinstance(row, Row))
-    tokenizer = tokenizers.train(texts, vocab_size=MAX_ROUND_VOCAB_SIZE)
-    padded_vocab_size = -(-len(tokenizer) // MODEL_VOCAB_MULTIPLE) * MODEL_VOCAB_MULTIPLE
-    return RunModel(tiny(padded_vocab_size), tokenizer)
+def _write_windows(
+    folder: RunFolder,
+    recipe: Recipe,
+    inputs: RunInputs,
+    snapshot_rows: Sequence[Row | BadRow],
+    encoder: RowEncoder,
+) -> RunLength:
+    """Encode every row, write them as windows, and return the length of a run on them."""
+    parts = shuffle_parts(snapshot_rows, inputs.part_sizes, inputs.seed)
+    sources = {name: encoder.encode(part_rows) for name, part_rows in parts.items()}
+    seq_len, pad = recipe.data.seq_len, encoder.tokenizer.pad
+    num_windows = write_sources(folder.data, sources, seq_len=seq_len)
+    try:
+        weights = resolve_part_weights(recipe, num_windows)
+        length = resolve_length(recipe, count_epoch_windows(num_windows, weights))
+    except RecipeUnfit as error:
+        raise RoundUnfit(str(error)) from None
+    write_corpus_index(folder.data, list(parts), seq_len=seq_len, pad=pad, weights=weights)
+    folder.seal_inputs()
+    return length
 
 
 def _plan_run(
-    context: Context, round_id: str, folder: RunFolder, config: ModelConfig, recipe: Recipe, pool: Pool
+    context: Context, round_id: str, folder: RunFolder, config: ModelConfig, recipe: Recipe, length: RunLength
 ) -> PipelinePlan:
-    """Plan the run for a pool, store the plan in the round's record, and store the plan's picture.
+    """Plan the run for the configured pool, store the plan in the round's record, and store the plan's picture.
 
     A plan that an earlier attempt has stored is returned unchanged.
     """
-    work = Workload.from_recipe(config, recipe)
-    new_plan = make_plan(work, pool, make_plan_limits(pool, recipe))
+    pool = load_configured_pool(context.settings)
+    work = Workload(
+        model=config,
+        seq_len=recipe.data.seq_len,
+        global_batch_size=length.global_batch_size,
+        precision=choose_precision(recipe.model.precision, pool),
+        loss_block=compute_default_loss_block(config),
+        isolate_documents=recipe.data.isolate_documents,
+    )
+    new_plan = make_plan(work, pool, make_plan_limits(pool, recipe.batch.micro_batch_size))
     with context.sessions.begin() as session:
         plan = rounds.get_or_store_plan(session, round_id, new_plan)
 
@@ -200,26 +213,6 @@ def _plan_run(
     (folder.path / PLAN_PICTURE_FILE).write_text(picture)
     context.objects.put(rounds.make_plan_picture_key(folder.path.name), picture.encode())
     return plan
-
-
-def _write_windows(
-    folder: RunFolder,
-    spec: RunSpec,
-    inputs: RunInputs,
-    snapshot_rows: Sequence[Row | BadRow],
-    tokenizer: tokenizers.Tokenizer,
-) -> dict[str, str]:
-    """Encode the rows and write them as windows; return the `exclusion_reasons` of a `RowEncoder`."""
-    parts = shuffle_parts(snapshot_rows, inputs.part_sizes, spec.seed)
-    weights = inputs.parameters.weights
-    part_weights = None
-    if weights is not None:
-        part_weights = select_weights({str(name): weight for name, weight in weights.items()}, parts)
-
-    encoder = RowEncoder(tokenizer)
-    sources = {name: encoder.encode(part_rows) for name, part_rows in parts.items()}
-    folder.write_inputs(spec, sources, pad=tokenizer.pad, weights=part_weights)  # encodes every row
-    return encoder.exclusion_reasons
 
 
 def shuffle_parts(
@@ -239,31 +232,6 @@ def shuffle_parts(
             random.Random(f"{seed} {name}").shuffle(part_rows)
             parts[name] = part_rows
     return parts
-
-
-def select_weights(weights: Mapping[str, float], part_names: Collection[str]) -> dict[str, float]:
-    """Return the weights of the parts that have rows; the weights of empty parts are ignored.
-
-    Raises:
-        WeightMissing: if a part with rows has no weight.
-    """
-    missing = sorted(set(part_names) - set(weights))
-    if missing:
-        raise WeightMissing(f"the round's weights lack {', '.join(missing)}, which have rows; give each a weight")
-    return {name: weights[name] for name in part_names}
-
-
-def _build_recipe(parameters: RoundParameters, pool: Pool) -> Recipe:
-    return Recipe(
-        max_steps=parameters.max_steps,
-        learning_rate=parameters.learning_rate,
-        seq_len=ROUND_SEQ_LEN,
-        micro_batch_size=ROUND_MICRO_BATCH_SIZE,
-        global_batch_size=ROUND_GLOBAL_BATCH_SIZE,
-        warmup_steps=min(MAX_WARMUP_STEPS, parameters.max_steps - 1),
-        precision=choose_precision(parameters.precision, pool),
-        checkpoint_every=parameters.checkpoint_every,
-    )
 
 
 def choose_precision(requested: Literal["auto", "bf16", "fp32"], pool: Pool) -> Precision:

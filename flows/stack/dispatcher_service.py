@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from flows.duties import DISPATCHER_HEARTBEAT_FILE, SERVICE_HEARTBEAT_TIMEOUT_S
+from flows.recipe_files import CUSTOM_RECIPES_FOLDER
 from flows.stack.platform_service import check_heartbeat_file, make_platform_service
 from flows.stack.pool_files import build_cluster_environment, find_pool_files
 from flows.stack.prefect_service import build_prefect_environment
@@ -25,7 +26,7 @@ def make_dispatcher_service(home: Path, settings: Settings) -> ManagedService:
         name="dispatcher",
         module="flows.dispatcher",
         confinement=Confinement(
-            read=(*(home / name for name in DispatcherSettings.files), *pool_files),
+            read=(*(home / name for name in DispatcherSettings.files), home / CUSTOM_RECIPES_FOLDER, *pool_files),
             write=(work,),
             connect=None if pool_files else tuple(map(parse_port, servers)),
             scope_signals=False,  # it kills processes that exited flows left behind

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from flows.recipe_files import CUSTOM_RECIPES_FOLDER
 from infra.files import write_private
 from infra.keeper import find_stack_pids
 from infra.listeners import describe_user, find_listener_uids
@@ -312,6 +313,7 @@ def write_environment(home: Path, config: StackConfig) -> None:
     }
     write_private(home / "env", "".join(f"COTRAIN_{name}={value}\n" for name, value in values.items()))
     settings = read_settings(Settings, home)
-    (home / "settings").mkdir(exist_ok=True, mode=0o700)
+    for name in ("settings", CUSTOM_RECIPES_FOLDER):
+        (home / name).mkdir(exist_ok=True, mode=0o700)
     for name, text in render_process_files(settings).items():
         write_private(home / name, text)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from flows.allowed_flows import WORK_POOL_NAME
 from flows.duties import WORKER_HEARTBEAT_FILE
+from flows.recipe_files import CUSTOM_RECIPES_FOLDER
 from flows.stack.platform_service import check_heartbeat_file, make_platform_service, make_private_folders
 from flows.stack.pool_files import build_cluster_environment, find_pool_files
 from flows.stack.prefect_api import has_online_worker, open_prefect_client
@@ -33,7 +34,11 @@ def make_worker_service(home: Path, settings: Settings) -> ManagedService:
         name="worker",
         module="flows.dispatcher.worker",
         confinement=Confinement(
-            read=(*(home / name for name in (*WorkerSettings.files, *FlowSettings.files)), *find_pool_files(settings)),
+            read=(
+                *(home / name for name in (*WorkerSettings.files, *FlowSettings.files)),
+                home / CUSTOM_RECIPES_FOLDER,
+                *find_pool_files(settings),
+            ),
             write=(work, *folders, flow_log, Path(SHARED_MEMORY_FOLDER)),
             accelerators="descendants",
             connect=None,  # ranks connect on ports that the system chooses

@@ -8,7 +8,6 @@ from infra.launchers.job import Launcher
 from infra.launchers.local import LocalLauncher
 from infra.launchers.slurm import SlurmLauncher, SlurmOptions
 from infra.settings import PoolSettings
-from yuan.config import Recipe
 from yuan.plan.pool import CPU_POOL_NAME, Pool, load_pool, make_cpu_pool
 from yuan.plan.search import SizeLimits
 
@@ -83,7 +82,11 @@ def find_launcher_files(launcher: str) -> tuple[Path, ...]:
     return ()
 
 
-def make_plan_limits(pool: Pool, recipe: Recipe) -> SizeLimits:
-    """Fix one stage per process on the default local pool; on other pools the planner chooses the grid."""
+def make_plan_limits(pool: Pool, micro_batch_size: int | None) -> SizeLimits:
+    """Fix one stage per process on the default local pool; on other pools the planner chooses the grid.
+
+    Args:
+        micro_batch_size: the fixed size; None for the planner's choice.
+    """
     stages = pool.num_devices if pool.name == CPU_POOL_NAME else None
-    return SizeLimits(pipeline_size=stages, micro_batch_size=recipe.micro_batch_size)
+    return SizeLimits(pipeline_size=stages, micro_batch_size=micro_batch_size)

@@ -88,13 +88,13 @@ class RunPlanner:
         """Plan for the working devices and the reduced memory, and write the plan to the run folder."""
         spec = self._folder.read_spec()
         working_pool = self.get_working_pool(pool)
-        work = Workload.from_recipe(spec.model, spec.recipe)
-        move = replan(work, spec.plan, working_pool, make_plan_limits(working_pool, spec.recipe))
+        work = Workload.from_train_config(spec.model, spec.train_config)
+        move = replan(work, spec.plan, working_pool, make_plan_limits(working_pool, spec.fixed_micro_batch_size))
         plan = move.plan
         if not plan.feasible:
             raise TrainingFailed(f"{reason}; {plan.explanation}")
 
-        self._folder.write_spec(replace(spec, plan=plan))
+        self._folder.write_spec(spec.with_plan(plan))
         picture = draw_plan(work, working_pool, plan)
         replace_file_below(self._folder.path, PLAN_PICTURE_FILE, picture.encode())
         event = ReplanEvent(

@@ -178,7 +178,7 @@ class RunReporter:
         mlflow_run_id = tracker.start_run(f"round-{number}-{run_id[:8]}", {RUN_TAG: run_id})
 
         provenance = {"snapshot": spec.snapshot, "parent": spec.parent, "kind": spec.kind}
-        tracker.log(mlflow_run_id, [], {**dataclasses.asdict(spec.recipe), **provenance})
+        tracker.log(mlflow_run_id, [], {**dataclasses.asdict(spec.train_config), **provenance})
         self._log_plan(mlflow_run_id)
 
         with self._context.sessions.begin() as session:

@@ -126,14 +126,14 @@ def supervise(stores, engine, objects, portal, tmp_path):
     """Return a function that prepares a run in a new round and returns its supervisor; no device is lost."""
     context, round_ids = Context(stores, make_session_factory(engine), objects), []
 
-    def make_supervisor(training_inputs, recipe):
+    def make_supervisor(training_inputs, train_config):
         with context.sessions.begin() as session:
             session.execute(update(Round).values(state="cancelled"))
             training_round = rounds.request_round(session, "test", RoundParameters(), new_id())
             run = rounds.get_or_create_training_run(session, training_round.id)
             session.execute(update(PoolDevice).values(lost_reason=None, lost_host=None))
         round_ids.append(training_round.id)
-        folder = prepare_run(tmp_path / "run", training_inputs, recipe)
+        folder = prepare_run(tmp_path / "run", training_inputs, train_config)
         with context.sessions.begin() as session:
             rounds.get_or_store_plan(session, training_round.id, folder.read_spec().plan)
         reporter = RunReporter(context, training_round.id, folder, lambda status: None)

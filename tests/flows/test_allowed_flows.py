@@ -4,7 +4,7 @@ import jsonschema
 import pytest
 
 from feedback.contracts import RoundParameters
-from flows.allowed_flows import ALLOWED_FLOWS, RoundForm, parse_form
+from flows.allowed_flows import ALLOWED_FLOWS, RoundForm, is_schema_of_flow, parse_form
 
 
 def test_unknown_flow_is_refused_with_the_list_of_allowed_flows():
@@ -15,7 +15,7 @@ def test_unknown_flow_is_refused_with_the_list_of_allowed_flows():
 @pytest.mark.parametrize(
     ("parameters", "named"),
     [
-        ({"nonsense": 1}, "nonsense: is unknown; use one of max_steps, learning_rate"),
+        ({"nonsense": 1}, "nonsense: is unknown; use one of recipe, max_steps, learning_rate"),
         ({"max_steps": 0}, "max_steps"),
         ({"learning_rate": float("inf")}, "learning_rate"),
         ({"weights": {"base": -1}}, "weights.base"),
@@ -38,7 +38,7 @@ def test_the_number_of_reports_to_reproduce_is_a_bounded_integer(limit):
 
 def test_run_form_has_the_same_fields_as_the_portal():
     fields = ALLOWED_FLOWS["cotrain-round"].build_schema()["properties"]
-    properties = RoundParameters.model_json_schema()["properties"]
+    properties = RoundParameters.model_json_schema(ref_template="#/definitions/{model}")["properties"]
     assert {name: fields[name] | properties[name] for name in properties} == {name: fields[name] for name in properties}
     assert set(fields) - set(properties) == {"round_id"}
 
@@ -48,6 +48,33 @@ def test_schemas_accept_the_defaults_and_reject_unknown_parameters():
         validator = jsonschema.Draft202012Validator(flow.build_schema())
         assert validator.is_valid(flow.form().model_dump())
         assert not validator.is_valid({"unknown": 1})
+
+
+def test_only_the_recipes_to_choose_from_may_differ_in_the_schema_of_a_flow():
+    round_flow = ALLOWED_FLOWS["cotrain-round"]
+    for names in ([], ["demo"], ["demo", "of-our-own"]):
+        assert is_schema_of_flow(round_flow.build_schema(names))
+    for names in ([1], ["x" * 61], [{"$ref": "#"}]):
+        assert not is_schema_of_flow(round_flow.build_schema(names))
+    assert not is_schema_of_flow({**round_flow.build_schema(["demo"]), "pattern": "^(a+)+$"})
+    for schema in (None, [], {}, {"properties": {"recipe": {"anyOf": []}}}):
+        assert not is_schema_of_flow(schema)
+
+
+def test_run_form_describes_every_value_of_a_recipe_that_a_round_may_replace():
+    validator = jsonschema.Draft202012Validator(ALLOWED_FLOWS["cotrain-round"].build_schema())
+    for overrides, is_valid in (
+        ({"schedule": {"learning_rate": 1e-5}, "length": {"epochs": 3}}, True),
+        ({"schedule": {"learning_rate": 2}}, False),
+        ({"schedule": {"rate": 1e-5}}, False),
+        ({"model": {"preset": "2b"}}, False),
+    ):
+        assert validator.is_valid({"overrides": overrides}) == is_valid
+        if is_valid:
+            assert parse_form("cotrain-round", {"overrides": overrides}).overrides == overrides
+        else:
+            with pytest.raises(ValueError, match=r"overrides\."):
+                parse_form("cotrain-round", {"overrides": overrides})
 
 
 def test_a_request_keeps_every_parameter_of_its_form():

@@ -31,6 +31,7 @@ from yuan.data.rows import BadRow, Row
 from yuan.model.model_manifest import ModelManifest
 from yuan.model.transformer import Yuan
 from yuan.model.weights import save
+from yuan.recipe import DataSection
 from yuan.serve.api import make_api
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.request import ServedModel
@@ -250,15 +251,9 @@ def test_rows_that_cannot_be_encoded_are_skipped_and_reported():
     broken = Row(prompt="a", answer="d")
     parsed = [Row(prompt="a", answer="b"), BadRow(row=2, reason="no row"), Row(prompt="", answer="c"), broken]
     parts = prepare_run.shuffle_parts(parsed, {"corrections": 2, "datasets": 0, "base": 2}, seed=0)
-    encoder = prepare_run.RowEncoder(tokenizer)
+    encoder = prepare_run.RowEncoder(tokenizer, DataSection(seq_len=128), seed=0)
     assert {name: len(list(encoder.encode(rows))) for name, rows in parts.items()} == {"corrections": 1, "base": 1}
     assert encoder.exclusion_reasons == {"line 2": "no row", broken.key: "it cannot be encoded: a planted fault"}
-
-
-def test_weights_are_required_only_for_parts_with_rows():
-    assert prepare_run.select_weights({"corrections": 1.0, "datasets": 2.0, "base": 3.0}, ["base"]) == {"base": 3.0}
-    with pytest.raises(prepare_run.WeightMissing, match="lack corrections, which have rows"):
-        prepare_run.select_weights({"base": 1.0}, ["base", "corrections"])
 
 
 def test_evaluation_gets_the_read_only_account_and_no_other_secret(context, tmp_path):

@@ -40,6 +40,8 @@ COMMANDS = {
     "withdraw report": ([*RECORD, *PORTAL], "does not answer"),
     "withdraw dataset": (RECORD, "platform"),
     "withdraw account": (["name", "--reason", "r"], "platform"),
+    "recipe list": ([], "platform"),
+    "recipe show": (["demo"], "platform"),
     "round start": ([], "platform"),
     "round status": ([], "platform"),
     "round cancel": ([], "platform"),

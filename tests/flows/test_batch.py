@@ -10,7 +10,7 @@ from feedback import leases
 from flows.supervisor.exit_reason import TrainingFailed
 from flows.supervisor.pool_launcher import make_launcher
 from tests.infra.cluster import needs_slurm, start_slurm_cluster
-from tests.yuan.runs import RECIPE, make_training_inputs
+from tests.yuan.runs import TRAIN_CONFIG, make_training_inputs
 from yuan.train.events import EndedEvent
 
 # Python imports this at startup; in its 25th pass the last rank raises the error with which CUDA reports a lost device.
@@ -37,7 +37,7 @@ def slurm():
 @pytest.fixture
 def supervisor(slurm, supervise, tmp_path):
     slurm_supervisor = supervise(
-        make_training_inputs(tmp_path / "parent"), dataclasses.replace(RECIPE, max_steps=40, checkpoint_every=10)
+        make_training_inputs(tmp_path / "parent"), dataclasses.replace(TRAIN_CONFIG, max_steps=40, checkpoint_every=10)
     )
     slurm_supervisor.pool = dataclasses.replace(slurm_supervisor.pool, name="cluster", launcher="slurm")
     slurm_supervisor.launcher = make_launcher(slurm_supervisor.pool)

@@ -1,6 +1,8 @@
 """Test the preparation of a round's run folder from its snapshot."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 from sqlalchemy import update
@@ -9,10 +11,16 @@ from feedback import rounds, snapshots
 from feedback.contracts import RoundParameters
 from feedback.tables import Round, Snapshot, new_id
 from flows.context import Context
-from flows.round.prepare_run import choose_precision, prepare_run_folder
+from flows.recipe_files import find_recipe_file, load_recipe
+from flows.round.prepare_run import RowEncoder, choose_precision, prepare_run_folder
+from flows.round.round_recipe import settle_recipe
+from flows.round.run_model import RoundUnfit, check_parent_shape
 from infra.database import make_session_factory
+from yuan import tokenizer as tokenizers
+from yuan.config import yuan_2b, yuan_51b
 from yuan.data.rows import Row, dump_rows
 from yuan.plan.pool import Pool, make_cpu_pool, parse_pool
+from yuan.recipe import DataSection
 from yuan.train.run_folder import RunFolder
 
 ROWS = [Row(prompt=f"Reverse: {n}", answer=str(n)[::-1]) for n in range(100, 160)]
@@ -55,7 +63,7 @@ def test_prepared_folder_is_complete_and_not_changed_by_a_second_call(context, s
         assert rounds.find_round(session, round_id).failed_items == {"plan": 1}  # the line that is not a row
     folder = RunFolder(context.runs / run_id)
     spec = folder.check_inputs()
-    assert (spec.plan, spec.seed, spec.parent, spec.recipe.max_steps) == (plan, 7, None, 4)
+    assert (spec.plan, spec.seed, spec.parent, spec.train_config.max_steps) == (plan, 7, None, 4)
     assert objects.exists(rounds.make_plan_picture_key(run_id))
 
     written_at = (folder.path / "run.json").stat().st_mtime_ns
@@ -72,6 +80,80 @@ def test_a_folder_without_run_json_is_prepared_again_with_the_same_plan(context,
     (folder.path / "left-over").write_text("of a killed attempt")
     assert prepare_run_folder(context, round_id) == plan
     assert not (folder.path / "left-over").exists() and folder.check_inputs().plan == plan
+
+
+def read_spec(context, round_id):
+    with context.sessions() as session:
+        return RunFolder(context.runs / rounds.get_or_create_training_run(session, round_id).id).read_spec()
+
+
+def test_recipe_is_stored_with_the_round_and_in_run_json_with_its_replaced_values(context, start):
+    round_id = start(learning_rate=2e-3, overrides={"data": {"seq_len": 64}, "batch": {"global_batch_size": 4}})
+    prepare_run_folder(context, round_id)
+    spec = read_spec(context, round_id)
+    settings = spec.train_config
+    assert (settings.seq_len, settings.global_batch_size, settings.learning_rate) == (64, 4, 2e-3)
+    with context.sessions() as session:
+        name, recipe = rounds.read_recipe(rounds.find_round(session, round_id))
+    assert (name, recipe) == ("demo", spec.recipe)
+    assert (recipe.data.seq_len, recipe.length.steps, recipe.schedule.learning_rate) == (64, 4, 2e-3)
+
+
+def test_round_keeps_the_recipe_that_it_began_with(context, start):
+    shipped = find_recipe_file(context.settings.home, "demo").read()
+    file = context.settings.home / "recipes" / "mine.toml"
+    file.parent.mkdir()
+    file.write_bytes(shipped.replace(b"weight_decay = 0.05", b"weight_decay = 0.25"))
+    round_id = start(recipe="mine")
+    assert settle_recipe(context, round_id).optimizer.weight_decay == 0.25
+    file.unlink()
+    prepare_run_folder(context, round_id)
+    assert read_spec(context, round_id).train_config.weight_decay == 0.25
+
+
+@pytest.mark.parametrize(
+    ("parameters", "reason"),
+    [
+        ({"recipe": "fintune-2b"}, "there is no recipe 'fintune-2b'; did you mean 'finetune-2b'?"),
+        ({"recipe": "finetune-2b"}, "needs a parent's weights, and there is no champion; register published weights"),
+        ({"recipe": "mini"}, "the tokenizer of new weights of mini: "),
+        ({"overrides": {"data": {"seq_len": 512}}}, "data.seq_len: must not be above the 256 positions of tiny"),
+        ({"overrides": {"length": {"min_steps": 5}}}, "would have 4 steps of 8 windows, at least 5 are needed"),
+        ({"overrides": {"length": {"max_epochs": 0.5}}}, "length.max_epochs is 0.5"),
+        ({"weights": {"datasets": 1.0}}, "lacks base, corrections, which have rows; give each a weight"),
+    ],
+)
+def test_recipe_that_does_not_fit_is_refused_before_devices_are_taken(context, start, parameters, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        prepare_run_folder(context, start(**parameters))
+
+
+def test_new_weights_of_a_published_layout_take_the_tokenizer_beside_the_recipes(context, start):
+    folder = context.settings.home / "recipes" / "tokenizer"
+    folder.mkdir(parents=True)
+    tokenizers.train(["a b c"], vocab_size=300).save(folder)
+    round_id = start(recipe="mini", overrides={"length": {"min_steps": 1, "max_epochs": 1000.0}})
+    prepare_run_folder(context, round_id)
+    spec = read_spec(context, round_id)
+    assert (spec.model.name, spec.model.vocab_size, spec.train_config.seq_len) == ("mini", 135_040, 1024)
+
+
+def test_parent_of_another_shape_is_refused():
+    recipe = load_recipe(Path(), "finetune-2b")
+    check_parent_shape(recipe, yuan_2b(), 3)
+    with pytest.raises(RoundUnfit, match="trains 2b with num_layers 24, and v3 has 42; use a recipe for its shape"):
+        check_parent_shape(recipe, yuan_51b(), 3)
+
+
+def test_documents_are_rearranged_for_fill_in_the_middle_at_the_rate_of_the_recipe():
+    tokenizer = tokenizers.train(["abcdefgh" * 20], vocab_size=300)
+    rows = [Row(answer="abcdefgh" * 5 + str(n)) for n in range(200)] + [Row(prompt="abc", answer="def")]
+    for rate, least, greatest in ((0.0, 0, 0), (0.5, 60, 140), (1.0, 200, 200)):
+        encoder = RowEncoder(tokenizer, DataSection(seq_len=64, fim_rate=rate), seed=1)
+        samples = list(encoder.encode(rows))
+        num_rearranged = sum(tokenizer.special["<FIM_MIDDLE>"] in sample.tokens for sample in samples)
+        assert least <= num_rearranged <= greatest and not encoder.exclusion_reasons
+        assert samples == list(RowEncoder(tokenizer, DataSection(seq_len=64, fim_rate=rate), seed=1).encode(rows))
 
 
 def test_precision_auto_is_that_of_the_devices_of_the_pool():

@@ -47,7 +47,32 @@ def test_invalid_round_id_is_rejected_without_a_request(round_id):
 def test_a_round_has_an_option_for_each_of_its_parameters():
     shown = CliRunner(env={"COLUMNS": "300"}).invoke(app, [*START, "--help"]).output
     for name, field in RoundParameters.model_fields.items():
-        assert f"--{name.replace('_', '-')} " in shown and field.description in shown
+        if name == "overrides":
+            assert "--set " in shown and "SECTION.KEY=VALUE" in shown
+        else:
+            assert f"--{name.replace('_', '-')} " in shown and field.description in shown
+
+
+@pytest.mark.parametrize(
+    ("replacement", "reason"),
+    [
+        ("learning_rate=1", "must be SECTION.KEY=VALUE, got 'learning_rate=1'"),
+        ("schedule.learning_rate", "must be SECTION.KEY=VALUE"),
+        ("schedule.learning_rat=1", "overrides.schedule.learning_rat: is unknown; did you mean 'learning_rate'?"),
+        ("schedule.learning_rate=2", "overrides.schedule.learning_rate: must be less than 1"),
+        ("schedule.kind=linear", "overrides.schedule.kind: must be 'cosine' or 'wsd', got 'linear'; choose one"),
+        ("model.preset=2b", "overrides.model: is unknown"),
+        ("data.seq_len=1.5", "overrides.data.seq_len: must be an integer"),
+    ],
+)
+def test_value_that_cannot_replace_one_of_a_recipe_is_named(replacement, reason):
+    result = CliRunner().invoke(app, [*START, "--set", replacement])
+    assert result.exit_code == 2 and reason in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_value_that_is_replaced_twice_is_refused():
+    result = CliRunner().invoke(app, [*START, "--set", "data.seq_len=8", "--set", "data.seq_len=16"])
+    assert result.exit_code == 2 and "must name each value once, got 'data.seq_len' twice" in result.stderr
 
 
 @pytest.mark.parametrize("part", ["base", "base=", "=", "base=much"])

@@ -12,7 +12,7 @@ from sqlalchemy import select, update
 from feedback import leases
 from feedback.tables import Lease, PoolDevice
 from flows.supervisor.exit_reason import ExitReason, RunExit, TrainingFailed
-from tests.yuan.runs import RECIPE, make_training_inputs
+from tests.yuan.runs import TRAIN_CONFIG, make_training_inputs
 from yuan.plan.pool import CPU_POOL_NAME
 from yuan.train.events import EndedEvent, ReplanEvent
 from yuan.train.heartbeat import read_heartbeats
@@ -28,7 +28,7 @@ def training_inputs(tmp_path_factory):
 
 @pytest.fixture
 def supervisor(supervise, training_inputs):
-    return supervise(training_inputs, dataclasses.replace(RECIPE, max_steps=STEPS, checkpoint_every=20))
+    return supervise(training_inputs, dataclasses.replace(TRAIN_CONFIG, max_steps=STEPS, checkpoint_every=20))
 
 
 def list_exit_reasons(folder: RunFolder):

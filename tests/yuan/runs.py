@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from infra.process_group import build_torchrun_command, run_child
 from yuan import tokenizer as tokenizers
-from yuan.config import ModelConfig, Recipe
+from yuan.config import ModelConfig, TrainConfig
 from yuan.data.mixture import find_unskipped_positions
 from yuan.data.samples import Sample
 from yuan.model import weights
@@ -20,11 +20,12 @@ from yuan.plan.planner import make_plan
 from yuan.plan.pool import make_cpu_pool
 from yuan.plan.search import SizeLimits
 from yuan.plan.workload import Workload
-from yuan.train.run_folder import RunFolder, RunSpec
+from yuan.train.run_folder import RunFolder
+from yuan.train.run_spec import RunSpec
 from yuan.train.zero.engine import compute_learning_rate
 
 STEPS = 12
-RECIPE = Recipe(
+TRAIN_CONFIG = TrainConfig(
     max_steps=STEPS,
     learning_rate=3e-3,
     seq_len=32,
@@ -50,14 +51,14 @@ def make_training_inputs(parent):
     return parent, config, {"long": samples[:150], "short": samples[150:]}
 
 
-def make_two_stage_plan(config, recipe):
+def make_two_stage_plan(config, train_config):
     """Return a plan for two processes that recomputes its first layer, as if memory were short."""
-    limits = SizeLimits(pipeline_size=2, micro_batch_size=recipe.micro_batch_size)
-    plan = make_plan(Workload.from_recipe(config, recipe), make_cpu_pool(), limits)
+    limits = SizeLimits(pipeline_size=2, micro_batch_size=train_config.micro_batch_size)
+    plan = make_plan(Workload.from_train_config(config, train_config), make_cpu_pool(), limits)
     return dataclasses.replace(plan, stages=[dataclasses.replace(plan.stages[0], recompute_layers=1), plan.stages[1]])
 
 
-def prepare_run(folder, training_inputs, recipe=RECIPE, plan=None):
+def prepare_run(folder, training_inputs, train_config=TRAIN_CONFIG, plan=None):
     parent, config, sources = training_inputs
     folder.mkdir(parents=True)
     shutil.copytree(parent, folder / "parent")  # confined ranks can only read their own folder
@@ -66,8 +67,8 @@ def prepare_run(folder, training_inputs, recipe=RECIPE, plan=None):
         kind="finetune",
         model=config,
         snapshot="s",
-        plan=plan or make_two_stage_plan(config, recipe),
-        recipe=recipe,
+        plan=plan or make_two_stage_plan(config, train_config),
+        train_config=train_config,
         seed=5,
         parent="v1",
     )
@@ -88,7 +89,7 @@ def run_training(folder, script=None):
     return folder
 
 
-def train_plain_loop(training_inputs, finished_run, recipe=RECIPE):
+def train_plain_loop(training_inputs, finished_run, train_config=TRAIN_CONFIG):
     """Return loss and gradient norm of each step of the same training as a plain loop: one process, only torch."""
     parent, config, _ = training_inputs
     corpus = finished_run.open_corpus(seed=5)
@@ -96,22 +97,22 @@ def train_plain_loop(training_inputs, finished_run, recipe=RECIPE):
     model.load_state_dict(load_file(parent / "model.safetensors"))
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(recipe.beta1, recipe.beta2))
+    groups = [{"params": matrices, "weight_decay": train_config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(train_config.beta1, train_config.beta2))
     steps = []
-    for step in range(recipe.max_steps):
+    for step in range(train_config.max_steps):
         windows, _ = corpus.read(find_unskipped_positions(8 * step, 8, []))
         tokens, labels = (torch.from_numpy(a).long() for a in (windows.tokens, windows.labels))
         loss_mask = torch.from_numpy(windows.loss_mask).float()
         documents = torch.from_numpy(windows.documents)
         loss = weighted_cross_entropy(
-            model(tokens, documents, isolated=recipe.isolate_documents), labels, loss_mask / loss_mask.sum()
+            model(tokens, documents, isolated=train_config.isolate_documents), labels, loss_mask / loss_mask.sum()
         )
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train_config.grad_clip)
         for group in optimizer.param_groups:
-            group["lr"] = compute_learning_rate(step, recipe)
+            group["lr"] = compute_learning_rate(step, train_config)
         optimizer.step()
         steps.append((loss.item(), norm.item()))
     return steps

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from yuan.config import Recipe
+from yuan.config import TrainConfig
 from yuan.train.guard import (
     FAULT_MEMORY_STEPS,
     GUARD_WINDOW_STEPS,
@@ -19,7 +19,7 @@ from yuan.train.guard import (
     StepJudge,
 )
 
-RECIPE = Recipe(
+TRAIN_CONFIG = TrainConfig(
     max_steps=9, learning_rate=1, seq_len=8, micro_batch_size=1, global_batch_size=1, warmup_steps=1, max_skips=2
 )
 
@@ -62,9 +62,9 @@ def test_only_non_finite_values_are_faulty_before_the_minimum_of_good_steps():
     assert young.find_fault(1e9, 1e9) is None and young.find_fault(math.nan, 1.0)
 
 
-def apply_action(decisions, step, recipe=RECIPE):
+def apply_action(decisions, step, train_config=TRAIN_CONFIG):
     """Apply the guard's action to a step that is faulty twice; return the action and the new decisions."""
-    rung, span = decisions.choose_action(step, recipe), (8 * step, 8 * step + 8)
+    rung, span = decisions.choose_action(step, train_config), (8 * step, 8 * step + 8)
     if rung == "skip":
         return rung, decisions.skip(step, span)
     if rung == "roll back":
@@ -96,14 +96,14 @@ def test_faults_older_than_the_memory_limit_are_ignored():
     decisions = GuardDecisions()
     for step in (10, 11):
         _, decisions = apply_action(decisions, step)
-    assert decisions.choose_action(12 + FAULT_MEMORY_STEPS, RECIPE) == "skip"
-    assert decisions.choose_action(10 + FAULT_MEMORY_STEPS, RECIPE) == "roll back"
+    assert decisions.choose_action(12 + FAULT_MEMORY_STEPS, TRAIN_CONFIG) == "skip"
+    assert decisions.choose_action(10 + FAULT_MEMORY_STEPS, TRAIN_CONFIG) == "roll back"
 
 
 def test_first_fault_rolls_back_or_stops_if_skips_are_disabled():
-    recipe = dataclasses.replace(RECIPE, max_skips=0, max_rollbacks=0)
-    assert GuardDecisions().choose_action(5, dataclasses.replace(recipe, max_rollbacks=1)) == "roll back"
-    assert GuardDecisions().choose_action(5, recipe) == "stop"
+    train_config = dataclasses.replace(TRAIN_CONFIG, max_skips=0, max_rollbacks=0)
+    assert GuardDecisions().choose_action(5, dataclasses.replace(train_config, max_rollbacks=1)) == "roll back"
+    assert GuardDecisions().choose_action(5, train_config) == "stop"
 
 
 def test_decisions_are_restored_from_the_file_or_the_fallback(tmp_path):

@@ -12,19 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.yuan.runs import RECIPE, launch, prepare_run, run_training
+from tests.yuan.runs import TRAIN_CONFIG, launch, prepare_run, run_training
 from yuan.train.events import CleanRepeatEvent, RepeatEvent, RollBackEvent, SkipEvent, StopEvent
 from yuan.train.exit_status import ExitStatus, read_exit_notes
 from yuan.train.guard import GuardDecisions
 from yuan.train.heartbeat import read_heartbeats
 from yuan.train.run_folder import RunFolder
 
-LONG = dataclasses.replace(RECIPE, max_steps=36, warmup_steps=20, checkpoint_every=8)
+LONG = dataclasses.replace(TRAIN_CONFIG, max_steps=36, warmup_steps=20, checkpoint_every=8)
 FAULT_INJECTION = Path(__file__).parents[2] / "benchmarks" / "fault_injection.py"
 
 
-def prepare_faulty_run(folder, training_inputs, recipe=LONG, **fault):
-    prepare_run(folder, training_inputs, recipe)
+def prepare_faulty_run(folder, training_inputs, train_config=LONG, **fault):
+    prepare_run(folder, training_inputs, train_config)
     (folder / "fault.json").write_text(json.dumps(fault))
     return RunFolder(folder)
 
@@ -86,9 +86,9 @@ def test_longer_span_of_faulty_data_triggers_a_rollback(training_inputs, clean_r
 
 @pytest.mark.slow
 def test_persistent_faults_stop_the_run_with_a_reason(training_inputs, tmp_path):
-    recipe = dataclasses.replace(LONG, max_rollbacks=1)
+    train_config = dataclasses.replace(LONG, max_rollbacks=1)
     folder = prepare_faulty_run(
-        tmp_path / "forever", training_inputs, recipe, kind="nan", first=160, end=10**9, times=None
+        tmp_path / "forever", training_inputs, train_config, kind="nan", first=160, end=10**9, times=None
     )
     with launch(folder, FAULT_INJECTION) as process:
         assert process.wait(120) != 0
@@ -99,8 +99,8 @@ def test_persistent_faults_stop_the_run_with_a_reason(training_inputs, tmp_path)
 
 @pytest.mark.slow
 def test_stopped_rank_ends_the_run_with_a_no_progress_message(training_inputs, tmp_path):
-    recipe = dataclasses.replace(RECIPE, max_steps=10_000, step_limit_s=4.0)
-    folder = prepare_run(tmp_path / "stopped", training_inputs, recipe)
+    train_config = dataclasses.replace(TRAIN_CONFIG, max_steps=10_000, step_limit_s=4.0)
+    folder = prepare_run(tmp_path / "stopped", training_inputs, train_config)
     with launch(folder) as process:
         end = time.monotonic() + 60
         while folder.read_status() is None:

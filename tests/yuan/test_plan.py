@@ -1,4 +1,4 @@
-"""Test plans, their errors, recipes and model configurations."""
+"""Test plans, their errors, training settings and model configurations."""
 
 import dataclasses
 import re
@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from yuan.config import ModelConfig, Recipe, tiny, yuan_2b, yuan_51b, yuan_102b
+from yuan.config import ModelConfig, TrainConfig, tiny, yuan_2b, yuan_51b, yuan_102b
 from yuan.plan.memory_model import GIB
 from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import draw_plan, make_plan
@@ -16,9 +16,11 @@ from yuan.plan.search import SizeLimits
 from yuan.plan.table import format_plan_table
 from yuan.plan.time_model import predict_tied_reduction_seconds
 from yuan.plan.workload import Grid, Workload, compute_default_loss_block
-from yuan.train.run_folder import RunSpec
+from yuan.train.run_spec import RunSpec
 
-RECIPE = Recipe(max_steps=10, learning_rate=1e-3, seq_len=128, micro_batch_size=2, global_batch_size=8, warmup_steps=2)
+TRAIN_CONFIG = TrainConfig(
+    max_steps=10, learning_rate=1e-3, seq_len=128, micro_batch_size=2, global_batch_size=8, warmup_steps=2
+)
 SMALL = ModelConfig(name="small", num_layers=6, hidden_size=1024, num_heads=16, vocab_size=32_000, seq_len=1024)
 
 
@@ -38,7 +40,9 @@ def test_parameter_counts_are_the_published_ones():
 
 def test_demo_model_is_split_unevenly_over_two_processes():
     plan = make_plan(
-        Workload.from_recipe(tiny(512), RECIPE), make_cpu_pool(), SizeLimits(pipeline_size=2, micro_batch_size=2)
+        Workload.from_train_config(tiny(512), TRAIN_CONFIG),
+        make_cpu_pool(),
+        SizeLimits(pipeline_size=2, micro_batch_size=2),
     )
     assert plan.bounds == [0, 2, 3]
     assert PipelinePlan.from_json(plan.to_json()) == plan
@@ -191,9 +195,9 @@ def test_plan_table_and_diagram_show_every_stage():
         ({"precision": "fp8"}, "precision must be"),
     ],
 )
-def test_error_for_an_invalid_recipe_names_the_rule(changes, reason):
+def test_error_for_invalid_training_settings_names_the_rule(changes, reason):
     with pytest.raises(ValueError, match=reason):
-        Recipe(**{**RECIPE.to_json(), **changes})
+        TrainConfig(**{**TRAIN_CONFIG.to_json(), **changes})
 
 
 def test_error_for_an_invalid_hidden_size_names_the_rule():
@@ -202,10 +206,12 @@ def test_error_for_an_invalid_hidden_size_names_the_rule():
 
 
 def test_a_plan_for_another_model_is_refused():
-    plan = make_plan(Workload.from_recipe(tiny(512), RECIPE), make_cpu_pool(), SizeLimits(micro_batch_size=2))
+    plan = make_plan(
+        Workload.from_train_config(tiny(512), TRAIN_CONFIG), make_cpu_pool(), SizeLimits(micro_batch_size=2)
+    )
     other = ModelConfig(**{**tiny(512).to_json(), "num_layers": 9})
     with pytest.raises(ValueError, match="plan again"):
-        RunSpec(kind="pretrain", model=other, snapshot="s", plan=plan, recipe=RECIPE, seed=0, parent=None)
+        RunSpec(kind="pretrain", model=other, snapshot="s", plan=plan, train_config=TRAIN_CONFIG, seed=0, parent=None)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def check_named(data, *names):
         (change_stage(2, layers=2), "layers of all stages must add up to 8, those of m, got 7"),
         (change(feasible=False), "feasible is false"),
         (change(model="other"), "model of the plan must be the requested m, got 'other'; request the same training"),
-        ({"plan": PLAN, "recipe": {}}, "the run.json of a run"),
+        ({"plan": PLAN, "snapshot": "s"}, "the run.json of a run"),
         ([], "a plan is a JSON object"),
         (3, "a plan is a JSON object"),
         ("x", "a plan is a JSON object"),

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.yuan.runs import (
-    RECIPE,
     STEPS,
+    TRAIN_CONFIG,
     launch,
     make_two_stage_plan,
     prepare_run,
@@ -51,9 +51,9 @@ def test_two_stages_give_the_losses_and_norms_of_one_process(training_inputs, fi
 
 @pytest.mark.slow
 def test_documents_attend_to_each_other_without_isolation(training_inputs, finished_run, tmp_path):
-    recipe = dataclasses.replace(RECIPE, max_steps=2, warmup_steps=1, isolate_documents=False)
-    folder = run_training(prepare_run(tmp_path / "open", training_inputs, recipe))
-    np.testing.assert_allclose(read_steps(folder), train_plain_loop(training_inputs, folder, recipe), rtol=1e-5)
+    train_config = dataclasses.replace(TRAIN_CONFIG, max_steps=2, warmup_steps=1, isolate_documents=False)
+    folder = run_training(prepare_run(tmp_path / "open", training_inputs, train_config))
+    np.testing.assert_allclose(read_steps(folder), train_plain_loop(training_inputs, folder, train_config), rtol=1e-5)
     assert (
         abs(folder.read_metrics()[0].metrics["train/loss"] - finished_run.read_metrics()[0].metrics["train/loss"])
         > 1e-4
@@ -64,7 +64,9 @@ def test_documents_attend_to_each_other_without_isolation(training_inputs, finis
 def test_bf16_gradient_norms_match_fp32(training_inputs, finished_run, tmp_path):
     """Includes the tied embedding, whose gradients both end stages add directly to DeepSpeed's fp32 sums."""
     folder = run_training(
-        prepare_run(tmp_path / "bf16", training_inputs, dataclasses.replace(RECIPE, max_steps=4, precision="bf16"))
+        prepare_run(
+            tmp_path / "bf16", training_inputs, dataclasses.replace(TRAIN_CONFIG, max_steps=4, precision="bf16")
+        )
     )
     norms, exact = ([row.metrics["train/grad_norm"] for row in f.read_metrics()][:3] for f in (folder, finished_run))
     np.testing.assert_allclose(norms, exact, rtol=0.02)
@@ -72,16 +74,16 @@ def test_bf16_gradient_norms_match_fp32(training_inputs, finished_run, tmp_path)
 
 @pytest.mark.slow
 def test_the_last_stage_may_hold_norm_and_head_alone(training_inputs, tmp_path):
-    recipe = dataclasses.replace(RECIPE, max_steps=2, warmup_steps=1)
-    plan = make_two_stage_plan(training_inputs[1], recipe)
+    train_config = dataclasses.replace(TRAIN_CONFIG, max_steps=2, warmup_steps=1)
+    plan = make_two_stage_plan(training_inputs[1], train_config)
     stages = [
         dataclasses.replace(stage, first_layer=first, layers=end - first, recompute_layers=0)
         for stage, (first, end) in zip(plan.stages, pairwise((0, 3, 3)), strict=True)
     ]
     folder = run_training(
-        prepare_run(tmp_path / "bare", training_inputs, recipe, dataclasses.replace(plan, stages=stages))
+        prepare_run(tmp_path / "bare", training_inputs, train_config, dataclasses.replace(plan, stages=stages))
     )
-    np.testing.assert_allclose(read_steps(folder), train_plain_loop(training_inputs, folder, recipe), rtol=1e-5)
+    np.testing.assert_allclose(read_steps(folder), train_plain_loop(training_inputs, folder, train_config), rtol=1e-5)
 
 
 def test_deepspeed_uses_the_planned_uneven_stage_bounds(finished_run):
@@ -124,9 +126,9 @@ def test_killed_run_resumes_to_the_same_weights(training_inputs, finished_run, t
 def test_run_resumes_under_another_plan_with_equal_losses(training_inputs, finished_run, tmp_path, bounds, data_size):
     folder = RunFolder(tmp_path / "moved")
     shutil.copytree(finished_run.path, folder.path, symlinks=True, ignore=shutil.ignore_patterns("export", ".rank*"))
-    work = Workload.from_recipe(training_inputs[1], RECIPE)
+    work = Workload.from_train_config(training_inputs[1], TRAIN_CONFIG)
     plan = make_plan_from_bounds(
-        work, make_cpu_pool().groups[0], bounds, data_size=data_size, micro_batch_size=RECIPE.micro_batch_size
+        work, make_cpu_pool().groups[0], bounds, data_size=data_size, micro_batch_size=TRAIN_CONFIG.micro_batch_size
     )
     spec = dataclasses.replace(finished_run.read_spec(), plan=plan)
     folder.write_spec(spec)

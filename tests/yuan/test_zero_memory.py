@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from infra.process_group import build_torchrun_command
-from yuan.config import ModelConfig, Recipe
+from yuan.config import ModelConfig, TrainConfig
 from yuan.plan.memory_model import compute_memory_terms
 from yuan.plan.pool import make_cpu_pool
 from yuan.plan.workload import Grid, Workload
@@ -30,8 +30,8 @@ from yuan.train.zero.pipeline import PlannedPipeline
 MODEL = ModelConfig(name="m", num_layers=2, hidden_size=64, num_heads=2, vocab_size=512, seq_len=16)
 
 
-def make_recipe(replicas, precision="fp32"):
-    return Recipe(
+def make_train_config(replicas, precision="fp32"):
+    return TrainConfig(
         max_steps=2,
         learning_rate=1e-3,
         seq_len=16,
@@ -49,7 +49,12 @@ def test_full_precision_keeps_nothing_twice_as_the_planner_counts(replicas, tmp_
     assert result.returncode == 0, result.stderr[-2000:]
     grid = Grid(pipeline_size=1, data_size=replicas, micro_batch_size=1, grad_accum_steps=2)
     terms = compute_memory_terms(
-        Workload.from_recipe(MODEL, make_recipe(replicas)), grid, make_cpu_pool().groups[0], 0, MODEL.num_layers, 0
+        Workload.from_train_config(MODEL, make_train_config(replicas)),
+        grid,
+        make_cpu_pool().groups[0],
+        0,
+        MODEL.num_layers,
+        0,
     )
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(replicas)]
     first_rank = ranks[0]
@@ -87,8 +92,8 @@ def train_and_release(replicas, precision="fp32"):
 
 def start_training(replicas, precision="fp32"):
     module = PlannedPipeline(MODEL, [0, MODEL.num_layers], 0, loss_block=64)
-    recipe = make_recipe(replicas, precision)
-    engine, _ = start_engine(module, recipe, build_deepspeed_config(recipe, replicas))
+    train_config = make_train_config(replicas, precision)
+    engine, _ = start_engine(module, train_config, build_deepspeed_config(train_config, replicas))
     return module, engine
 
 

@@ -1,7 +1,7 @@
 """Training data of a run: a folder of sources as token files, and random access to their mixture by position."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,22 +55,46 @@ def write_corpus(
     pad: int,
     weights: Mapping[str, float] | None = None,
 ) -> list[CorpusSource]:
-    """Write every source's token files into a folder named by the source's number, then write the index.
-
-    Args:
-        weights: share of windows by source; None gives every window the same weight.
+    """Write every source's token files, and the index; see `write_sources` and `write_corpus_index`.
 
     Raises:
         ValueError: if a source has no target token, or the names of weights and sources differ.
     """
     if weights is not None and weights.keys() != sources.keys():
         raise ValueError(f"the weights are of {sorted(weights)} and the sources are {sorted(sources)}; name the same")
-    for number, samples in enumerate(sources.values()):
-        write_token_files(folder / str(number), samples, seq_len=seq_len)
+    write_sources(folder, sources, seq_len=seq_len)
+    return write_corpus_index(folder, list(sources), seq_len=seq_len, pad=pad, weights=weights)
 
-    # The quotas follow from the numbers of windows, which are known only now.
-    parts = [TokenFiles(folder / str(number), seq_len=seq_len, pad=pad) for number in range(len(sources))]
-    source_weights = None if weights is None else [weights[name] for name in sources]
+
+def write_sources(folder: Path, sources: Mapping[str, Iterable[Sample]], *, seq_len: int) -> dict[str, int]:
+    """Write every source's token files into a folder named by the source's number.
+
+    Returns:
+        The number of windows of each source, from which the weights of the index may be decided.
+
+    Raises:
+        ValueError: if a source has no sample.
+    """
+    return {
+        name: write_token_files(folder / str(number), samples, seq_len=seq_len)
+        for number, (name, samples) in enumerate(sources.items())
+    }
+
+
+def write_corpus_index(
+    folder: Path, names: Sequence[str], *, seq_len: int, pad: int, weights: Mapping[str, float] | None = None
+) -> list[CorpusSource]:
+    """Write the index of sources whose token files are written; a folder without an index is no corpus.
+
+    Args:
+        names: the sources, in the order in which they were written.
+        weights: share of windows by source; None gives every window the same weight.
+
+    Raises:
+        ValueError: if a source has no target token.
+    """
+    parts = [TokenFiles(folder / str(number), seq_len=seq_len, pad=pad) for number in range(len(names))]
+    source_weights = None if weights is None else [weights[name] for name in names]
     quotas = compute_quotas([len(part) for part in parts], source_weights)
     corpus_sources = [
         CorpusSource(
@@ -80,7 +104,7 @@ def write_corpus(
             tokens=part.num_tokens,
             target_tokens=int(part.target_counts.sum()),
         )
-        for name, quota, part in zip(sources, quotas, parts, strict=True)
+        for name, quota, part in zip(names, quotas, parts, strict=True)
     ]
 
     index = {

@@ -144,7 +144,9 @@ def _find_forms(form: Any, place: Iterable[str | int]) -> list[type[BaseModel]]:
     for part in place:
         fields = [form.model_fields[part] for form in forms if isinstance(part, str) and part in form.model_fields]
         if fields:
+            # A rule of a field may have a form of its own, as that of a recipe's overrides.
             forms = [inner for field in fields for inner in _list_forms(field.annotation)]
+            forms += [rule.form for field in fields for rule in field.metadata if hasattr(rule, "form")]
         elif isinstance(part, str):  # the tag of a union
             forms = [
                 form for form in forms if "type" in form.model_fields and form.model_fields["type"].default == part

@@ -23,8 +23,11 @@ TOKEN_FILE_NAMES = (TOKENS_FILE, SEGMENTS_FILE, WINDOWS_FILE, TARGET_COUNTS_FILE
 LOSS_MASK_BIT = 1 << 31
 
 
-def write_token_files(folder: Path, samples: Iterable[Sample], *, seq_len: int) -> None:
+def write_token_files(folder: Path, samples: Iterable[Sample], *, seq_len: int) -> int:
     """Pack samples in order into windows of seq_len predictions; only the index is held in memory.
+
+    Returns:
+        The number of windows.
 
     Raises:
         ValueError: if there is no sample.
@@ -46,6 +49,7 @@ def write_token_files(folder: Path, samples: Iterable[Sample], *, seq_len: int) 
     np.save(folder / SEGMENTS_FILE, np.frombuffer(segments, np.int64).reshape(-1, 2))
     np.save(folder / WINDOWS_FILE, np.frombuffer(windows, np.int64))
     np.save(folder / TARGET_COUNTS_FILE, np.frombuffer(target_counts, np.int64))
+    return len(target_counts)
 
 
 class TokenFiles:

@@ -13,7 +13,7 @@ def parse_current_plan(data: object, work: Workload) -> PipelinePlan:
     """
     if not isinstance(data, dict):
         raise ValueError(f"a plan is a JSON object, got {show_value(data)}; write it with `cotrain plan --json`")
-    if "plan" in data and "recipe" in data:
+    if "plan" in data and "snapshot" in data:
         raise ValueError("this is the run.json of a run; pass the object in its field plan, in a file of its own")
     plan: PipelinePlan = PipelinePlan.from_json({key: value for key, value in data.items() if key != "move"})
     requested = {

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import get_args
 
-from yuan.config import MAX_MODEL_SIZE, FieldError, ModelConfig, Precision, Recipe
+from yuan.config import MAX_MODEL_SIZE, FieldError, ModelConfig, Precision, TrainConfig
 
 LOSS_BLOCK_BYTES = 512 * 2**20
 MAX_GLOBAL_BATCH_SIZE = 2**20
@@ -54,15 +54,15 @@ class Workload:
                 raise FieldError([field], f"must be an integer from 1 to {limit:,}{place}, got {value!r}; change it")
 
     @classmethod
-    def from_recipe(cls, model: ModelConfig, recipe: Recipe) -> "Workload":
-        """Build the workload of a recipe, with block-wise loss."""
+    def from_train_config(cls, model: ModelConfig, train_config: TrainConfig) -> "Workload":
+        """Build the workload of training settings, with block-wise loss."""
         return cls(
             model=model,
-            seq_len=recipe.seq_len,
-            global_batch_size=recipe.global_batch_size,
-            precision=recipe.precision,
+            seq_len=train_config.seq_len,
+            global_batch_size=train_config.global_batch_size,
+            precision=train_config.precision,
             loss_block=compute_default_loss_block(model),
-            isolate_documents=recipe.isolate_documents,
+            isolate_documents=train_config.isolate_documents,
         )
 
     @property

@@ -24,7 +24,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from yuan.config import Recipe
+from yuan.config import TrainConfig
 from yuan.data.mixture import PositionSpan
 from yuan.data.text import make_printable
 from yuan.safe_files import read_file
@@ -105,14 +105,14 @@ class GuardDecisions:
         """Return the factor on the learning rate of a step."""
         return LEARNING_RATE_CUT ** sum(cut <= step for cut in self.cuts)
 
-    def choose_action(self, step: int, recipe: Recipe) -> GuardAction:
+    def choose_action(self, step: int, train_config: TrainConfig) -> GuardAction:
         """Choose the action for a step that was faulty twice."""
         recent = self._find_recent_faults(step)
         num_rollbacks = sum(fault.action == GuardAction.ROLL_BACK for fault in recent)
         num_skips = sum(fault.action == GuardAction.SKIP for fault in recent)
-        if num_skips < recipe.max_skips:
+        if num_skips < train_config.max_skips:
             return GuardAction.SKIP
-        return GuardAction.ROLL_BACK if num_rollbacks < recipe.max_rollbacks else GuardAction.STOP
+        return GuardAction.ROLL_BACK if num_rollbacks < train_config.max_rollbacks else GuardAction.STOP
 
     def skip(self, step: int, span: PositionSpan) -> "GuardDecisions":
         """Return the decisions with this step skipped."""

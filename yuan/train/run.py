@@ -46,7 +46,7 @@ def train(folder: RunFolder, rank: int) -> None:
     spec = folder.read_spec()
     # The same rank of an earlier start may not have exited yet; two of them must not write the same files.
     with hold_file_lock(folder.path / f".rank-{rank}.lock"):
-        heartbeat = HeartbeatWriter(folder.path, rank, spec.recipe.step_limit_s)
+        heartbeat = HeartbeatWriter(folder.path, rank, spec.train_config.step_limit_s)
         start_distributed(spec.plan.num_ranks)
         Trainer(folder, spec, heartbeat).run()
         stop_distributed()

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yuan.config import RUN_SPEC_FILE, ModelConfig, Recipe
+from yuan.config import RUN_SPEC_FILE
 from yuan.data.corpus import Corpus, list_corpus_files, write_corpus
 from yuan.data.samples import Sample
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE
-from yuan.plan.plan_record import PipelinePlan
 from yuan.safe_files import NotRegularFileError, is_file, open_to_append, read_file, replace_file_below
 from yuan.tokenizer import TOKENIZER_MODEL_FILE
 from yuan.train.checkpoint_manifest import (
@@ -26,9 +25,9 @@ from yuan.train.file_digest import FileDigest, compute_digest, digest_content, f
 from yuan.train.log_tail import LogTail
 from yuan.train.metrics_row import MetricsRow, parse_metrics_rows
 from yuan.train.rank_json import parse_rank_object
+from yuan.train.run_spec import RunSpec
 from yuan.train.run_status import RunStatus
 
-RUN_KINDS = ("pretrain", "continue", "finetune")
 SEAL_FILE = "seal.json"
 PLAN_FILE = "plan.json"
 PLAN_PICTURE_FILE = "plan.svg"
@@ -38,92 +37,6 @@ EVENTS_FILE = "events.jsonl"
 MAX_EVENTS = 100_000  # that are kept in memory, of an endless log of a compromised rank
 TRAIN_LOG_FILE = "train.log"  # the ranks' output
 PREVIOUS_SPEC_KEY = "run.json before"  # in the seal: digest of the run.json that was replaced last
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSpec:
-    """Validated content of run.json.
-
-    `snapshot` and `parent` are ids for display and lineage; the bytes are beside run.json in data/, tokenizer.model
-    and, if there is a parent, parent/.
-    """
-
-    kind: str
-    model: ModelConfig
-    snapshot: str
-    plan: PipelinePlan
-    recipe: Recipe
-    seed: int
-    parent: str | None
-    schema: int = 1
-
-    def __post_init__(self) -> None:
-        if self.kind not in RUN_KINDS:
-            raise ValueError(
-                f"kind must be one of {', '.join(RUN_KINDS)}, got {self.kind!r}; use pretrain without a parent, else "
-                "continue or finetune"
-            )
-        if (self.kind == "pretrain") != (self.parent is None):
-            raise ValueError(
-                f"a pretrain run has no parent and the others have one, got {self.kind} and {self.parent}; "
-                "change kind or parent"
-            )
-        if self.plan.bounds[-1] != self.model.num_layers:
-            raise ValueError(
-                f"the plan splits {self.plan.bounds[-1]} layers and the model has {self.model.num_layers}; plan again"
-            )
-        if not self.plan.feasible:
-            raise ValueError(f"the plan is not feasible: {self.plan.explanation}; plan again")
-        planned = (self.plan.sequence_length, self.plan.global_batch_size, self.plan.micro_batch_size)
-        requested = (self.recipe.seq_len, self.recipe.global_batch_size, self.recipe.micro_batch_size)
-        if planned != requested:
-            raise ValueError(
-                f"plan and recipe differ in (seq_len, global, micro batch): {planned} and {requested}; plan again"
-            )
-
-    @property
-    def order(self) -> dict[str, Any]:
-        """Return the fields that determine the order of data; it does not depend on the plan."""
-        recipe = self.recipe
-        return {
-            "snapshot": self.snapshot,
-            "seed": self.seed,
-            "global_batch_size": recipe.global_batch_size,
-            "seq_len": recipe.seq_len,
-        }
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "schema": self.schema,
-            "kind": self.kind,
-            "model": self.model.to_json(),
-            "snapshot": self.snapshot,
-            "plan": self.plan.to_json(),
-            "recipe": self.recipe.to_json(),
-            "seed": self.seed,
-            "parent": self.parent,
-        }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "RunSpec":
-        """Rebuild a run from run.json.
-
-        Raises:
-            ValueError: if a field is missing, unknown or contradicts another.
-        """
-        try:
-            if data["schema"] != cls.schema:
-                raise ValueError(
-                    f"run.json has schema {data['schema']}, this version reads {cls.schema}; prepare a new run"
-                )
-            parts = {
-                "model": ModelConfig.from_json(data["model"]),
-                "plan": PipelinePlan.from_json(data["plan"]),
-                "recipe": Recipe.from_json(data["recipe"]),
-            }
-            return cls(**{**data, **parts})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a run.json of schema {cls.schema}: {error}; prepare a new run") from None
 
 
 @dataclass(frozen=True)
@@ -190,19 +103,12 @@ class RunFolder:
             sources: the samples of each source; see `write_corpus`.
             pad: id of the padding token that fills windows.
         """
-        self.write_inputs(spec, sources, pad=pad, weights=weights)
+        write_corpus(self.data, sources, seq_len=spec.train_config.seq_len, pad=pad, weights=weights)
+        self.seal_inputs()
         self.write_spec(spec)
 
-    def write_inputs(
-        self,
-        spec: RunSpec,
-        sources: Mapping[str, Iterable[Sample]],
-        *,
-        pad: int,
-        weights: Mapping[str, float] | None = None,
-    ) -> None:
-        """Write a run's inputs like `prepare`, without run.json; the caller completes the folder with `write_spec`."""
-        write_corpus(self.data, sources, seq_len=spec.recipe.seq_len, pad=pad, weights=weights)
+    def seal_inputs(self) -> None:
+        """Record the digests of corpus and tokenizer; the caller completes the folder with `write_spec`."""
         files = [*list_corpus_files(self.data), self.path / TOKENIZER_MODEL_FILE]
         self._write_seal({str(file.relative_to(self.path)): compute_digest(file) for file in files})
 

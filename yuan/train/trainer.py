@@ -29,8 +29,9 @@ from yuan.train.events import (
 from yuan.train.guard import GUARD_WINDOW_STEPS, GuardAction, GuardDecisions, NumericalError, StepJudge, merge_spans
 from yuan.train.heartbeat import HeartbeatWriter
 from yuan.train.metrics_row import GRAD_NORM_METRIC, LOSS_METRIC
-from yuan.train.run_folder import EVENTS_FILE, RunFolder, RunSpec
+from yuan.train.run_folder import EVENTS_FILE, RunFolder
 from yuan.train.run_log import RunLog
+from yuan.train.run_spec import RunSpec
 from yuan.train.throughput import ThroughputMeter
 from yuan.train.zero.engine import build_deepspeed_config, compute_learning_rate, start_engine
 from yuan.train.zero.optimizer_state import collect_slices, collect_state, restore_state
@@ -51,19 +52,19 @@ class Trainer:
     def __init__(self, folder: RunFolder, spec: RunSpec, heartbeat: HeartbeatWriter) -> None:
         self.folder = folder
         self.spec = spec
-        self.recipe = spec.recipe
+        self.train_config = spec.train_config
         self.heartbeat = heartbeat
         self.corpus = folder.open_corpus(spec.seed)
         source_names = [source.name for source in self.corpus.sources]
         self.rank = dist.get_rank()
-        self.run_log = RunLog(folder, self.rank, source_names, self.recipe.max_steps)
+        self.run_log = RunLog(folder, self.rank, source_names, self.train_config.max_steps)
         self.throughput_meter = ThroughputMeter(spec.model, spec.plan)
 
         torch.manual_seed(spec.seed)
         tally = SourceLossTally(len(source_names))
         self.module = self._build_module(tally)
         self.engine, self.optimizer = start_engine(
-            self.module, self.recipe, build_deepspeed_config(self.recipe, spec.plan.data_size)
+            self.module, self.train_config, build_deepspeed_config(self.train_config, spec.plan.data_size)
         )
         if self.engine.device.type == "cuda" and (obstacle := find_compile_obstacle()):
             self.run_log.log_event(NotCompiledEvent(reason=obstacle))
@@ -93,7 +94,7 @@ class Trainer:
             spec.plan.bounds,
             spec.seed,
             loss_block=spec.plan.loss_block,
-            isolated=self.recipe.isolate_documents,
+            isolated=self.train_config.isolate_documents,
             recomputed_layers=spec.plan.recomputed_layers,
             tally=tally,
         )
@@ -103,20 +104,20 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the last step and export the weights; steps that a checkpoint holds are not repeated."""
-        while self.step < self.recipe.max_steps:
+        while self.step < self.train_config.max_steps:
             if not self._train_step():
                 continue
-            if self.step % self.recipe.checkpoint_every == 0 or self.step == self.recipe.max_steps:
+            if self.step % self.train_config.checkpoint_every == 0 or self.step == self.train_config.max_steps:
                 self._save_checkpoint()
         self._export()
         self.checkpoints.close()
 
     def _train_step(self) -> bool:
         """Run one guarded step; return False if the run rolled back to a checkpoint instead."""
-        size = self.recipe.global_batch_size
+        size = self.train_config.global_batch_size
         positions = find_unskipped_positions(self.step * size, size, self.decisions.skipped)
         guard_factor = self.decisions.compute_learning_rate_factor(self.step)
-        learning_rate = compute_learning_rate(self.step, self.recipe) * guard_factor
+        learning_rate = compute_learning_rate(self.step, self.train_config) * guard_factor
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
 
@@ -161,11 +162,11 @@ class Trainer:
     def _handle_fault(self, positions: Int64Array, fault: str, seconds: float) -> bool:
         """Skip, roll back or stop after a step that was faulty twice; return False if the run rolled back."""
         span = (int(positions[0]), int(positions[-1]) + 1)
-        action = self.decisions.choose_action(self.step, self.recipe)
+        action = self.decisions.choose_action(self.step, self.train_config)
         if action == GuardAction.STOP:
             self.run_log.log_event(StopEvent(step=self.step, reason=fault))
             raise NumericalError(
-                f"step {self.step} is faulty, {fault}, after {self.recipe.max_rollbacks} roll backs; look at the "
+                f"step {self.step} is faulty, {fault}, after {self.train_config.max_rollbacks} roll backs; look at the "
                 f"data at positions {span} and at the learning rate, then start a new run from a checkpoint"
             )
         if action == GuardAction.ROLL_BACK:
@@ -240,7 +241,7 @@ class Trainer:
         self._save_decisions(self.decisions.drop_skips_from(step))
         if manifest is None:
             self.run_log.drop_metrics_after(0)
-            self.judge = StepJudge(self.recipe.spike_sigmas)
+            self.judge = StepJudge(self.train_config.spike_sigmas)
             return 0
         self._restore_checkpoint(manifest)
         self.run_log.log_event(ResumeEvent(step=step))
@@ -254,7 +255,7 @@ class Trainer:
         read = functools.partial(self.checkpoints.load, step)
         restore_state(self.engine, self.spec.model.num_layers, read, manifest.num_updates)
         self.run_log.drop_metrics_after(step)
-        self.judge = StepJudge(self.recipe.spike_sigmas)
+        self.judge = StepJudge(self.train_config.spike_sigmas)
         self._losses.clear()
         for loss, grad_norm in self._read_good_steps():
             self.judge.add_good_step(loss, grad_norm)

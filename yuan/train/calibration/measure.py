@@ -19,7 +19,7 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor, nn
 
-from yuan.config import Recipe
+from yuan.config import TrainConfig
 from yuan.model.attention_inputs import make_packed_inputs
 from yuan.model.compilation import can_compile, keep_compilation_in_process
 from yuan.model.loss import head_loss
@@ -54,7 +54,7 @@ def measure(folder: Path) -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     torch.manual_seed(0)
     latency, bandwidth = _measure_link(device) if dist.get_world_size() > 1 else (None, None)
-    micro_batch_size = request.recipe.micro_batch_size
+    micro_batch_size = request.train_config.micro_batch_size
     forward, backward = _measure_layer_seconds(request, micro_batch_size, device)
     double_forward, double_backward = _measure_layer_seconds(request, 2 * micro_batch_size, device)
     head, embedding = _measure_head_seconds(request, device), _measure_embedding_seconds(request, device)
@@ -82,7 +82,7 @@ def _measure_layer_seconds(
     request: CalibrationRequest, micro_batch_size: int, device: torch.device
 ) -> tuple[float, float]:
     """Return the seconds of a layer's forward and backward pass."""
-    model, recipe, dtype = request.model, request.recipe, _get_dtype(request.recipe)
+    model, train_config, dtype = request.model, request.train_config, _get_dtype(request.train_config)
     layers = [Layer(model).to(device, dtype) for _ in range(NUM_MEASURED_LAYERS)]
     if can_compile(device):  # as in training
         keep_compilation_in_process()
@@ -91,9 +91,9 @@ def _measure_layer_seconds(
     if dtype != torch.float32:
         for parameter in (parameter for layer in layers for parameter in layer.parameters()):
             _sum_gradients_in_fp32(parameter)
-    shape = (micro_batch_size, recipe.seq_len)
+    shape = (micro_batch_size, train_config.seq_len)
     x_BSH = torch.randn(*shape, model.hidden_size, device=device, dtype=dtype, requires_grad=True)
-    rows = make_packed_inputs(model, _make_documents(*shape).to(device), x_BSH, isolated=recipe.isolate_documents)
+    rows = make_packed_inputs(model, _make_documents(*shape).to(device), x_BSH, isolated=train_config.isolate_documents)
     grad_BSH = torch.randn_like(x_BSH)
 
     def run() -> Tensor:
@@ -120,8 +120,8 @@ def _sum_gradients_in_fp32(parameter: nn.Parameter) -> None:
 
 
 def _measure_head_seconds(request: CalibrationRequest, device: torch.device) -> float:
-    model, recipe, dtype = request.model, request.recipe, _get_dtype(request.recipe)
-    shape = (recipe.micro_batch_size, recipe.seq_len)
+    model, train_config, dtype = request.model, request.train_config, _get_dtype(request.train_config)
+    shape = (train_config.micro_batch_size, train_config.seq_len)
     x_BSH = torch.randn(*shape, model.hidden_size, device=device, dtype=dtype, requires_grad=True)
     head_VH = torch.randn(model.vocab_size, model.hidden_size, device=device, dtype=dtype, requires_grad=True)
     labels_BS = torch.randint(model.vocab_size, shape, device=device)
@@ -135,11 +135,11 @@ def _measure_head_seconds(request: CalibrationRequest, device: torch.device) -> 
 
 
 def _measure_embedding_seconds(request: CalibrationRequest, device: torch.device) -> float:
-    model, recipe = request.model, request.recipe
-    stage = EmbeddingStage(model).to(device, _get_dtype(recipe))
+    model, train_config = request.model, request.train_config
+    stage = EmbeddingStage(model).to(device, _get_dtype(train_config))
     sum_VH = torch.zeros_like(stage.weight, dtype=torch.float32)
     stage.get_gradient = lambda: sum_VH
-    tokens_BS = torch.randint(model.vocab_size, (recipe.micro_batch_size, recipe.seq_len), device=device)
+    tokens_BS = torch.randint(model.vocab_size, (train_config.micro_batch_size, train_config.seq_len), device=device)
     grad_BSH = torch.randn_like(stage((tokens_BS, tokens_BS))[0])
     return _time_calls(lambda: stage((tokens_BS, tokens_BS))[0].backward(grad_BSH), device)
 
@@ -184,7 +184,9 @@ def fit_link(small_s: float, large_s: float) -> tuple[float, float]:
 
 def _measure_step_seconds(request: CalibrationRequest, trial: CalibrationTrial, device: torch.device) -> list[float]:
     """Return the seconds of the timed steps of a trial, run with the training engine itself."""
-    recipe = replace(request.recipe, global_batch_size=trial.grad_accum_steps * request.recipe.micro_batch_size)
+    train_config = replace(
+        request.train_config, global_batch_size=trial.grad_accum_steps * request.train_config.micro_batch_size
+    )
     recomputed_layers: set[int] = set()
     for first, recompute_layers in zip(trial.bounds[:-1], trial.recompute_layers, strict=True):
         recomputed_layers.update(range(first, first + recompute_layers))
@@ -194,10 +196,10 @@ def _measure_step_seconds(request: CalibrationRequest, trial: CalibrationTrial, 
             list(trial.bounds),
             0,
             loss_block=request.loss_block,
-            isolated=recipe.isolate_documents,
+            isolated=train_config.isolate_documents,
             recomputed_layers=recomputed_layers,
         )
-    engine, _ = start_engine(module, recipe, build_deepspeed_config(recipe, 1))
+    engine, _ = start_engine(module, train_config, build_deepspeed_config(train_config, 1))
     seconds = []
     for step in range(request.steps + 1):
         engine.reset_activation_shape()
@@ -212,8 +214,8 @@ def _measure_step_seconds(request: CalibrationRequest, trial: CalibrationTrial, 
 
 
 def _make_batches(request: CalibrationRequest, num_batches: int, device: torch.device) -> Iterator[Any]:
-    recipe = request.recipe
-    shape = (recipe.micro_batch_size, recipe.seq_len)
+    train_config = request.train_config
+    shape = (train_config.micro_batch_size, train_config.seq_len)
     for _ in range(num_batches):
         tokens_BS = torch.randint(request.model.vocab_size, shape, device=device)
         weights_BS = torch.full(shape, 1.0 / tokens_BS.numel(), device=device)
@@ -252,5 +254,5 @@ def _synchronize_device(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _get_dtype(recipe: Recipe) -> torch.dtype:
-    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+def _get_dtype(train_config: TrainConfig) -> torch.dtype:
+    return torch.bfloat16 if train_config.precision == "bf16" else torch.float32

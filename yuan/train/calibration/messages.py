@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from yuan.config import ModelConfig, Recipe
+from yuan.config import ModelConfig, TrainConfig
 from yuan.plan.calibration_fit import DeviceTimings
 from yuan.train.run_folder import write_json
 
@@ -29,14 +29,14 @@ class CalibrationTrial:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationRequest:
-    """The model, recipe and trials to measure.
+    """The model, training settings and trials to measure.
 
     `steps` is the number of timed steps per trial, after one untimed step; the trial's result is their minimum, since
     other load on the machine only adds time.
     """
 
     model: ModelConfig
-    recipe: Recipe
+    train_config: TrainConfig
     loss_block: int | None
     trials: tuple[CalibrationTrial, ...]
     steps: int = 3
@@ -55,8 +55,8 @@ class CalibrationRequest:
             )
             for trial in data["trials"]
         )
-        model, recipe = ModelConfig.from_json(data["model"]), Recipe.from_json(data["recipe"])
-        return cls(**{**data, "model": model, "recipe": recipe, "trials": trials})
+        model, train_config = ModelConfig.from_json(data["model"]), TrainConfig.from_json(data["train_config"])
+        return cls(**{**data, "model": model, "train_config": train_config, "trials": trials})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Start the processes of a run and DeepSpeed's engine; compute its configuration and learning rate from a recipe."""
+"""Start the processes of a run and DeepSpeed's engine; compute its configuration and learning rate."""
 
 import math
 import os
@@ -8,7 +8,7 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 
-from yuan.config import Recipe
+from yuan.config import TrainConfig
 from yuan.model.compilation import can_compile
 from yuan.train.zero.memory import share_storage
 from yuan.train.zero.pipeline import PlannedPipeline
@@ -55,14 +55,14 @@ def stop_distributed() -> None:
     dist.destroy_process_group()
 
 
-def build_deepspeed_config(recipe: Recipe, data_size: int) -> dict[str, Any]:
-    """Compute DeepSpeed's JSON configuration from a recipe; no other code sets it."""
-    bf16 = recipe.precision == "bf16"
+def build_deepspeed_config(train_config: TrainConfig, data_size: int) -> dict[str, Any]:
+    """Compute DeepSpeed's JSON configuration from training settings; no other code sets it."""
+    bf16 = train_config.precision == "bf16"
     return {
-        "train_batch_size": recipe.global_batch_size,
-        "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
-        "gradient_accumulation_steps": recipe.global_batch_size // recipe.micro_batch_size // data_size,
-        "gradient_clipping": recipe.grad_clip,
+        "train_batch_size": train_config.global_batch_size,
+        "train_micro_batch_size_per_gpu": train_config.micro_batch_size,
+        "gradient_accumulation_steps": train_config.global_batch_size // train_config.micro_batch_size // data_size,
+        "gradient_clipping": train_config.grad_clip,
         # Gradients are reduced once, after the last micro-batch, so a contiguous buffer would not help.
         # fp32 replicas copy gradients in buckets of this size to reduce them; the planner counts memory for one bucket.
         "zero_optimization": {"stage": 1, "contiguous_gradients": False, "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS},
@@ -77,7 +77,7 @@ def build_deepspeed_config(recipe: Recipe, data_size: int) -> dict[str, Any]:
     }
 
 
-def start_engine(module: PlannedPipeline, recipe: Recipe, config: dict[str, Any]) -> tuple[Any, Any]:
+def start_engine(module: PlannedPipeline, train_config: TrainConfig, config: dict[str, Any]) -> tuple[Any, Any]:
     """Return DeepSpeed's engine and optimizer.
 
     Weight decay applies to matrices, not to biases and norms. Source: official repository, optimizer/__init__.py.
@@ -86,12 +86,14 @@ def start_engine(module: PlannedPipeline, recipe: Recipe, config: dict[str, Any]
 
     def adam(groups: Any) -> torch.optim.Optimizer:
         """Create a fused AdamW: one pass over memory; the default one allocates a temporary per operation."""
-        return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), fused=True)
+        return torch.optim.AdamW(
+            groups, lr=train_config.learning_rate, betas=(train_config.beta1, train_config.beta2), fused=True
+        )
 
     engine, optimizer, _, _ = deepspeed.initialize(
         model=module,
         model_parameters=[
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": recipe.weight_decay},
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": train_config.weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ],
         optimizer=adam,
@@ -116,15 +118,24 @@ def release_engine(engine: Any) -> None:
         holder.__dict__.clear()
 
 
-def compute_learning_rate(step: int, recipe: Recipe) -> float:
-    """Compute linear warm-up, then a cosine to final_lr_ratio of the peak; a pure function of the step.
+def compute_learning_rate(step: int, train_config: TrainConfig) -> float:
+    """Compute linear warm-up, then the schedule's fall to final_lr_ratio of the peak; a pure function of the step.
 
-    >>> r = Recipe(max_steps=10, learning_rate=1.0, seq_len=8, micro_batch_size=1, global_batch_size=1, warmup_steps=2)
-    >>> [round(compute_learning_rate(s, r), 3) for s in (0, 1, 6, 10)]
+    >>> sizes = {"seq_len": 8, "micro_batch_size": 1, "global_batch_size": 1}
+    >>> cosine = TrainConfig(max_steps=10, learning_rate=1.0, warmup_steps=2, **sizes)
+    >>> [round(compute_learning_rate(s, cosine), 3) for s in (0, 1, 6, 10)]
     [0.5, 1.0, 0.525, 0.05]
+    >>> wsd = TrainConfig(max_steps=10, learning_rate=1.0, warmup_steps=2, schedule="wsd", decay_share=0.4, **sizes)
+    >>> [round(compute_learning_rate(s, wsd), 3) for s in (0, 1, 6, 8, 10)]
+    [0.5, 1.0, 1.0, 0.525, 0.05]
+
+    Source of wsd: Hu et al. 2024 (MiniCPM), section 4.2, with a linear fall.
     """
-    if step < recipe.warmup_steps:
-        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    progress = (step - recipe.warmup_steps) / (recipe.max_steps - recipe.warmup_steps)
-    low = recipe.final_lr_ratio
-    return recipe.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+    peak, low, end = train_config.learning_rate, train_config.final_lr_ratio, train_config.max_steps
+    if step < train_config.warmup_steps:
+        return peak * (step + 1) / train_config.warmup_steps
+    if train_config.schedule == "wsd":
+        decay_steps = train_config.decay_share * end
+        return peak * (1 - (1 - low) * min(max(1 - (end - step) / decay_steps, 0.0), 1.0))
+    progress = (step - train_config.warmup_steps) / (end - train_config.warmup_steps)
+    return peak * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))

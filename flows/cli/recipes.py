@@ -1,0 +1,79 @@
+"""`cotrain recipe list | show`: the recipes by which rounds train."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from flows.cli.output import JsonOption, show, show_table
+from flows.recipe_files import find_recipe_file, find_recipe_files, load_recipe
+from infra.settings import get_home_folder
+from yuan.recipe import Recipe, parse_recipe
+
+recipe = typer.Typer(no_args_is_help=True, help="Show the recipes by which rounds train.")
+
+RecipeNameArgument = Annotated[str, typer.Argument(help="name of a recipe, as `cotrain recipe list` shows it")]
+
+
+@recipe.command(name="list")
+def list_(as_json: JsonOption = False) -> None:
+    """List the shipped recipes and those in `$COTRAIN_HOME/recipes`. A file that breaks a rule is listed with it."""
+    rows: list[dict[str, Any]] = []
+    for file in find_recipe_files(get_home_folder()):
+        row: dict[str, Any] = {"name": file.name, "file": str(file.path), "shipped": not file.is_custom}
+        try:
+            values = parse_recipe(file.read(), file.name)
+        except ValueError as error:
+            row["error"] = str(error)
+        else:
+            row |= {"kind": values.run.kind, "preset": values.model.preset, "description": values.run.description}
+        rows.append(row)
+    if as_json:
+        show({"recipes": rows}, "", as_json)
+        return
+    table = Table("name", "kind", "model", "description", box=None, pad_edge=False)
+    for row in rows:
+        origin = "" if row["shipped"] else f" ({row['file']})"
+        table.add_row(
+            row["name"],
+            row.get("kind", "-"),
+            row.get("preset", "-"),
+            f"{row.get('description') or row['error']}{origin}",
+        )
+    show_table(table)
+
+
+@recipe.command(name="show")
+def show_(
+    name: RecipeNameArgument,
+    toml: Annotated[bool, typer.Option("--toml", help="print the file itself, to begin a recipe of your own")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show every value of a recipe, with its source or its meaning."""
+    home = get_home_folder()
+    if toml:
+        print(find_recipe_file(home, name).read().decode(errors="replace"), end="")
+        return
+    values = load_recipe(home, name)
+    show({"name": name, "recipe": values.to_json()}, format_recipe(name, values), as_json)
+
+
+def format_recipe(name: str, values: Recipe) -> str:
+    """Return a recipe as one line per value: the value, and its source, or what it means."""
+    lines = [f"{name}: {values.run.description}"]
+    lines += [f"  not implemented: {setting}" for setting in values.run.not_implemented]
+    for section in Recipe.model_fields:
+        if section in ("run", "sources"):
+            continue
+        lines.append(f"[{section}]")
+        table = getattr(values, section)
+        for key, field in type(table).model_fields.items():
+            value = getattr(table, key)
+            source = values.sources.get(f"{section}.{key}")
+            note = f"{field.description}" + (f" [{source}]" if source else "")
+            lines.append(f"  {key:<22} {'-' if value is None else _format_value(value):<12} {note}")
+    return "\n".join(lines)
+
+
+def _format_value(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,1 @@
+"""The recipes that the platform ships, as TOML files named by recipe."""

@@ -1,0 +1,118 @@
+"""The model that a round's run trains: the parent's, or new weights of the recipe's preset."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows.context import Context
+from flows.recipe_files import CUSTOM_RECIPES_FOLDER
+from flows.round.versions import fetch_version
+from infra.error_text import SafeMessageError
+from yuan import tokenizer as tokenizers
+from yuan.config import MODEL_CONFIG_FILE, MODEL_PRESETS, ModelConfig
+from yuan.data.rows import BadRow, Row
+from yuan.recipe import TRAINED_TOKENIZER, Recipe
+from yuan.train.run_folder import RunFolder
+
+MODEL_VOCAB_MULTIPLE = 64  # the vocabulary of new weights with a trained tokenizer is padded to a multiple of it
+
+
+@dataclass(frozen=True)
+class RunModel:
+    """The config of the model that a run trains, and its tokenizer."""
+
+    config: ModelConfig
+    tokenizer: tokenizers.Tokenizer
+
+
+class RoundUnfit(SafeMessageError, ValueError):
+    """A round's recipe, data, parent and pool do not fit together; the message says what to change."""
+
+
+def choose_parent(recipe: Recipe, champion: int | None) -> int | None:
+    """Return the version whose weights a run starts from; None: new weights.
+
+    Raises:
+        RoundUnfit: if the recipe needs a parent and there is no champion.
+    """
+    if recipe.model.weights == "new":
+        return None
+    if champion is None and recipe.model.weights == "parent":
+        raise RoundUnfit(
+            "the recipe needs a parent's weights, and there is no champion; register published weights with `cotrain "
+            "register DIR`, or start a round with a recipe of new weights"
+        )
+    return champion
+
+
+def prepare_model(
+    context: Context,
+    folder: RunFolder,
+    recipe: Recipe,
+    parent_version: int | None,
+    snapshot_rows: Sequence[Row | BadRow],
+) -> RunModel:
+    """Return config and tokenizer of the parent, whose model folder is copied into the run folder, or of new weights.
+
+    Raises:
+        RoundUnfit: if the parent is not of the recipe's shape, the tokenizer does not fit, or windows are longer than
+            the model's positions.
+    """
+    if parent_version is not None:
+        download = folder.path / ".download"
+        fetch_version(context, parent_version, download).rename(folder.parent)
+        shutil.rmtree(download)
+        config = ModelConfig.from_json(json.loads((folder.parent / MODEL_CONFIG_FILE).read_text()))
+        model = RunModel(config, tokenizers.load(folder.parent))
+        check_parent_shape(recipe, config, parent_version)
+    else:
+        model = _make_new_model(recipe, context.settings.home / CUSTOM_RECIPES_FOLDER, snapshot_rows)
+    if recipe.data.seq_len > model.config.seq_len:
+        raise RoundUnfit(
+            f"data.seq_len must not be above the {model.config.seq_len:,} positions of {model.config.name}, got "
+            f"{recipe.data.seq_len:,}; lower it"
+        )
+    return model
+
+
+def check_parent_shape(recipe: Recipe, config: ModelConfig, version: int) -> None:
+    """Check that a parent has the shape of the recipe's preset.
+
+    Raises:
+        RoundUnfit: if it has another one.
+    """
+    if recipe.model.preset == "parent":
+        return
+    preset = MODEL_PRESETS[recipe.model.preset]()
+    for name in ("num_layers", "hidden_size", "num_heads"):
+        expected, actual = getattr(preset, name), getattr(config, name)
+        if expected != actual:
+            raise RoundUnfit(
+                f"the recipe trains {recipe.model.preset} with {name} {expected:,}, and v{version} has {actual:,}; use "
+                "a recipe for its shape, or promote a version of this shape"
+            )
+
+
+def _make_new_model(recipe: Recipe, recipes: Path, snapshot_rows: Sequence[Row | BadRow]) -> RunModel:
+    """Return the recipe's preset, with a tokenizer trained on the rows or read from a folder of the recipes.
+
+    Raises:
+        RoundUnfit: if there is no tokenizer, or it has more tokens than the preset.
+    """
+    make_config = MODEL_PRESETS[recipe.model.preset]
+    if recipe.model.tokenizer == TRAINED_TOKENIZER:
+        assert recipe.model.tokenizer_vocab_size is not None, "the recipe's rule"
+        texts = (f"{row.prompt}\n{row.answer}" for row in snapshot_rows if isinstance(row, Row))
+        tokenizer = tokenizers.train(texts, vocab_size=recipe.model.tokenizer_vocab_size)
+        padded_vocab_size = -(-len(tokenizer) // MODEL_VOCAB_MULTIPLE) * MODEL_VOCAB_MULTIPLE
+        return RunModel(dataclasses.replace(make_config(), vocab_size=padded_vocab_size), tokenizer)
+    config = make_config()
+    try:
+        tokenizer = tokenizers.load(recipes / recipe.model.tokenizer)
+        tokenizer.check_fits(config.vocab_size)
+    except ValueError as error:
+        raise RoundUnfit(f"the tokenizer of new weights of {recipe.model.preset}: {error}") from None
+    return RunModel(config, tokenizer)

@@ -1,0 +1,149 @@
+"""Resolve a recipe against the data and the devices of a run: batch, steps and weights of the parts."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from yuan.config import TrainConfig
+from yuan.plan.plan_record import PipelinePlan
+from yuan.recipe import Recipe
+
+REPLAY_PART = "base"  # the part of a snapshot that is trained on again, against forgetting
+MAX_WARMUP_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """The resolved length of a run.
+
+    Attributes:
+        steps: optimizer steps.
+        global_batch_size: windows of a step.
+        epochs: times that the windows of the new data are read on average.
+    """
+
+    steps: int
+    global_batch_size: int
+    epochs: float
+
+
+class RecipeUnfit(ValueError):
+    """A recipe that does not fit the data at hand; the message says which value to change."""
+
+
+def resolve_part_weights(recipe: Recipe, windows: Mapping[str, int]) -> dict[str, float] | None:
+    """Return the weight of each part that has windows; None: every window has the same weight.
+
+    Args:
+        windows: number of windows of each part that has some.
+
+    Raises:
+        RecipeUnfit: if a part with windows has no weight.
+    """
+    share = recipe.data.replay_share
+    if share is not None:
+        new = {part: count for part, count in windows.items() if part != REPLAY_PART}
+        if not share or not new or REPLAY_PART not in windows:
+            return None
+        return {
+            part: share if part == REPLAY_PART else (1 - share) * count / sum(new.values())
+            for part, count in windows.items()
+        }
+    weights = recipe.mixture.weights
+    if not weights:
+        return None
+    missing = sorted(windows.keys() - weights.keys())
+    if missing:
+        raise RecipeUnfit(f"[mixture] lacks {', '.join(missing)}, which have rows; give each a weight")
+    return {part: weights[part] for part in windows}
+
+
+def count_epoch_windows(windows: Mapping[str, int], weights: Mapping[str, float] | None) -> float:
+    """Return how many windows of the mixture pass until those of the new data were read once on average.
+
+    >>> count_epoch_windows({"datasets": 30, "base": 500}, {"datasets": 0.5, "base": 0.5})
+    60.0
+    """
+    if weights is None:
+        return float(sum(windows.values()))
+    new = [part for part in windows if part != REPLAY_PART] or [REPLAY_PART]
+    share = sum(weights[part] for part in new) / sum(weights[part] for part in windows)
+    return sum(windows[part] for part in new) / share
+
+
+def resolve_length(recipe: Recipe, epoch_windows: float) -> RunLength:
+    """Return steps and batch of a run on data of a size.
+
+    The batch of a recipe that leaves it out is the largest power of two within the recipe's bounds that gives at least
+    the target number of steps, else the smallest within the bounds.
+
+    Args:
+        epoch_windows: see `count_epoch_windows`.
+
+    Raises:
+        RecipeUnfit: if the run would have too few steps or too many epochs.
+    """
+    batch, length = recipe.batch, recipe.length
+    size = batch.global_batch_size or _choose_batch_size(recipe, epoch_windows)
+    steps = length.steps or max(1, round(_count_run_windows(recipe, epoch_windows) / size))
+    epochs = steps * size / epoch_windows
+    if steps < length.min_steps:
+        smaller = max(1, size * steps // length.min_steps)
+        raise RecipeUnfit(
+            f"the run would have {steps} steps of {size} windows, at least {length.min_steps} are needed: the new data "
+            f"has {epoch_windows:,.0f} windows of {recipe.data.seq_len:,} tokens an epoch; add data, lower "
+            f"batch.{'global_batch_size' if batch.global_batch_size else 'min_global_batch_size'} to {smaller}, or "
+            "lower data.seq_len"
+        )
+    if epochs > length.max_epochs:
+        fitting = int(length.max_epochs * epoch_windows / size)
+        raise RecipeUnfit(
+            f"the run would read the new data {epochs:,.1f} times, length.max_epochs is {length.max_epochs:g}: an "
+            f"epoch has {epoch_windows:,.0f} windows; add data, or lower the length to {fitting:,} steps"
+        )
+    return RunLength(steps, size, epochs)
+
+
+def _count_run_windows(recipe: Recipe, epoch_windows: float) -> float:
+    """Return the windows of a run whose length is in epochs or tokens."""
+    length = recipe.length
+    if length.epochs is not None:
+        return length.epochs * epoch_windows
+    assert length.tokens is not None, "one of steps, tokens and epochs is set"
+    return length.tokens / recipe.data.seq_len
+
+
+def _choose_batch_size(recipe: Recipe, epoch_windows: float) -> int:
+    batch = recipe.batch
+    if recipe.length.steps is not None:
+        return batch.max_global_batch_size
+    size = _count_run_windows(recipe, epoch_windows) / batch.target_steps
+    power: int = 2 ** math.floor(math.log2(max(size, 1)))
+    return min(max(power, batch.min_global_batch_size), batch.max_global_batch_size)
+
+
+def build_train_config(recipe: Recipe, length: RunLength, plan: PipelinePlan) -> TrainConfig:
+    """Return the settings of a run from a recipe whose length and plan are decided."""
+    schedule, optimizer, guard = recipe.schedule, recipe.optimizer, recipe.guard
+    return TrainConfig(
+        max_steps=length.steps,
+        learning_rate=schedule.learning_rate,
+        seq_len=recipe.data.seq_len,
+        micro_batch_size=plan.micro_batch_size,
+        global_batch_size=length.global_batch_size,
+        schedule=schedule.kind,
+        warmup_steps=min(schedule.warmup_steps, int(length.steps * MAX_WARMUP_SHARE)),
+        decay_share=schedule.decay_share,
+        final_lr_ratio=schedule.final_lr_ratio,
+        weight_decay=optimizer.weight_decay,
+        beta1=optimizer.beta1,
+        beta2=optimizer.beta2,
+        grad_clip=optimizer.grad_clip,
+        precision="bf16" if plan.precision == "bf16" else "fp32",
+        isolate_documents=recipe.data.isolate_documents,
+        checkpoint_every=recipe.checkpoints.every_steps,
+        spike_sigmas=guard.spike_sigmas,
+        max_skips=guard.max_skips,
+        max_rollbacks=guard.max_rollbacks,
+        step_limit_s=guard.step_limit_s,
+    )
