@@ -144,6 +144,9 @@ class TrainConfig:
         final_lr_ratio: where the schedule ends, over the peak.
         isolate_documents: packed documents do not attend to each other; off, they do, and only positions restart, as in
             the official training.
+        validate_every: steps between validations, on windows that are not trained on; None: no validation.
+        max_validation_windows: windows of a validation at most.
+        patience: validations without a new lowest loss after which the run ends; None: it runs to its last step.
         spike_sigmas, max_skips, max_rollbacks: settings of the loss guard (`yuan.train.guard`).
         step_limit_s: seconds without progress after which a rank exits.
 
@@ -167,13 +170,20 @@ class TrainConfig:
     precision: Precision = "fp32"
     isolate_documents: bool = True
     checkpoint_every: int = 100
+    validate_every: int | None = None
+    max_validation_windows: int = 256
+    patience: int | None = None
     spike_sigmas: float = 6.0
     max_skips: int = 2
     max_rollbacks: int = 2
     step_limit_s: float = 1800.0
 
     def __post_init__(self) -> None:
-        for field in ("max_steps", "seq_len", "micro_batch_size", "global_batch_size", "checkpoint_every"):
+        optional = [field for field in ("validate_every", "patience") if getattr(self, field) is not None]
+        for field in (
+            *("max_steps", "seq_len", "micro_batch_size", "global_batch_size", "checkpoint_every"),
+            *("max_validation_windows", *optional),
+        ):
             if getattr(self, field) < 1:
                 raise ValueError(
                     f"{field} must be at least 1, got {getattr(self, field)}; write a whole number above 0"
@@ -191,6 +201,8 @@ class TrainConfig:
                 f"warmup_steps must be zero or more and below max_steps, got {self.warmup_steps} and "
                 f"{self.max_steps}; change warmup_steps or raise max_steps"
             )
+        if self.patience is not None and self.validate_every is None:
+            raise ValueError("patience counts validations, and validate_every is None; set it, or patience to None")
         if self.schedule not in get_args(Schedule):
             raise ValueError(
                 f"schedule must be one of {', '.join(get_args(Schedule))}, got {self.schedule!r}; choose one"

@@ -193,6 +193,28 @@ class OptimizerSection(Section):
     )
 
 
+class ValidationSection(Section):
+    """The validation on windows that are not trained on, and the end of a run that no longer gains by it."""
+
+    share: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        default=0.0, description="share of prompts and documents that validate instead of train; 0: no validation"
+    )
+    every_steps: Count = Field(default=50, description="steps between validations, each of which saves a checkpoint")
+    max_windows: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        default=256, description="windows of a validation at most"
+    )
+    patience: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+        default=None,
+        description="validations without a new lowest loss after which the run ends; left out: it runs to the end",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.patience is not None and not self.share:
+            raise make_rule_error("patience", "counts validations, and share is 0; raise share, or leave patience out")
+        return self
+
+
 class CheckpointSection(Section):
     """Checkpoints of the run."""
 
@@ -227,6 +249,7 @@ class Recipe(Section):
     length: LengthSection
     schedule: ScheduleSection
     optimizer: OptimizerSection
+    validation: ValidationSection = Field(default_factory=ValidationSection)
     checkpoints: CheckpointSection = Field(default_factory=CheckpointSection)
     guard: GuardSection = Field(default_factory=GuardSection)
     sources: dict[str, Line] = Field(default_factory=dict, max_length=100)

@@ -18,6 +18,7 @@ from yuan.recipe import (
     Recipe,
     ScheduleSection,
     Section,
+    ValidationSection,
     validate_recipe,
 )
 
@@ -29,6 +30,7 @@ OVERRIDABLE_SECTIONS: dict[str, type[Section]] = {
     "length": LengthSection,
     "schedule": ScheduleSection,
     "optimizer": OptimizerSection,
+    "validation": ValidationSection,
     "checkpoints": CheckpointSection,
     "guard": GuardSection,
 }

@@ -122,8 +122,15 @@ def _choose_batch_size(recipe: Recipe, epoch_windows: float) -> int:
     return min(max(power, batch.min_global_batch_size), batch.max_global_batch_size)
 
 
-def build_train_config(recipe: Recipe, length: RunLength, plan: PipelinePlan) -> TrainConfig:
-    """Return the settings of a run from a recipe whose length and plan are decided."""
+def build_train_config(
+    recipe: Recipe, length: RunLength, plan: PipelinePlan, *, can_validate: bool = False
+) -> TrainConfig:
+    """Return the settings of a run from a recipe whose length and plan are decided.
+
+    Args:
+        can_validate: there are windows to validate on.
+    """
+    validation = recipe.validation
     schedule, optimizer, guard = recipe.schedule, recipe.optimizer, recipe.guard
     return TrainConfig(
         max_steps=length.steps,
@@ -142,6 +149,9 @@ def build_train_config(recipe: Recipe, length: RunLength, plan: PipelinePlan) ->
         precision="bf16" if plan.precision == "bf16" else "fp32",
         isolate_documents=recipe.data.isolate_documents,
         checkpoint_every=recipe.checkpoints.every_steps,
+        validate_every=min(validation.every_steps, length.steps) if can_validate else None,
+        max_validation_windows=validation.max_windows,
+        patience=validation.patience if can_validate else None,
         spike_sigmas=guard.spike_sigmas,
         max_skips=guard.max_skips,
         max_rollbacks=guard.max_rollbacks,

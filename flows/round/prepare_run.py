@@ -1,5 +1,6 @@
 """Prepare the run folder of a round from its recipe and snapshot, with a plan for the configured pool."""
 
+import hashlib
 import logging
 import random
 import shutil
@@ -18,7 +19,7 @@ from infra.faults import is_item_error
 from infra.machine import has_fast_bf16
 from yuan import tokenizer as tokenizers
 from yuan.config import RUN_SPEC_FILE, ModelConfig, Precision
-from yuan.data.corpus import write_corpus_index, write_sources
+from yuan.data.corpus import write_corpus, write_corpus_index, write_sources
 from yuan.data.rows import BadRow, Row, parse_rows
 from yuan.data.samples import Sample, encode_fill_in_middle, encode_row
 from yuan.plan.plan_record import PipelinePlan
@@ -128,7 +129,7 @@ def prepare_run_folder(context: Context, round_id: str) -> PipelinePlan:
         model=model.config,
         snapshot=inputs.snapshot_id,
         plan=plan,
-        train_config=build_train_config(recipe, length, plan),
+        train_config=build_train_config(recipe, length, plan, can_validate=folder.validation.is_dir()),
         recipe=recipe,
         seed=inputs.seed,
         parent=None if parent_version is None else f"v{parent_version}",
@@ -175,7 +176,8 @@ def _write_windows(
     encoder: RowEncoder,
 ) -> RunLength:
     """Encode every row, write them as windows, and return the length of a run on them."""
-    parts = shuffle_parts(snapshot_rows, inputs.part_sizes, inputs.seed)
+    shuffled = shuffle_parts(snapshot_rows, inputs.part_sizes, inputs.seed)
+    parts, validation_parts = split_off_validation(shuffled, recipe.validation.share)
     sources = {name: encoder.encode(part_rows) for name, part_rows in parts.items()}
     seq_len, pad = recipe.data.seq_len, encoder.tokenizer.pad
     num_windows = write_sources(folder.data, sources, seq_len=seq_len)
@@ -185,6 +187,9 @@ def _write_windows(
     except RecipeUnfit as error:
         raise RoundUnfit(str(error)) from None
     write_corpus_index(folder.data, list(parts), seq_len=seq_len, pad=pad, weights=weights)
+    if validation_parts:
+        validation_sources = {name: encoder.encode(part_rows) for name, part_rows in validation_parts.items()}
+        write_corpus(folder.validation, validation_sources, seq_len=seq_len, pad=pad)
     folder.seal_inputs()
     return length
 
@@ -232,6 +237,31 @@ def shuffle_parts(
             random.Random(f"{seed} {name}").shuffle(part_rows)
             parts[name] = part_rows
     return parts
+
+
+def split_off_validation(
+    parts: Mapping[str, Sequence[Row | BadRow]], share: float
+) -> tuple[dict[str, Sequence[Row | BadRow]], dict[str, Sequence[Row | BadRow]]]:
+    """Split each part into rows that are trained on and rows that validate, by a hash of the prompt.
+
+    The hash does not depend on the round: a row that validates once always does, at the same share. Corrections are all
+    trained on, since their reporters wait for that; so is a part of which nothing else would be left.
+    """
+    training: dict[str, Sequence[Row | BadRow]] = {}
+    validation: dict[str, Sequence[Row | BadRow]] = {}
+    for name, part_rows in parts.items():
+        validating = [row for row in part_rows if isinstance(row, Row) and _is_validating(row, share)]
+        if name == "corrections" or not validating or len(validating) == len(part_rows):
+            training[name] = part_rows
+            continue
+        training[name] = [row for row in part_rows if not (isinstance(row, Row) and _is_validating(row, share))]
+        validation[name] = validating
+    return training, validation
+
+
+def _is_validating(row: Row, share: float) -> bool:
+    digest = hashlib.sha256(f"validation {row.prompt_key if row.prompt else row.key}".encode()).digest()
+    return int.from_bytes(digest[:8]) < share * 2**64
 
 
 def choose_precision(requested: Literal["auto", "bf16", "fp32"], pool: Pool) -> Precision:

@@ -12,7 +12,7 @@ from feedback.contracts import RoundParameters
 from feedback.tables import Round, Snapshot, new_id
 from flows.context import Context
 from flows.recipe_files import find_recipe_file, load_recipe
-from flows.round.prepare_run import RowEncoder, choose_precision, prepare_run_folder
+from flows.round.prepare_run import RowEncoder, choose_precision, prepare_run_folder, split_off_validation
 from flows.round.round_recipe import settle_recipe
 from flows.round.run_model import RoundUnfit, check_parent_shape
 from infra.database import make_session_factory
@@ -109,6 +109,40 @@ def test_round_keeps_the_recipe_that_it_began_with(context, start):
     file.unlink()
     prepare_run_folder(context, round_id)
     assert read_spec(context, round_id).train_config.weight_decay == 0.25
+
+
+def test_share_of_the_rows_validates_and_is_not_trained_on(context, start):
+    def prepare(**overrides):
+        round_id = start(overrides=overrides)
+        prepare_run_folder(context, round_id)
+        with context.sessions() as session:
+            folder = RunFolder(context.runs / rounds.get_or_create_training_run(session, round_id).id)
+        return folder, folder.check_inputs()
+
+    whole, spec = prepare()
+    assert spec.train_config.validate_every is None and not whole.validation.exists()
+    folder, spec = prepare(validation={"share": 0.3, "every_steps": 3, "patience": 2, "max_windows": 7})
+    settings = spec.train_config
+    assert (settings.validate_every, settings.patience, settings.max_validation_windows) == (3, 2, 7)
+    training, validation = folder.open_corpus(0).sources, folder.open_validation_corpus().sources
+    assert [source.name for source in validation] == ["base"]  # corrections are all trained on
+    num_tokens = sum(source.tokens for source in [*training, *validation])
+    assert num_tokens == sum(source.tokens for source in whole.open_corpus(0).sources)
+
+    (folder.validation / "data.json").write_text("{}")
+    with pytest.raises(ValueError, match=re.escape("validation/data.json differs from its seal")):
+        folder.check_inputs()
+
+
+def test_a_row_validates_in_every_round_or_in_none():
+    rows = {"base": ROWS, "corrections": ROWS, "datasets": ROWS[:1]}
+    training, validation = split_off_validation(rows, 0.3)
+    assert list(validation) == ["base"] and training["corrections"] == ROWS and training["datasets"] == ROWS[:1]
+    assert 8 <= len(validation["base"]) <= 28
+    assert {row.key for row in training["base"]}.isdisjoint(row.key for row in validation["base"])
+    again = split_off_validation({"base": ROWS[::-1]}, 0.3)[1]
+    assert {row.key for row in again["base"]} == {row.key for row in validation["base"]}
+    assert split_off_validation(rows, 0.0) == (rows, {})
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def make_two_stage_plan(config, train_config):
     return dataclasses.replace(plan, stages=[dataclasses.replace(plan.stages[0], recompute_layers=1), plan.stages[1]])
 
 
-def prepare_run(folder, training_inputs, train_config=TRAIN_CONFIG, plan=None):
+def prepare_run(folder, training_inputs, train_config=TRAIN_CONFIG, plan=None, validation=None):
     parent, config, sources = training_inputs
     folder.mkdir(parents=True)
     shutil.copytree(parent, folder / "parent")  # confined ranks can only read their own folder
@@ -72,7 +72,7 @@ def prepare_run(folder, training_inputs, train_config=TRAIN_CONFIG, plan=None):
         seed=5,
         parent="v1",
     )
-    RunFolder(folder).prepare(spec, sources, pad=0, weights=WEIGHTS)
+    RunFolder(folder).prepare(spec, sources, pad=0, weights=WEIGHTS, validation=validation)
     return RunFolder(folder)
 
 

@@ -86,6 +86,16 @@ class StopEvent(RunEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EarlyStopEvent(RunEvent):
+    """The validation loss has not fallen for as many validations as the recipe allows, so the run ends at a step."""
+
+    name = "early stop"
+    step: int
+    best_step: int
+    best_loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResumeEvent(RunEvent):
     """The ranks resume from the checkpoint of a step."""
 
@@ -182,6 +192,7 @@ EVENT_TYPES: tuple[type[RunEvent], ...] = (
     SkipEvent,
     RollBackEvent,
     StopEvent,
+    EarlyStopEvent,
     ResumeEvent,
     NotCompiledEvent,
     StragglerEvent,

@@ -9,9 +9,10 @@ from typing import Any
 from yuan.train.rank_json import get_count, get_number
 
 # Names of the metrics of a step; docs/training.md explains them. The mean loss of a data source has the loss's name,
-# a slash and the source's name.
+# a slash and the source's name. Only steps that are validated have a validation loss.
 LOSS_METRIC = "train/loss"
 LEARNING_RATE_METRIC = "train/learning_rate"
+VALIDATION_LOSS_METRIC = "validation/loss"
 GRAD_NORM_METRIC = "train/grad_norm"
 TOKENS_PER_S_METRIC = "train/tokens_per_s"
 STEP_SECONDS_METRIC = "train/step_seconds"

@@ -69,6 +69,11 @@ class RunFolder:
     def data(self) -> Path:
         return self.path / "data"
 
+    @property
+    def validation(self) -> Path:
+        """Return the folder of the windows that validate; a run without validation has none."""
+        return self.path / "validation"
+
     def read_spec(self) -> RunSpec:
         """Read run.json.
 
@@ -96,20 +101,25 @@ class RunFolder:
         *,
         pad: int,
         weights: Mapping[str, float] | None = None,
+        validation: Mapping[str, Iterable[Sample]] | None = None,
     ) -> None:
         """Write a run's inputs beside its tokenizer; run.json is written last, so a folder that has it is complete.
 
         Args:
             sources: the samples of each source; see `write_corpus`.
             pad: id of the padding token that fills windows.
+            validation: the samples of each source that validate; None if the run does not validate.
         """
         write_corpus(self.data, sources, seq_len=spec.train_config.seq_len, pad=pad, weights=weights)
+        if validation is not None:
+            write_corpus(self.validation, validation, seq_len=spec.train_config.seq_len, pad=pad)
         self.seal_inputs()
         self.write_spec(spec)
 
     def seal_inputs(self) -> None:
         """Record the digests of corpus and tokenizer; the caller completes the folder with `write_spec`."""
-        files = [*list_corpus_files(self.data), self.path / TOKENIZER_MODEL_FILE]
+        corpora = [folder for folder in (self.data, self.validation) if folder.is_dir()]
+        files = [*(file for folder in corpora for file in list_corpus_files(folder)), self.path / TOKENIZER_MODEL_FILE]
         self._write_seal({str(file.relative_to(self.path)): compute_digest(file) for file in files})
 
     def write_spec(self, spec: RunSpec) -> None:
@@ -159,6 +169,10 @@ class RunFolder:
 
     def open_corpus(self, seed: int) -> Corpus:
         return Corpus(self.data, seed)
+
+    def open_validation_corpus(self) -> Corpus:
+        """Return the windows that validate; their order does not matter, and is that of one seed."""
+        return Corpus(self.validation, seed=0)
 
     def _read_seal(self) -> dict[str, FileDigest]:
         """Return the digests of the inputs by file name; none if the seal is missing or not valid."""

@@ -18,6 +18,7 @@ from yuan.train.metrics_row import (
     PEAK_MEMORY_METRIC,
     STEP_SECONDS_METRIC,
     TOKENS_PER_S_METRIC,
+    VALIDATION_LOSS_METRIC,
     MetricsRow,
 )
 from yuan.train.run_folder import RunFolder
@@ -49,6 +50,7 @@ class RunLog:
         positions: Int64Array,
         throughput_meter: ThroughputMeter,
         bounds: list[int],
+        validation_loss: float | None,
     ) -> None:
         """Append the metrics of a step that was applied; replace status.json every STATUS_INTERVAL_S seconds."""
         if not self._writes:
@@ -62,6 +64,7 @@ class RunLog:
         metrics = {
             LOSS_METRIC: result.loss,
             **(by_source if len(self._sources) > 1 else {}),
+            **({} if validation_loss is None else {VALIDATION_LOSS_METRIC: validation_loss}),
             LEARNING_RATE_METRIC: learning_rate,
             GRAD_NORM_METRIC: result.grad_norm,
             TOKENS_PER_S_METRIC: throughput.tokens_per_s,
@@ -87,10 +90,10 @@ class RunLog:
             )
             self._write_status(status)
 
-    def log_finish(self, bounds: list[int]) -> None:
-        """Replace the status by that of a run whose weights are exported."""
-        steps = self._max_steps
-        self._write_status(RunStatus(state="finished", step=steps, max_steps=steps, eta_s=0.0, bounds=bounds))
+    def log_finish(self, step: int, bounds: list[int]) -> None:
+        """Replace the status by that of a run whose weights are exported, and which ended at a step."""
+        status = RunStatus(state="finished", step=step, max_steps=self._max_steps, eta_s=0.0, bounds=bounds)
+        self._write_status(status)
 
     def _write_status(self, status: RunStatus) -> None:
         if self._writes:

@@ -17,8 +17,10 @@ from yuan.train.batches import read_micro_batches
 from yuan.train.checkpoint.checkpoints import CheckpointStore
 from yuan.train.checkpoint.export import export_checkpoint
 from yuan.train.checkpoint_manifest import CheckpointManifest
+from yuan.train.early_stop import EarlyStop
 from yuan.train.events import (
     CleanRepeatEvent,
+    EarlyStopEvent,
     NotCompiledEvent,
     RepeatEvent,
     ResumeEvent,
@@ -28,7 +30,7 @@ from yuan.train.events import (
 )
 from yuan.train.guard import GUARD_WINDOW_STEPS, GuardAction, GuardDecisions, NumericalError, StepJudge, merge_spans
 from yuan.train.heartbeat import HeartbeatWriter
-from yuan.train.metrics_row import GRAD_NORM_METRIC, LOSS_METRIC
+from yuan.train.metrics_row import GRAD_NORM_METRIC, LOSS_METRIC, VALIDATION_LOSS_METRIC, MetricsRow
 from yuan.train.run_folder import EVENTS_FILE, RunFolder
 from yuan.train.run_log import RunLog
 from yuan.train.run_spec import RunSpec
@@ -38,6 +40,7 @@ from yuan.train.zero.optimizer_state import collect_slices, collect_state, resto
 from yuan.train.zero.pipeline import PlannedPipeline, SourceLossTally, load_weights
 from yuan.train.zero.stage_timer import StageTimer
 from yuan.train.zero.step import StepResult, StepRunner
+from yuan.train.zero.validation import Validator
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +73,9 @@ class Trainer:
             self.run_log.log_event(NotCompiledEvent(reason=obstacle))
         # Creates the optimizer moments, so that even the first update can be skipped.
         collect_slices(self.engine, spec.model.num_layers)
-        self.stepper = StepRunner(
-            self.engine, tally, StageTimer(self.engine, heartbeat.record_progress), self._find_fault
-        )
+        timer = StageTimer(self.engine, heartbeat.record_progress)
+        self.stepper = StepRunner(self.engine, tally, timer, self._find_fault)
+        self.validator = self._make_validator(tally, timer)
 
         self.checkpoints = CheckpointStore(
             folder.checkpoints,
@@ -82,9 +85,17 @@ class Trainer:
             event=self.run_log.log_event,
         )
         self._losses: list[float] = []  # of the good steps since the last checkpoint
+        self._validation_loss: float | None = None  # of the last step, if it was validated
         self.step = self._resume()
         if self.step == 0:
             self._save_checkpoint()  # so that the guard can roll back to step 0
+
+    def _make_validator(self, tally: SourceLossTally, timer: StageTimer) -> Validator | None:
+        if self.train_config.validate_every is None:
+            return None
+        corpus = self.folder.open_validation_corpus()
+        windows = self.train_config.max_validation_windows
+        return Validator(self.engine, tally, timer, corpus, self.spec.plan, windows)
 
     def _build_module(self, tally: SourceLossTally) -> PlannedPipeline:
         """Build this rank's stage of the pipeline, with the parent's weights if there is a parent."""
@@ -103,12 +114,18 @@ class Trainer:
         return module
 
     def run(self) -> None:
-        """Train to the last step and export the weights; steps that a checkpoint holds are not repeated."""
-        while self.step < self.train_config.max_steps:
+        """Train to the last step, or until validations gain no more, and export the weights.
+
+        Steps that a checkpoint holds are not repeated.
+        """
+        while self.step < self.train_config.max_steps and not self.early_stop.is_over:
             if not self._train_step():
                 continue
-            if self.step % self.train_config.checkpoint_every == 0 or self.step == self.train_config.max_steps:
+            is_last = self.step == self.train_config.max_steps
+            if is_last or self._validation_loss is not None or self.step % self.train_config.checkpoint_every == 0:
                 self._save_checkpoint()
+            if not is_last and self.early_stop.is_over:
+                self._log_early_stop()
         self._export()
         self.checkpoints.close()
 
@@ -128,16 +145,39 @@ class Trainer:
         self.judge.add_good_step(result.loss, result.grad_norm)
         self._losses.append(result.loss)
         self.step += 1
+        self._validation_loss = self._validate()
 
         for event in self.throughput_meter.add(
             self.step, result.seconds, result.compute_seconds, result.peak_memory_bytes
         ):
             self.run_log.log_event(event)
         self.run_log.log_step(
-            self.step, result, learning_rate, positions, self.throughput_meter, self.module.actual_bounds
+            self.step,
+            result,
+            learning_rate,
+            positions,
+            self.throughput_meter,
+            self.module.actual_bounds,
+            self._validation_loss,
         )
         self.heartbeat.record_step(self.step, result.seconds)
         return True
+
+    def _validate(self) -> float | None:
+        """Return the validation loss after the present step; None if it is not one that is validated."""
+        if self.validator is None or self.train_config.validate_every is None:
+            return None
+        if self.step % self.train_config.validate_every and self.step != self.train_config.max_steps:
+            return None
+        self.heartbeat.record_progress("validating", uses_max_limit=True)
+        loss = self.validator.run()
+        self.early_stop.add(self.step, loss)
+        return loss
+
+    def _log_early_stop(self) -> None:
+        best_step, best_loss = self.early_stop.best_step, self.early_stop.best_loss
+        assert best_step is not None and best_loss is not None, "it is over after a validation only"
+        self.run_log.log_event(EarlyStopEvent(step=self.step, best_step=best_step, best_loss=best_loss))
 
     def _run_repeatable_pass(self, positions: Int64Array) -> StepResult:
         """Run a step, and repeat it if it is faulty: a clean repeat means that the machine, not the data, caused it."""
@@ -177,6 +217,7 @@ class Trainer:
         samples = self.corpus.describe_windows(positions[:MAX_LISTED_SAMPLES])
         self.run_log.log_event(SkipEvent(step=self.step, reason=fault, positions=span, samples=samples))
         self.step += 1
+        self._validation_loss = None
         self.heartbeat.record_step(self.step, seconds)
         return True
 
@@ -222,7 +263,8 @@ class Trainer:
         """Copy this rank's slices; a thread writes them while training continues."""
         self.heartbeat.record_progress("copying a checkpoint", uses_max_limit=True)  # waits for the previous checkpoint
         state = collect_state(self.engine, self.spec.model.num_layers)
-        loss = statistics.fmean(self._losses) if self._losses else None
+        training_loss = statistics.fmean(self._losses) if self._losses else None
+        loss = training_loss if self.validator is None else self._validation_loss
         self._losses.clear()
         open_skips = self.decisions.list_open_skips(self.step)
         self.checkpoints.rollback_step = open_skips[0].step if open_skips else None
@@ -242,6 +284,7 @@ class Trainer:
         if manifest is None:
             self.run_log.drop_metrics_after(0)
             self.judge = StepJudge(self.train_config.spike_sigmas)
+            self.early_stop = EarlyStop(self.train_config.patience)
             return 0
         self._restore_checkpoint(manifest)
         self.run_log.log_event(ResumeEvent(step=step))
@@ -257,28 +300,32 @@ class Trainer:
         self.run_log.drop_metrics_after(step)
         self.judge = StepJudge(self.train_config.spike_sigmas)
         self._losses.clear()
-        for loss, grad_norm in self._read_good_steps():
+        self.early_stop = EarlyStop(self.train_config.patience)
+        self._validation_loss = None
+        for row in self._read_metrics():
+            loss, grad_norm = row.metrics[LOSS_METRIC], row.metrics[GRAD_NORM_METRIC]
+            assert loss is not None and grad_norm is not None, "log_step writes both"
             self.judge.add_good_step(loss, grad_norm)
+            validation_loss = row.metrics.get(VALIDATION_LOSS_METRIC)
+            if validation_loss is not None:
+                self.early_stop.add(row.step, validation_loss)
 
-    def _read_good_steps(self) -> list[tuple[float, float]]:
-        """Read (loss, gradient norm) of the last good steps on rank 0, and broadcast them."""
-        good_steps: list[tuple[float, float]] = []
-        if self.rank == 0:
-            for row in self.folder.read_metrics()[-GUARD_WINDOW_STEPS:]:
-                loss, grad_norm = row.metrics[LOSS_METRIC], row.metrics[GRAD_NORM_METRIC]
-                assert loss is not None and grad_norm is not None, "log_step writes both"
-                good_steps.append((loss, grad_norm))
-        message = [good_steps]
+    def _read_metrics(self) -> list[MetricsRow]:
+        """Read the rows of the last good steps and of all validated ones on rank 0, and broadcast them."""
+        rows = self.folder.read_metrics() if self.rank == 0 else []
+        validated_rows = [row for row in rows[:-GUARD_WINDOW_STEPS] if VALIDATION_LOSS_METRIC in row.metrics]
+        message = [[*validated_rows, *rows[-GUARD_WINDOW_STEPS:]]]
         dist.broadcast_object_list(message, src=0)
         return message[0]
 
     def _export(self) -> None:
-        """Export the last checkpoint as a model folder, on rank 0."""
+        """Export the last checkpoint, or the one with the lowest validation loss, as a model folder, on rank 0."""
         self.heartbeat.record_progress("exporting", uses_max_limit=True)
-        manifest = self.checkpoints.find_newest()
-        if manifest is None or manifest.step != self.step:
+        newest = self.checkpoints.find_newest()
+        if newest is None or newest.step != self.step:
             raise OSError(f"the last checkpoint, of step {self.step}, could not be written; see {EVENTS_FILE}")
+        best = newest if self.validator is None else self.checkpoints.find_best() or newest
         if self.rank == 0:
-            export_checkpoint(self.folder, self.folder.checkpoint(self.step), self.folder.export)
-            self.run_log.log_finish(self.module.actual_bounds)
+            export_checkpoint(self.folder, self.folder.checkpoint(best.step), self.folder.export)
+            self.run_log.log_finish(self.step, self.module.actual_bounds)
         dist.barrier()

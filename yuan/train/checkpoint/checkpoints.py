@@ -130,6 +130,25 @@ class CheckpointStore:
                 return manifest
         return None
 
+    def find_best(self) -> CheckpointManifest | None:
+        """Return the manifest of the valid checkpoint with the lowest loss, the earliest of equal ones; None: no loss.
+
+        Damaged ones are skipped, with an event for each.
+        """
+        self.wait()
+        with_loss = [
+            (manifest.loss, manifest.step, path, manifest)
+            for path, manifest in self._list_manifests()
+            if manifest is not None and manifest.loss is not None
+        ]
+        for _, _, path, manifest in sorted(with_loss, key=lambda entry: entry[:2]):
+            if damage := self._find_damage(path, manifest):
+                self._report_damage(path, damage)
+            else:
+                self._check_same_run(path, manifest)
+                return manifest
+        return None
+
     def _list_manifests(self) -> list[tuple[Path, CheckpointManifest | None]]:
         """List committed checkpoints, newest first, with their manifests; None if MANIFEST_DAMAGE applies to one."""
         listing = [[(path.name, read_manifest(path)) for path in list_committed_checkpoints(self.folder)]]
