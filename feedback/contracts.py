@@ -345,6 +345,9 @@ class RoundOut(BaseModel):
     state: str = Field(description=list_values(RoundState))
     step: str
     reason: str | None
+    recipe: str | None = Field(
+        default=None, description="name of the recipe that the round began with; its values are in run.json at MLflow"
+    )
     parent_version: int | None
     candidate_version: int | None
     snapshot_id: str | None

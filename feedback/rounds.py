@@ -311,6 +311,7 @@ def describe_round(session: Session, training_round: Round) -> RoundOut:
         state=training_round.state,
         step=training_round.step,
         reason=training_round.reason,
+        recipe=None if training_round.recipe is None else str(training_round.recipe.get("name")),
         parent_version=training_round.parent_version,
         candidate_version=training_round.candidate_version,
         snapshot_id=training_round.snapshot_id,

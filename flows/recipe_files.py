@@ -37,13 +37,18 @@ class RecipeFile:
             raise ValueError(f"the recipe {self.path} cannot be read: {error.strerror}; correct or remove it") from None
 
 
-def find_recipe_files(home: Path) -> list[RecipeFile]:
-    """List the shipped recipes and those of a home folder, by name; of one name in both, the shipped one counts."""
+def find_recipe_files(home: Path, *, all_of_a_name: bool = False) -> list[RecipeFile]:
+    """List the shipped recipes and those of a home folder, by name; of one name in both, the shipped one counts.
+
+    Args:
+        all_of_a_name: also list those that do not count.
+    """
     shipped = Path(str(importlib.resources.files("flows.recipes")))
     custom = home / CUSTOM_RECIPES_FOLDER
     files = [RecipeFile(path.stem, path, True) for path in custom.glob(f"*{RECIPE_SUFFIX}")]
     files += [RecipeFile(path.stem, path, False) for path in shipped.glob(f"*{RECIPE_SUFFIX}")]
-    return sorted({file.name: file for file in files}.values(), key=lambda file: file.name)
+    counted_files = files if all_of_a_name else list({file.name: file for file in files}.values())
+    return sorted(counted_files, key=lambda file: file.name)
 
 
 def find_recipe_file(home: Path, name: str) -> RecipeFile:

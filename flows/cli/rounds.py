@@ -155,7 +155,8 @@ def describe_regressions(decision: PromotionDecision) -> list[str]:
 
 def _show_round(training_round: RoundOut, as_json: bool, expected_state: RoundState = RoundState.PROMOTED) -> None:
     """Show a round; the exit status is 1 if it ended in another state than the expected one."""
-    text = f"round {training_round.number} ({training_round.id}) is {training_round.state}"
+    recipe = f", recipe {training_round.recipe}," if training_round.recipe else ""
+    text = f"round {training_round.number} ({training_round.id}){recipe} is {training_round.state}"
     if training_round.state == RoundState.RUNNING:
         text += f" at {training_round.step}"
     elif training_round.reason:

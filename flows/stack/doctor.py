@@ -12,6 +12,7 @@ from pathlib import Path
 from dotenv.parser import Binding
 
 from flows.duties import DISPATCHER_HEARTBEAT_FILE, SERVICE_HEARTBEAT_TIMEOUT_S, WORKER_HEARTBEAT_FILE
+from flows.recipe_files import find_recipe_file, find_recipe_files
 from flows.stack.findings import Finding, convert_timestamp
 from flows.stack.stack_config import CONFIG_FILE, describe_port_holder, has_data, load_config
 from infra.confinement import is_landlock_enforced, is_seccomp_enforced
@@ -26,11 +27,13 @@ from infra.settings import (
     get_variable_name,
     parse_variable_file,
 )
+from yuan.recipe import parse_recipe
 
 MACHINE_SUBJECT = "this machine"
 KEEPER_SUBJECT = "the keeper"
 STACK_CONFIG_SUBJECT = "the stack's config"
 SETTINGS_SUBJECT = "the settings"
+RECIPES_SUBJECT = "the recipes"
 NO_LANDLOCK_FINDING = Finding(
     MACHINE_SUBJECT,
     fault="this kernel has no Landlock, so every service can read the others' folders and secrets",
@@ -65,6 +68,34 @@ def find_setting_faults(home: Path) -> list[Finding]:
     return findings + [
         Finding(SETTINGS_SUBJECT, fault=fault, fix="correct the value there") for fault in find_wrong_values(file)
     ]
+
+
+def find_recipe_faults(home: Path) -> list[Finding]:
+    """Find recipes in the home folder that break a rule or are never read, and a default recipe that does not exist."""
+    findings = []
+    for file in find_recipe_files(home, all_of_a_name=True):
+        if not file.is_custom:
+            continue
+        try:
+            parse_recipe(file.read(), file.name)
+        except ValueError as error:
+            findings.append(Finding(RECIPES_SUBJECT, fault=str(error), fix=f"correct {file.path}, or remove it"))
+        if not find_recipe_file(home, file.name).is_custom:
+            fault = f"{file.path} is not read, since the platform ships a recipe {file.name}"
+            findings.append(Finding(RECIPES_SUBJECT, fault=fault, fix="rename the file"))
+    try:
+        find_recipe_file(home, _read_default_recipe(home))
+    except ValueError as error:
+        fault = f"rounds that name no recipe fail: {error}"
+        findings.append(Finding(RECIPES_SUBJECT, fault=fault, fix="correct COTRAIN_RECIPE in env.local, or write it"))
+    return findings
+
+
+def _read_default_recipe(home: Path) -> str:
+    """Return the recipe of rounds that name none, from the environment, env.local, or the settings' default."""
+    variable = get_variable_name("recipe")
+    lines = {line.key: line.value for line in parse_variable_file(home / "env.local")}
+    return os.environ.get(variable) or lines.get(variable) or str(Settings.model_fields["recipe"].default)
 
 
 def _check_setting_line(line: Binding, file: Path) -> Finding | None:

@@ -8,6 +8,7 @@ from flows.stack.doctor import (
     find_disk_faults,
     find_keeper_faults,
     find_machine_faults,
+    find_recipe_faults,
     find_setting_faults,
     find_stack_faults,
 )
@@ -40,7 +41,8 @@ def read_stack_status(home: Path) -> StackStatus:
     """Read the states of the services, and check what is quick to check."""
     is_up = is_keeper_running(home)
     config_faults = find_config_faults(home)
-    faults = [*find_disk_faults(home), *find_setting_faults(home), *find_keeper_faults(home), *config_faults]
+    setting_faults = find_setting_faults(home) or find_recipe_faults(home)  # settings name the default recipe
+    faults = [*find_disk_faults(home), *setting_faults, *find_keeper_faults(home), *config_faults]
     return StackStatus(
         is_up=is_up,
         services=read_service_states(home) if is_up else {},
@@ -51,7 +53,8 @@ def read_stack_status(home: Path) -> StackStatus:
 
 def diagnose(home: Path) -> list[Finding]:
     """Check settings, machine and stack, and run every probe of a running stack."""
-    faults = find_setting_faults(home) + find_machine_faults(home) + find_stack_faults(home)
+    setting_faults = find_setting_faults(home) or find_recipe_faults(home)  # settings name the default recipe
+    faults = setting_faults + find_machine_faults(home) + find_stack_faults(home)
     return faults + examine_running_stack(home)
 
 

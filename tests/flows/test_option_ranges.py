@@ -83,7 +83,7 @@ def test_a_number_within_a_text_names_its_option(place, value, tmp_path, monkeyp
         (["export", ".", "--out", ""], "'--out': must be a path, got an empty text"),
         (["plan", "--model", "tiny", "--lost-steps", "0"], "'--lost-steps': needs --current"),
         (["plan", "--model", "tiny", "--pipeline-size", "2", "--data-size", "2"], "'--pipeline-size' / '--data-size'"),
-        (["plan", "--model", "3b"], "'--model': must be one of tiny, 2b, 51b, 102b, got '3b'"),
+        (["plan", "--model", "3b"], "'--model': must be one of tiny, mini, 2b, 51b, 102b, got '3b'"),
     ],
 )
 def test_options_that_do_not_fit_are_named(arguments, line):

@@ -24,7 +24,13 @@ from yuan.data.skills import load_skills
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = "COTRAIN_ROUND_AFTER_REPORTS=40\n"
-SHORT = RoundParameters(max_steps=20, learning_rate=2e-3, replay_rows=200)
+SHORT = RoundParameters(
+    recipe="demo",
+    max_steps=20,
+    learning_rate=2e-3,
+    replay_rows=200,
+    overrides={"validation": {"share": 0.05, "every_steps": 10}},
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +78,16 @@ def test_a_first_round_is_promoted_and_tested_on_a_tenth_of_its_rows(first_round
     assert suite.suite == "base"
     assert 60 < suite.after.total < 180  # a tenth of 1,200 rows, drawn by their prompts
     assert (first_round.status.state, first_round.status.bounds) == ("finished", [0, 2, 3])
+
+
+def test_a_round_follows_its_recipe_and_validates(first_round, stack):
+    assert first_round.recipe == "demo"
+    (run_file,) = stack.home.glob("runs/*/run.json")
+    spec = json.loads(run_file.read_text())
+    assert spec["recipe"]["validation"] == {"share": 0.05, "every_steps": 10, "max_windows": 256}
+    assert (spec["train_config"]["validate_every"], spec["train_config"]["max_steps"]) == (10, 20)
+    rows = [json.loads(line) for line in (run_file.parent / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "validation/loss" in row] == [10, 20]
 
 
 def test_portal_serves_the_plan_of_a_round_as_svg(first_round, stack):

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from flows.stack.doctor import find_setting_faults
+from flows.recipe_files import find_recipe_file
+from flows.stack.doctor import find_recipe_faults, find_setting_faults
 from flows.stack.stack_config import (
     CONFIG_FILE,
     PORT_NAMES,
@@ -148,3 +149,23 @@ def test_invalid_port_range_is_refused_with_an_example(text, monkeypatch):
     monkeypatch.setenv(PORT_RANGE_VARIABLE, text)
     with pytest.raises(ValueError, match=f"COTRAIN_PORT_RANGE must be FIRST-LAST.*got '{text}'; set 21000-21999"):
         choose_ports()
+
+
+def test_recipes_that_no_round_can_follow_are_found(tmp_path, monkeypatch):
+    assert find_recipe_faults(tmp_path) == []
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    shipped = find_recipe_file(tmp_path, "demo").read()
+    (folder / "mine.toml").write_bytes(shipped)
+    assert find_recipe_faults(tmp_path) == []
+
+    (folder / "mine.toml").write_bytes(shipped.replace(b"seq_len = 128", b"seq_len = 0"))
+    (folder / "mini.toml").write_bytes(shipped)
+    (tmp_path / "env.local").write_text("COTRAIN_RECIPE=mene\n")
+    faults = [finding.fault for finding in find_recipe_faults(tmp_path)]
+    assert len(faults) == 3
+    assert faults[0].startswith("recipe mine: data.seq_len: must be greater than or equal to 2, got 0")
+    assert faults[1].endswith("mini.toml is not read, since the platform ships a recipe mini")
+    assert "there is no recipe 'mene'; did you mean 'mine'?" in faults[2]
+    monkeypatch.setenv("COTRAIN_RECIPE", "demo")
+    assert len(find_recipe_faults(tmp_path)) == 2
