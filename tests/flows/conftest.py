@@ -90,9 +90,11 @@ def stack(request, tmp_path_factory):
     """Start a stack with the `SETTINGS` of the test module."""
     stack = Stack(tmp_path_factory.mktemp("stack"))
     (stack.home / "env.local").write_text(getattr(request.module, "SETTINGS", ""))
-    stack.cotrain("up", check=True)
-    yield stack
-    stack.cotrain("down", check=True)
+    try:
+        stack.cotrain("up", check=True)
+        yield stack
+    finally:
+        stack.cotrain("down", check=True)
 
 
 @pytest.fixture(scope="module")
