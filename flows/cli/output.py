@@ -22,6 +22,7 @@ from yuan.version_names import is_version_number, parse_version_number
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+OPTIONS_OF_FIELDS = {"overrides": "--set"}  # of fields whose option has another name
 MAX_LINE_CHARACTERS = 1000
 CONTROL_CODE_PATTERN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout; progress goes to stderr")]
@@ -93,7 +94,7 @@ def name_option(field: str) -> str:
     >>> name_option("seq_len")
     '--seq-len'
     """
-    return f"--{field.replace('_', '-')}"
+    return OPTIONS_OF_FIELDS.get(field) or f"--{field.replace('_', '-')}"
 
 
 def _name_option_of_path(path: str) -> str:

@@ -58,11 +58,11 @@ def test_a_round_has_an_option_for_each_of_its_parameters():
     [
         ("learning_rate=1", "must be SECTION.KEY=VALUE, got 'learning_rate=1'"),
         ("schedule.learning_rate", "must be SECTION.KEY=VALUE"),
-        ("schedule.learning_rat=1", "overrides.schedule.learning_rat: is unknown; did you mean 'learning_rate'?"),
-        ("schedule.learning_rate=2", "overrides.schedule.learning_rate: must be less than 1"),
-        ("schedule.kind=linear", "overrides.schedule.kind: must be 'cosine' or 'wsd', got 'linear'; choose one"),
-        ("model.preset=2b", "overrides.model: is unknown"),
-        ("data.seq_len=1.5", "overrides.data.seq_len: must be an integer"),
+        ("schedule.learning_rat=1", "--set schedule.learning_rat: is unknown; did you mean 'learning_rate'?"),
+        ("schedule.learning_rate=2", "--set schedule.learning_rate: must be less than 1"),
+        ("schedule.kind=linear", "--set schedule.kind: must be 'cosine' or 'wsd', got 'linear'; choose one"),
+        ("model.preset=2b", "--set model: is unknown"),
+        ("data.seq_len=1.5", "--set data.seq_len: must be an integer"),
     ],
 )
 def test_value_that_cannot_replace_one_of_a_recipe_is_named(replacement, reason):

@@ -34,7 +34,7 @@ from yuan.train.checkpoint_manifest import MANIFEST_SEAL_KEY, compute_seal
 from yuan.train.events import ResumeEvent
 from yuan.train.heartbeat import read_heartbeats
 from yuan.train.log_tail import LogTail
-from yuan.train.metrics_row import LOSS_METRIC, MetricsRow
+from yuan.train.metrics_row import LOSS_METRIC, VALIDATION_LOSS_METRIC, MetricsRow
 from yuan.train.run_folder import RunFolder
 
 DOCS_PAGE = Path(__file__).parents[2] / "docs" / "training.md"
@@ -180,7 +180,7 @@ def test_documentation_lists_each_metric_of_a_step(finished_run):
     table = DOCS_PAGE.read_text().partition("## Look up a metric of a step")[2].partition("\n## ")[0]
     documented = set(re.findall(r"^\| `([a-zA-Z_/]+)` \|", table, re.MULTILINE))
     prefix = f"{LOSS_METRIC}/"
-    names = {name for row in finished_run.read_metrics() for name in row.metrics}
+    names = {name for row in finished_run.read_metrics() for name in row.metrics} | {VALIDATION_LOSS_METRIC}
     assert documented == {f"{prefix}SOURCE" if name.startswith(prefix) else name for name in names}
 
 
