@@ -19,6 +19,7 @@ MAX_FORMATTED_CHARS = 200
 MAX_SUGGESTED_NAME_CHARS = 60  # the time of comparing names grows with the square of their length
 MODEL_CONFIG_FILE = "config.json"  # of a model folder
 RUN_SPEC_FILE = "run.json"  # of a run folder
+KEEP_CHECKPOINTS = 2  # newest checkpoints of a run that stay; the one with the lowest loss stays as well
 
 
 class FieldError(ValueError):

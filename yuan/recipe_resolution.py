@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from yuan.config import TrainConfig
+from yuan.config import MODEL_PRESETS, ModelConfig, TrainConfig
 from yuan.plan.plan_record import PipelinePlan
 from yuan.recipe import Recipe
 
 REPLAY_PART = "base"  # the part of a snapshot that is trained on again, against forgetting
 MAX_WARMUP_SHARE = 0.5
+MODEL_VOCAB_MULTIPLE = 64  # the vocabulary of new weights with a trained tokenizer is padded to a multiple of it
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,30 @@ class RunLength:
 
 class RecipeUnfit(ValueError):
     """A recipe that does not fit the data at hand; the message says which value to change."""
+
+
+def pad_vocab_size(num_tokens: int) -> int:
+    """Return the vocabulary of new weights with a trained tokenizer of so many tokens.
+
+    >>> pad_vocab_size(1000)
+    1024
+    """
+    return -(-num_tokens // MODEL_VOCAB_MULTIPLE) * MODEL_VOCAB_MULTIPLE
+
+
+def make_preset_model(recipe: Recipe) -> ModelConfig:
+    """Return the shape of the recipe's preset; a tokenizer that is yet to be trained counts with its most tokens.
+
+    Raises:
+        RecipeUnfit: if the recipe trains the parent, whatever its shape.
+    """
+    if recipe.model.preset == "parent":
+        raise RecipeUnfit(
+            "the recipe trains the parent, whatever its shape; name a recipe with a preset, or the parent"
+        )
+    model = MODEL_PRESETS[recipe.model.preset]()
+    vocab_size = recipe.model.tokenizer_vocab_size
+    return model if vocab_size is None else replace(model, vocab_size=pad_vocab_size(vocab_size))
 
 
 def resolve_part_weights(recipe: Recipe, windows: Mapping[str, int]) -> dict[str, float] | None:

@@ -33,7 +33,7 @@ MAX_USAGE_CHARACTERS = 400
 OWN_PACKAGES = ("flows", "feedback", "yuan", "infra")
 # Packages of the smaller extras, by the names of their modules; any other that is missing is of [platform].
 EXTRA_BY_PACKAGE = {
-    **dict.fromkeys(("deepspeed", "numpy", "safetensors", "scipy", "sentencepiece", "torch"), "train"),
+    **dict.fromkeys(("deepspeed", "numpy", "safetensors", "scipy", "sentencepiece", "torch", "zstandard"), "train"),
     "kubernetes": "kubernetes",
 }
 

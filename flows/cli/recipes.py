@@ -1,11 +1,12 @@
-"""`cotrain recipe list | show`: the recipes by which rounds train."""
+"""`cotrain recipe list | show | check`: the recipes by which rounds train."""
 
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from flows.cli.output import JsonOption, show, show_table
+from flows.cli.output import EXIT_FAILED, JsonOption, show, show_table
+from flows.cli.recipe_options import ReplaceOption, parse_replacements
 from flows.recipe_files import find_recipe_file, find_recipe_files, load_recipe
 from infra.settings import get_home_folder
 from yuan.recipe import Recipe, parse_recipe
@@ -56,6 +57,29 @@ def show_(
         return
     values = load_recipe(home, name)
     show({"name": name, "recipe": values.to_json()}, format_recipe(name, values), as_json)
+
+
+@recipe.command()
+def check(
+    name: RecipeNameArgument,
+    pool: Annotated[
+        str | None, typer.Option(help="FILE[:NAME] of a pool; default: the pool that rounds are planned for")
+    ] = None,
+    replace: ReplaceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a run by a recipe needs on a pool: memory, disk, transfers and time. Exit status 1 if it does not fit.
+
+    Nothing is started, and no stack is needed.
+    """
+    # These need numpy, which the other commands do not.
+    from flows.cli.recipe_check import estimate_round
+    from flows.cli.recipe_table import format_estimate
+
+    estimate = estimate_round(name, parse_replacements(replace or ()), pool)
+    show(estimate.to_json(), format_estimate(estimate), as_json)
+    if not estimate.fits:
+        raise typer.Exit(EXIT_FAILED)
 
 
 def format_recipe(name: str, values: Recipe) -> str:

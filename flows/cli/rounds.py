@@ -2,8 +2,6 @@
 
 import re
 import time
-import tomllib
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +14,7 @@ from feedback.round_steps import RoundStep
 from feedback.states import RoundState
 from flows.cli.field_options import add_field_options, parse_fields
 from flows.cli.output import EXIT_FAILED, JsonOption, build_form, show, stderr_console
+from flows.cli.recipe_options import ReplaceOption, parse_replacements
 from flows.supervisor.status_line import describe_status
 from yuan.config import format_count
 from yuan.data.text import make_printable
@@ -40,10 +39,7 @@ round_ = typer.Typer(no_args_is_help=True, help="Start, show and cancel training
 @round_.command()
 @add_field_options(RoundParameters, exclude=("overrides",))
 def start(
-    replace: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="SECTION.KEY=VALUE, another value for the recipe; may be repeated"),
-    ] = None,
+    replace: ReplaceOption = None,
     wait: Annotated[bool, typer.Option(help="follow the round until it ends")] = True,
     as_json: JsonOption = False,
     **fields: Any,
@@ -76,31 +72,6 @@ def cancel(
     """Cancel a running round and its training."""
     with open_operator_client() as client:
         _show_round(client.cancel_round(client.round(round_id).id), as_json, expected_state=RoundState.CANCELLED)
-
-
-def parse_replacements(replacements: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return the values of options `--set`, by section and key; a value that is not TOML is a text.
-
-    Raises:
-        BadParameter: if one is not `SECTION.KEY=VALUE`, or names what another one names: exit status 2.
-
-    >>> parse_replacements(["schedule.kind=wsd", "length.epochs=2.5", "data.isolate_documents=false"])
-    {'schedule': {'kind': 'wsd'}, 'length': {'epochs': 2.5}, 'data': {'isolate_documents': False}}
-    """
-    overrides: dict[str, dict[str, Any]] = {}
-    for replacement in replacements:
-        place, equals, text = replacement.partition("=")
-        section, dot, key = place.partition(".")
-        if not (equals and dot):
-            raise typer.BadParameter(f"must be SECTION.KEY=VALUE, got {make_printable(replacement, 60)!r}")
-        values = overrides.setdefault(section, {})
-        if key in values:
-            raise typer.BadParameter(f"must name each value once, got {make_printable(place, 60)!r} twice")
-        try:
-            values[key] = tomllib.loads(f"value = {text}")["value"]
-        except (tomllib.TOMLDecodeError, KeyError):
-            values[key] = text
-    return overrides
 
 
 def open_operator_client(url: str = "") -> Client:

@@ -6,7 +6,6 @@ import random
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from feedback import rounds, snapshots
 from feedback.items import describe_item_error
@@ -14,17 +13,15 @@ from feedback.round_steps import ItemStep, RoundStep
 from flows.context import Context
 from flows.round.round_recipe import settle_recipe
 from flows.round.run_model import RoundUnfit, choose_parent, prepare_model
-from flows.supervisor.pool_launcher import load_configured_pool, make_plan_limits
+from flows.supervisor.pool_launcher import choose_precision, load_configured_pool, make_plan_limits
 from infra.faults import is_item_error
-from infra.machine import has_fast_bf16
 from yuan import tokenizer as tokenizers
-from yuan.config import RUN_SPEC_FILE, ModelConfig, Precision
+from yuan.config import RUN_SPEC_FILE, ModelConfig
 from yuan.data.corpus import write_corpus, write_corpus_index, write_sources
 from yuan.data.rows import BadRow, Row, parse_rows
 from yuan.data.samples import Sample, encode_fill_in_middle, encode_row
 from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import draw_plan, make_plan
-from yuan.plan.pool import CPU_POOL_NAME, Pool, is_fast_at_bf16
 from yuan.plan.workload import Workload, compute_default_loss_block
 from yuan.recipe import DataSection, Recipe
 from yuan.recipe_resolution import (
@@ -262,14 +259,3 @@ def split_off_validation(
 def _is_validating(row: Row, share: float) -> bool:
     digest = hashlib.sha256(f"validation {row.prompt_key if row.prompt else row.key}".encode()).digest()
     return int.from_bytes(digest[:8]) < share * 2**64
-
-
-def choose_precision(requested: Literal["auto", "bf16", "fp32"], pool: Pool) -> Precision:
-    """Return the precision of a run on a pool: of "auto", bf16 if every device class of the pool is fast at it.
-
-    The processor of this machine counts only for the default pool, which consists of processes on it.
-    """
-    if requested != "auto":
-        return requested
-    is_fast = has_fast_bf16() if pool.name == CPU_POOL_NAME else all(map(is_fast_at_bf16, pool.groups))
-    return "bf16" if is_fast else "fp32"

@@ -15,9 +15,8 @@ from yuan import tokenizer as tokenizers
 from yuan.config import MODEL_CONFIG_FILE, MODEL_PRESETS, ModelConfig
 from yuan.data.rows import BadRow, Row
 from yuan.recipe import TRAINED_TOKENIZER, Recipe
+from yuan.recipe_resolution import pad_vocab_size
 from yuan.train.run_folder import RunFolder
-
-MODEL_VOCAB_MULTIPLE = 64  # the vocabulary of new weights with a trained tokenizer is padded to a multiple of it
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,7 @@ def _make_new_model(recipe: Recipe, recipes: Path, snapshot_rows: Sequence[Row |
         assert recipe.model.tokenizer_vocab_size is not None, "the recipe's rule"
         texts = (f"{row.prompt}\n{row.answer}" for row in snapshot_rows if isinstance(row, Row))
         tokenizer = tokenizers.train(texts, vocab_size=recipe.model.tokenizer_vocab_size)
-        padded_vocab_size = -(-len(tokenizer) // MODEL_VOCAB_MULTIPLE) * MODEL_VOCAB_MULTIPLE
-        return RunModel(dataclasses.replace(make_config(), vocab_size=padded_vocab_size), tokenizer)
+        return RunModel(dataclasses.replace(make_config(), vocab_size=pad_vocab_size(len(tokenizer))), tokenizer)
     config = make_config()
     try:
         tokenizer = tokenizers.load(recipes / recipe.model.tokenizer)

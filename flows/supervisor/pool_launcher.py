@@ -2,13 +2,15 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from infra.launchers.job import Launcher
 from infra.launchers.local import LocalLauncher
 from infra.launchers.slurm import SlurmLauncher, SlurmOptions
+from infra.machine import has_fast_bf16
 from infra.settings import PoolSettings
-from yuan.plan.pool import CPU_POOL_NAME, Pool, load_pool, make_cpu_pool
+from yuan.config import Precision
+from yuan.plan.pool import CPU_POOL_NAME, Pool, is_fast_at_bf16, load_pool, make_cpu_pool
 from yuan.plan.search import SizeLimits
 
 CLUSTER_CONFIG_VARIABLES = ("SLURM_CONF", "KUBECONFIG")  # name the configuration files of batch systems' clients
@@ -90,3 +92,14 @@ def make_plan_limits(pool: Pool, micro_batch_size: int | None) -> SizeLimits:
     """
     stages = pool.num_devices if pool.name == CPU_POOL_NAME else None
     return SizeLimits(pipeline_size=stages, micro_batch_size=micro_batch_size)
+
+
+def choose_precision(requested: Literal["auto", "bf16", "fp32"], pool: Pool) -> Precision:
+    """Return the precision of a run on a pool: of "auto", bf16 if every device class of the pool is fast at it.
+
+    The processor of this machine counts only for the default pool, which consists of processes on it.
+    """
+    if requested != "auto":
+        return requested
+    is_fast = has_fast_bf16() if pool.name == CPU_POOL_NAME else all(map(is_fast_at_bf16, pool.groups))
+    return "bf16" if is_fast else "fp32"

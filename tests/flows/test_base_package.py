@@ -42,6 +42,7 @@ COMMANDS = {
     "withdraw account": (["name", "--reason", "r"], "platform"),
     "recipe list": ([], "platform"),
     "recipe show": (["demo"], "platform"),
+    "recipe check": (["demo"], "platform"),
     "round start": ([], "platform"),
     "round status": ([], "platform"),
     "round cancel": ([], "platform"),

@@ -104,6 +104,26 @@ HOSTILE_POOL = '[[pool]]\nname = "a\\n\\u001b[31mb"\n[[pool.group]]\ndevice_clas
 HOSTILE_POOL += "memory_gib = 40\nsustained_tflops = 100\n"
 
 
+def test_recipe_check_exits_by_what_fits_and_names_wrong_values(tmp_path):
+    pool = "benchmarks/pools/one-a100.toml"
+    fitting = run_cotrain("recipe", "check", "finetune-2b", "--pool", pool, "--json", home=tmp_path)
+    estimate = json.loads(fitting.stdout)
+    assert fitting.returncode == 0 and estimate["fits"] and estimate["problems"] == []
+    assert estimate["nodes"][0]["host_bytes"] == sum(estimate["nodes"][0]["host_terms"].values())
+    assert estimate["disk_bytes"] == sum(estimate["disk_terms"].values()) < 400 * 2**30
+
+    changed = run_cotrain("recipe", "check", "finetune-2b", "--pool", pool, "--set", "length.steps=5", home=tmp_path)
+    assert changed.returncode == 1 and changed.stdout.startswith("finetune-2b on one-a100: does not fit")
+    assert "problem: the run would have 5 steps, at least 20 are needed" in changed.stdout
+    large = run_cotrain("recipe", "check", "finetune-102b", "--pool", pool, "--json", home=tmp_path)
+    assert large.returncode == 1 and "does not fit" in json.loads(large.stdout)["problems"][0]
+
+    unknown = run_cotrain("recipe", "check", "finetune-2b", "--pool", pool, "--set", "length.stps=5", home=tmp_path)
+    assert unknown.returncode == 2 and "did you mean 'steps'" in unknown.stderr
+    missing = run_cotrain("recipe", "check", "fintune-2b", "--pool", pool, home=tmp_path)
+    assert missing.returncode == 1 and "did you mean 'finetune-2b'" in missing.stderr
+
+
 def test_names_of_a_pool_are_printed_escaped_and_unused_devices_are_named(tmp_path):
     (tmp_path / "pool.toml").write_text(HOSTILE_POOL)
     arguments = ["plan", "--model", "tiny", "--pool", str(tmp_path / "pool.toml"), "--data-size", "4"]

@@ -29,6 +29,7 @@ from yuan.model import weights
 from yuan.plan.planner import make_plan_from_bounds
 from yuan.plan.pool import make_cpu_pool
 from yuan.plan.workload import Workload
+from yuan.run_estimate import STATE_BYTES
 from yuan.train.checkpoint.export import export_checkpoint, find_checkpoint
 from yuan.train.checkpoint_manifest import MANIFEST_SEAL_KEY, compute_seal
 from yuan.train.events import ResumeEvent
@@ -47,6 +48,14 @@ def finished_run(training_inputs, tmp_path_factory):
 
 def test_two_stages_give_the_losses_and_norms_of_one_process(training_inputs, finished_run):
     np.testing.assert_allclose(read_steps(finished_run), train_plain_loop(training_inputs, finished_run), rtol=1e-5)
+
+
+def test_checkpoint_has_the_bytes_that_estimates_of_runs_count(finished_run):
+    files = finished_run.checkpoint(STEPS).iterdir()
+    size = sum(file.stat().st_size for file in files if file.suffix == ".distcp")
+    overhead = size - STATE_BYTES * finished_run.read_spec().model.num_parameters
+    num_tensors = 3 * len(load_file(finished_run.export / "model.safetensors"))
+    assert 0 < overhead < 2048 * num_tensors  # headers of tensors; a stage stores them one by one
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ WINDOWS_FILE = "windows.npy"
 TARGET_COUNTS_FILE = "learned.npy"
 TOKEN_FILE_NAMES = (TOKENS_FILE, SEGMENTS_FILE, WINDOWS_FILE, TARGET_COUNTS_FILE)
 LOSS_MASK_BIT = 1 << 31
+BYTES_PER_TOKEN = 4
 
 
 def write_token_files(folder: Path, samples: Iterable[Sample], *, seq_len: int) -> int:

@@ -25,6 +25,8 @@ DEFAULT_RESERVE_GIB = 2.0
 MIN_PLAUSIBLE_VALUE = 1e-6
 MAX_PLAUSIBLE_VALUE = 1e6
 MAX_LATENCY_US = 1e7
+OPTIONAL_GROUP_FIELDS = ("peak_tflops", "fp32_tflops", "host_memory_gib")  # that may be unknown
+STORAGE_FIELDS = ("disk_gib", "disk_gb_s", "store_gb_s")  # of a pool, which may be unknown
 MAX_DEVICES = 1_000_000  # of a group, and of a node
 
 
@@ -74,6 +76,7 @@ class DeviceGroup:
         intra_node_gb_s, intra_node_latency_us: link of a device inside its node, one direction, in GB/s and µs.
         inter_node_gb_s, inter_node_latency_us: link of a node to other nodes, one direction, in GB/s and µs.
         reserve_gib: part of `memory_gib` that stays unused.
+        host_memory_gib: memory of a node's processors; None if unknown.
         measured: rates that replace those of the data sheet; None if not calibrated.
 
     Raises:
@@ -93,6 +96,7 @@ class DeviceGroup:
     intra_node_latency_us: float = 10.0
     inter_node_latency_us: float = 20.0
     reserve_gib: float = DEFAULT_RESERVE_GIB
+    host_memory_gib: float | None = None
     measured: MeasuredRates | None = None
 
     def __post_init__(self) -> None:
@@ -106,7 +110,7 @@ class DeviceGroup:
                 )
         for field in (
             *("memory_gib", "sustained_tflops", "memory_gb_s", "intra_node_gb_s", "inter_node_gb_s"),
-            *(field for field in ("peak_tflops", "fp32_tflops") if getattr(self, field) is not None),
+            *(field for field in OPTIONAL_GROUP_FIELDS if getattr(self, field) is not None),
         ):
             _check_positive(f"{field} {name}", getattr(self, field))
         for field in ("intra_node_latency_us", "inter_node_latency_us", "reserve_gib"):
@@ -129,18 +133,27 @@ class Pool:
     Attributes:
         launcher: name of the launcher that starts the processes.
         launch: its settings, by name.
+        disk_gib: room for the home folder, which all nodes share; None if unknown.
+        disk_gb_s: rate at which one node reads and writes it, in GB/s; None if unknown.
+        store_gb_s: rate of the link from the supervisor's machine to the object store, in GB/s; None if unknown.
 
     Raises:
-        ValueError: if there is no group, there are too many, two have the same device class, or the launcher is
-            unknown.
+        ValueError: if there is no group, there are too many, two have the same device class, the launcher is
+            unknown, or a number is not positive.
     """
 
     name: str
     groups: tuple[DeviceGroup, ...]
     launcher: LauncherName = "local"
     launch: tuple[tuple[str, str | int], ...] = ()
+    disk_gib: float | None = None
+    disk_gb_s: float | None = None
+    store_gb_s: float | None = None
 
     def __post_init__(self) -> None:
+        for field in STORAGE_FIELDS:
+            if getattr(self, field) is not None:
+                _check_positive(f"{field} of pool {show_value(self.name)}", getattr(self, field))
         if not self.groups:
             raise ValueError(f"pool {show_value(self.name)} has no devices; add a [[pool.group]]")
         classes = [group.device_class for group in self.groups]
@@ -235,7 +248,7 @@ def parse_pool(entry: Mapping[str, Any]) -> Pool:
     Raises:
         ValueError: if a key is unknown (the message suggests the nearest known one), or a value is missing or wrong.
     """
-    _check_keys(entry, {"name", "group", "launcher", "launch"}, "a [[pool]]")
+    _check_keys(entry, {"name", "group", "launcher", "launch", *STORAGE_FIELDS}, "a [[pool]]")
     name = entry.get("name")
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f'a [[pool]] needs a name, got {show_value(name)}; add name = "..."')
@@ -250,6 +263,7 @@ def parse_pool(entry: Mapping[str, Any]) -> Pool:
         groups=tuple(_parse_group(group) for group in _get_tables(entry, "group", f"pool {show_value(name)}", "pool.")),
         launcher=entry.get("launcher", "local"),
         launch=tuple(launch.items()),
+        **{field: entry[field] for field in STORAGE_FIELDS if field in entry},
     )
 
 
@@ -284,7 +298,8 @@ def is_finite_number(value: object) -> TypeGuard[int | float]:
 
 def dump_pool(pool: Pool) -> str:
     """Write a pool as TOML that `load_pool` reads."""
-    entry: dict[str, Any] = {"name": pool.name, "launcher": pool.launcher}
+    storage = {field: getattr(pool, field) for field in STORAGE_FIELDS}
+    entry: dict[str, Any] = {"name": pool.name, "launcher": pool.launcher, **_drop_none(storage)}
     if pool.launch:
         entry["launch"] = dict(pool.launch)
     entry["group"] = [_drop_none(asdict(group)) for group in pool.groups]

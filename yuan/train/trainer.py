@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from deepspeed import comm as dist
 
+from yuan.config import KEEP_CHECKPOINTS
 from yuan.data.mixture import PositionSpan, find_unskipped_positions
 from yuan.data.shuffle import Int64Array
 from yuan.model.compilation import find_compile_obstacle
@@ -44,7 +45,6 @@ from yuan.train.zero.validation import Validator
 
 log = logging.getLogger(__name__)
 
-KEEP_CHECKPOINTS = 2
 GUARD_DECISIONS_FILE = "guard.json"
 MAX_LISTED_SAMPLES = 64  # samples listed in an event; the others can be derived from its positions
 

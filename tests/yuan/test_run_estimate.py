@@ -1,0 +1,114 @@
+"""What a run needs is estimated from its recipe, its pool and the size of its data, and each limit is held."""
+
+import dataclasses
+import math
+
+import pytest
+
+from flows.recipe_files import load_recipe
+from yuan.config import MODEL_PRESETS, tiny
+from yuan.plan.memory_model import GIB
+from yuan.plan.pool import DeviceGroup, Pool, load_pool
+from yuan.run_estimate import STATE_BYTES, DataSize, RunEstimate, estimate_run
+
+ONE_DEVICE = Pool(
+    name="one", groups=(DeviceGroup(device_class="A100-80", count=1, memory_gib=79.1, sustained_tflops=171.5),)
+)
+PAPER_POOL = "benchmarks/pools/a100-96.toml"
+WINDOWS = {"datasets": 400.0, "base": 9000.0}
+
+
+def estimate(tmp_path, name, pool, *, changes=None, **arguments) -> RunEstimate:
+    recipe = load_recipe(tmp_path, name)
+    for section, values in (changes or {}).items():
+        recipe = recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=values)})
+    return estimate_run(name, recipe, MODEL_PRESETS[recipe.model.preset](), pool, precision="bf16", **arguments)
+
+
+def make_data(**windows):
+    return DataSize(windows=windows, num_stored_bytes=10**9, source="counted")
+
+
+def with_host_memory(pool, gib):
+    return dataclasses.replace(pool, groups=tuple(dataclasses.replace(g, host_memory_gib=gib) for g in pool.groups))
+
+
+def test_estimate_of_a_2b_round_fits_one_device(tmp_path):
+    result = estimate(tmp_path, "finetune-2b", ONE_DEVICE, data=make_data(**WINDOWS))
+    assert result.fits and len(result.nodes) == 1 and result.is_saving_asynchronous
+    assert result.nodes[0].device_bytes == result.plan.peak_memory_bytes
+    # 800 windows an epoch (half of them replay), three epochs, at least 100 steps of a power of two.
+    assert (result.time.steps, result.time.global_batch_size, result.time.epochs) == (150, 16, 3.0)
+    assert result.time.tokens == 150 * 16 * 2048
+    assert result.time.device_hours == result.time.hours > 150 * result.plan.step_seconds / 3600
+    assert result.time.rates == "data sheets"
+
+
+def test_copies_of_all_nodes_hold_every_state_once(tmp_path):
+    result = estimate(tmp_path, "finetune-102b", load_pool(PAPER_POOL))
+    model = MODEL_PRESETS["102b"]()
+    copies = sum(node.host_terms["checkpoint_copy"] for node in result.nodes)
+    tied = model.vocab_size * model.hidden_size * (result.plan.pipeline_size > 1)  # on the first and the last stage
+    assert copies == pytest.approx(STATE_BYTES * (model.num_parameters + tied), rel=1e-6)
+    assert sum(len(node.stages) for node in result.nodes) == result.plan.num_ranks == 96
+    assert [node.number for node in result.nodes] == list(range(1, 13))
+    assert all(node.device_bytes <= node.device_limit_bytes for node in result.nodes)
+
+
+def test_too_little_main_memory_saves_synchronously_and_less_is_a_problem(tmp_path):
+    needed = estimate(tmp_path, "finetune-2b", ONE_DEVICE).nodes[0].host_bytes / GIB
+    enough = estimate(tmp_path, "finetune-2b", with_host_memory(ONE_DEVICE, needed + 1))
+    assert enough.fits and enough.is_saving_asynchronous
+    synchronous = estimate(tmp_path, "finetune-2b", with_host_memory(ONE_DEVICE, needed - 1))
+    assert synchronous.fits and not synchronous.is_saving_asynchronous
+    assert any("saved synchronously" in note and "host_memory_gib" in note for note in synchronous.notes)
+    assert synchronous.nodes[0].host_bytes / GIB < needed - 1
+    [problem] = estimate(tmp_path, "finetune-2b", with_host_memory(ONE_DEVICE, 1)).problems
+    assert problem.startswith("node 1 needs") and "host_memory_gib is 1.0" in problem
+
+
+def test_too_small_disk_is_a_problem_that_names_the_largest_part(tmp_path):
+    pool = dataclasses.replace(ONE_DEVICE, disk_gib=64.0)
+    [problem] = estimate(tmp_path, "finetune-2b", pool).problems
+    assert "disk_gib of one is 64.0" in problem and "largest part is checkpoints" in problem
+    assert estimate(tmp_path, "finetune-2b", dataclasses.replace(pool, disk_gib=200.0)).fits
+
+
+def test_pool_that_is_too_small_is_a_problem_with_what_would_fit(tmp_path):
+    result = estimate(tmp_path, "finetune-51b", ONE_DEVICE)
+    assert not result.fits and "does not fit" in result.problems[0] and result.plan is not None
+
+
+def test_recipe_without_enough_data_is_a_problem_with_the_change_that_helps(tmp_path):
+    [problem] = estimate(tmp_path, "finetune-2b", ONE_DEVICE, data=make_data(datasets=10.0)).problems
+    assert "at least 20 are needed" in problem and "batch.min_global_batch_size" in problem
+    changes = {"length": {"epochs": None, "steps": 1000}}
+    [problem] = estimate(tmp_path, "finetune-2b", ONE_DEVICE, changes=changes, data=make_data(**WINDOWS)).problems
+    assert "length.max_epochs is 4" in problem
+    [problem] = estimate(tmp_path, "finetune-2b", ONE_DEVICE, changes={"length": {"epochs": None, "steps": 5}}).problems
+    assert "would have 5 steps, at least 20 are needed" in problem
+
+
+def test_longer_intervals_upload_less_and_lose_more(tmp_path):
+    pool = dataclasses.replace(ONE_DEVICE, store_gb_s=1.0, disk_gb_s=2.0)
+    few, many = (
+        estimate(
+            tmp_path,
+            "finetune-2b",
+            pool,
+            changes={"checkpoints": {"every_steps": steps}, "validation": {"share": 0.0, "patience": None}},
+        )
+        for steps in (50, 10)
+    )
+    assert many.transfer.bytes_per_hour == pytest.approx(5 * few.transfer.bytes_per_hour)
+    assert many.restart.lost_seconds == pytest.approx(few.restart.lost_seconds / 5)
+    assert few.restart.read_seconds == pytest.approx(2 * STATE_BYTES * few.model.num_parameters / 2e9)
+    assert not few.transfer.is_link_assumed and not few.restart.is_disk_assumed
+
+
+def test_estimate_without_data_of_a_recipe_in_steps_has_no_epochs(tmp_path):
+    result = estimate_run(
+        "demo", load_recipe(tmp_path, "demo"), tiny(), ONE_DEVICE, precision="fp32", version_dtype="fp32"
+    )
+    assert result.time.epochs is None and result.fits
+    assert result.to_json()["time"]["epochs"] is None and not math.isnan(result.time.hours)

@@ -1,0 +1,505 @@
+"""Estimate what a run by a recipe needs on a pool, before any device is taken: memory, disk, transfers, time."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from yuan.config import KEEP_CHECKPOINTS, ModelConfig, Precision
+from yuan.data.tokens import BYTES_PER_TOKEN
+from yuan.plan.memory_model import GIB
+from yuan.plan.plan_record import PipelinePlan, Stage
+from yuan.plan.planner import make_plan
+from yuan.plan.pool import CPU_POOL_NAME, DeviceGroup, Pool
+from yuan.plan.replan import RESTART_ESTIMATE_S
+from yuan.plan.search import SizeLimits
+from yuan.plan.time_model import GIGA
+from yuan.plan.workload import Workload, compute_default_loss_block
+from yuan.recipe import Recipe
+from yuan.recipe_resolution import (
+    RecipeUnfit,
+    RunLength,
+    count_epoch_windows,
+    resolve_length,
+    resolve_part_weights,
+)
+
+MASTER_BYTES, MOMENT_BYTES = 4, 8  # of a parameter, in fp32
+STATE_BYTES = MASTER_BYTES + MOMENT_BYTES
+DTYPE_BYTES = {"bf16": 2, "fp32": 4}
+BYTES_OF_A_BATCH_TOKEN = 45  # tokens, labels, documents, loss mask and weights of a micro-batch, as they are read
+PROCESS_BYTES = GIB // 2  # of a rank, without its share of the model: measured on processors, 0.45 GiB
+ASSUMED_DISK_GB_S = 1.0  # of one node, where the pool does not say
+ASSUMED_STORE_GB_S = 0.125  # 1 Gb/s, where the pool does not say
+FORWARD_SHARE = 1 / 3  # of a step's compute, which a validation runs alone
+CACHED_VERSIONS = 2  # that serving and evaluation hold on disk: the champion and a candidate
+COPY_TERM = "checkpoint_copy"  # of a node's main memory
+KEPT_MASTERS = 3  # versions whose masters the store holds: the champion and those of two promotions before
+
+RateSource = Literal["calibrated", "data sheets"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSize:
+    """The size of the data that a run would read.
+
+    Attributes:
+        windows: number of windows of each part that has rows.
+        num_stored_bytes: bytes of the snapshot in the object store.
+        source: how it is known, for a reader.
+    """
+
+    windows: Mapping[str, float]
+    num_stored_bytes: int
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeEstimate:
+    """The memory of one node of a plan.
+
+    Attributes:
+        number: from 1, over all classes.
+        stages: number of each of its devices' stage, from 1.
+        device_bytes: peak memory of its fullest device; device_limit_bytes: memory of each device.
+        host_terms: bytes of the node's main memory by name.
+        host_limit_bytes: main memory of the node; None if the pool does not say.
+    """
+
+    number: int
+    device_class: str
+    stages: tuple[int, ...]
+    device_bytes: int
+    device_limit_bytes: int
+    host_terms: Mapping[str, int]
+    host_limit_bytes: int | None
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host_terms.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferEstimate:
+    """Bytes that pass between a run's disk and the object store.
+
+    Attributes:
+        bytes_per_hour: of checkpoints, while the run trains.
+        link_share: fraction of the link that they take.
+    """
+
+    interval_steps: int
+    bytes_per_hour: float
+    link_gb_s: float
+    is_link_assumed: bool
+
+    @property
+    def link_share(self) -> float:
+        return self.bytes_per_hour / 3600 / (self.link_gb_s * GIGA)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestartEstimate:
+    """The time that a run loses when a process or node fails.
+
+    Attributes:
+        read_seconds: to read and verify the newest checkpoint, on the node that takes longest.
+        lost_seconds: of the steps since that checkpoint, on average.
+    """
+
+    start_seconds: float
+    read_seconds: float
+    lost_seconds: float
+    disk_gb_s: float
+    is_disk_assumed: bool
+
+    @property
+    def seconds(self) -> float:
+        return self.start_seconds + self.read_seconds + self.lost_seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeEstimate:
+    """The length of a run, and its time.
+
+    Attributes:
+        tokens: of all windows, padding included.
+        hours: of steps and validations.
+        device_hours: hours times the devices that the plan uses.
+    """
+
+    steps: int
+    global_batch_size: int
+    epochs: float | None
+    tokens: int
+    step_seconds: float
+    hours: float
+    device_hours: float
+    rates: RateSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEstimate:
+    """The needs of a run, and the limits that it exceeds.
+
+    Attributes:
+        data: the size of the data it was computed for.
+        disk_terms, store_terms: bytes by name, on the shared disk and in the object store.
+        is_saving_asynchronous: checkpoints are copied and written while training continues.
+        problems: why the run would be refused or fail, each with what to change; none if it fits.
+        notes: what a reader should know besides.
+    """
+
+    recipe: str
+    model: ModelConfig
+    pool: Pool
+    data: DataSize | None
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    plan: PipelinePlan | None = None
+    nodes: tuple[NodeEstimate, ...] = ()
+    disk_terms: Mapping[str, int] = field(default_factory=dict)
+    store_terms: Mapping[str, int] = field(default_factory=dict)
+    transfer: TransferEstimate | None = None
+    restart: RestartEstimate | None = None
+    time: TimeEstimate | None = None
+    is_saving_asynchronous: bool = True
+
+    @property
+    def fits(self) -> bool:
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the estimate with its sums; sizes in bytes. Without a plan there are problems and notes only."""
+        result: dict[str, Any] = {
+            "recipe": self.recipe,
+            "model": self.model.name,
+            "parameters": self.model.num_parameters,
+            "pool": self.pool.name,
+            "fits": self.fits,
+            "problems": list(self.problems),
+            "notes": list(self.notes),
+            "data": None if self.data is None else asdict(self.data),
+        }
+        if self.plan is None or self.time is None or self.transfer is None or self.restart is None:
+            return result
+        return {
+            **result,
+            "time": asdict(self.time),
+            "plan": self.plan.to_json(),
+            "nodes": [{**asdict(node), "host_bytes": node.host_bytes} for node in self.nodes],
+            "host_bytes": sum(node.host_bytes for node in self.nodes),
+            "is_saving_asynchronous": self.is_saving_asynchronous,
+            "disk_bytes": sum(self.disk_terms.values()),
+            "disk_terms": dict(self.disk_terms),
+            "store_bytes": sum(self.store_terms.values()),
+            "store_terms": dict(self.store_terms),
+            "transfer": {**asdict(self.transfer), "link_share": self.transfer.link_share},
+            "restart": {**asdict(self.restart), "seconds": self.restart.seconds},
+        }
+
+
+def estimate_run(
+    name: str,
+    recipe: Recipe,
+    model: ModelConfig,
+    pool: Pool,
+    *,
+    precision: Precision,
+    data: DataSize | None = None,
+    limits: SizeLimits = SizeLimits(),
+    version_dtype: Literal["bf16", "fp32"] = "bf16",
+) -> RunEstimate:
+    """Estimate a run by a recipe; it is planned on the pool as a round's run is.
+
+    Args:
+        name: of the recipe, for messages.
+        data: the size of the data; without it, a recipe whose length follows from the data is estimated for its target
+            number of steps, of the largest batch.
+        limits: sizes that a plan must have; see `make_plan`.
+        version_dtype: number format of the parent and of the exported weights.
+    """
+    problems: list[str] = []
+    notes: list[str] = []
+    length = _resolve_run_length(recipe, data, problems, notes)
+    plan = _plan_run(recipe, model, pool, precision, limits, length, problems)
+    if plan is None:
+        return RunEstimate(recipe=name, model=model, pool=pool, data=data, problems=tuple(problems), notes=tuple(notes))
+
+    nodes, is_asynchronous = _estimate_nodes(plan, model, pool, problems, notes)
+    disk_terms = _estimate_disk(recipe, model, length, version_dtype)
+    _check_disk(pool, disk_terms, problems)
+    version_bytes = model.num_parameters * DTYPE_BYTES[version_dtype]
+    interval = _find_checkpoint_interval(recipe, length)
+    return RunEstimate(
+        recipe=name,
+        model=model,
+        pool=pool,
+        data=data,
+        plan=plan,
+        nodes=nodes,
+        disk_terms=disk_terms,
+        store_terms=_estimate_store(recipe, model, data, version_bytes),
+        transfer=_estimate_transfer(model, pool, plan, interval),
+        restart=_estimate_restart(model, pool, plan, nodes, interval),
+        time=_estimate_time(recipe, pool, plan, length, data),
+        is_saving_asynchronous=is_asynchronous,
+        problems=tuple(problems),
+        notes=tuple(notes),
+    )
+
+
+def _resolve_run_length(recipe: Recipe, data: DataSize | None, problems: list[str], notes: list[str]) -> RunLength:
+    """Return steps and batch; a run that the recipe refuses is a problem, and is estimated all the same."""
+    if data is None:
+        return _assume_length(recipe, problems, notes)
+    try:
+        weights = resolve_part_weights(recipe, {part: round(count) for part, count in data.windows.items()})
+        epoch_windows = count_epoch_windows({part: round(count) for part, count in data.windows.items()}, weights)
+    except RecipeUnfit as error:
+        problems.append(str(error))
+        epoch_windows = sum(data.windows.values())
+    try:
+        return resolve_length(recipe, epoch_windows)
+    except RecipeUnfit as error:
+        problems.append(str(error))
+    unbounded = recipe.length.model_copy(update={"min_steps": 1, "max_epochs": math.inf})
+    return resolve_length(recipe.model_copy(update={"length": unbounded}), epoch_windows)
+
+
+def _assume_length(recipe: Recipe, problems: list[str], notes: list[str]) -> RunLength:
+    """Return steps and batch without data: the recipe's own, or its target number of steps."""
+    batch, length = recipe.batch, recipe.length
+    size = batch.global_batch_size or batch.max_global_batch_size
+    if length.epochs is not None:
+        notes.append(
+            f"without --snapshot, data for {batch.target_steps:,} steps of {size:,} windows is assumed: "
+            f"{batch.target_steps * size / length.epochs:,.0f} windows of the mixture, read {length.epochs:g} times"
+        )
+        return RunLength(batch.target_steps, size, length.epochs)
+    steps = length.steps or max(1, round((length.tokens or 0) / recipe.data.seq_len / size))
+    if steps < length.min_steps:
+        problems.append(
+            f"the run would have {steps} steps, at least {length.min_steps} are needed; raise the length, or lower "
+            "length.min_steps"
+        )
+    return RunLength(steps, size, math.nan)
+
+
+def _plan_run(
+    recipe: Recipe,
+    model: ModelConfig,
+    pool: Pool,
+    precision: Precision,
+    limits: SizeLimits,
+    length: RunLength,
+    problems: list[str],
+) -> PipelinePlan | None:
+    """Return the run's plan, also one that does not fit; None if there cannot be one, which is a problem."""
+    try:
+        work = Workload(
+            model=model,
+            seq_len=recipe.data.seq_len,
+            global_batch_size=length.global_batch_size,
+            precision=precision,
+            loss_block=compute_default_loss_block(model),
+            isolate_documents=recipe.data.isolate_documents,
+        )
+        plan = make_plan(work, pool, limits)
+    except ValueError as error:
+        problems.append(str(error))
+        return None
+    if not plan.feasible:
+        problems.append(plan.explanation)
+    return plan
+
+
+def _estimate_nodes(
+    plan: PipelinePlan, model: ModelConfig, pool: Pool, problems: list[str], notes: list[str]
+) -> tuple[tuple[NodeEstimate, ...], bool]:
+    """Return the nodes of a plan; the second value is False if a node lacks the memory to copy a checkpoint."""
+    nodes = tuple(_place_on_nodes(plan, model, pool))
+    is_asynchronous = can_copy_checkpoints(nodes)
+    if not is_asynchronous:
+        nodes = tuple(_drop_copies(node) for node in nodes)
+        notes.append(
+            "checkpoints are saved synchronously: a node has no main memory for copies of its devices' states, so each "
+            "save stops training until it is written; raise host_memory_gib, or spread the model over more nodes"
+        )
+    for node in nodes:
+        limit = node.host_limit_bytes
+        if limit is not None and node.host_bytes > limit:
+            problems.append(
+                f"node {node.number} needs {node.host_bytes / GIB:,.1f} GiB of main memory for "
+                f"{len(node.stages)} processes, host_memory_gib is {limit / GIB:,.1f}; use fewer devices of a node "
+                "(devices_per_node), or nodes with more memory"
+            )
+            break
+    return nodes, is_asynchronous
+
+
+def can_copy_checkpoints(nodes: tuple[NodeEstimate, ...]) -> bool:
+    """Return True if every node whose main memory is known can hold copies of the states of its devices."""
+    return all(node.host_limit_bytes is None or node.host_bytes <= node.host_limit_bytes for node in nodes)
+
+
+def _drop_copies(node: NodeEstimate) -> NodeEstimate:
+    return replace(node, host_terms={name: size for name, size in node.host_terms.items() if name != COPY_TERM})
+
+
+def _place_on_nodes(plan: PipelinePlan, model: ModelConfig, pool: Pool) -> Iterator[NodeEstimate]:
+    """Yield the nodes of a plan: devices of a class in the order of their stages, the replicas of a stage together."""
+    number = 0
+    for group in pool.groups:
+        placed = [
+            stage_number
+            for stage_number, stage in enumerate(plan.stages)
+            for _ in range(plan.data_size)
+            if stage.device_class == group.device_class
+        ]
+        for start in range(0, len(placed), group.devices_per_node):
+            number += 1
+            yield _estimate_node(plan, model, pool, group, number, placed[start : start + group.devices_per_node])
+
+
+def _estimate_node(
+    plan: PipelinePlan, model: ModelConfig, pool: Pool, group: DeviceGroup, number: int, stage_numbers: list[int]
+) -> NodeEstimate:
+    stages = [plan.stages[n] for n in stage_numbers]
+    states = sum(_count_rank_state_bytes(plan, model, n) for n in stage_numbers)
+    window_bytes = plan.micro_batch_size * plan.sequence_length * BYTES_OF_A_BATCH_TOKEN
+    host_terms = {
+        "processes": len(stages) * PROCESS_BYTES,
+        COPY_TERM: states,
+        "tensor_in_transit": sum(_count_largest_tensor_bytes(plan, model, n) for n in stage_numbers),
+        "batches": len(stages) * window_bytes,
+    }
+    if pool.name == CPU_POOL_NAME:  # the devices are processes, whose memory is the node's
+        host_terms["devices"] = sum(_count_used_bytes(stage) for stage in stages)
+    return NodeEstimate(
+        number=number,
+        device_class=group.device_class,
+        stages=tuple(n + 1 for n in stage_numbers),
+        device_bytes=max(stage.memory_bytes for stage in stages),
+        device_limit_bytes=int(group.memory_gib * GIB),
+        host_terms=host_terms,
+        host_limit_bytes=None if group.host_memory_gib is None else int(group.host_memory_gib * GIB),
+    )
+
+
+def _count_rank_state_bytes(plan: PipelinePlan, model: ModelConfig, stage_number: int) -> int:
+    """Return the bytes of masters and moments of one rank of a stage, which its replicas share."""
+    stage = plan.stages[stage_number]
+    is_last = stage_number == plan.pipeline_size - 1
+    embeddings = model.vocab_size * model.hidden_size if stage_number == 0 or is_last else 0
+    parameters = stage.layers * model.layer_parameters + embeddings + model.hidden_size * is_last
+    return STATE_BYTES * -(-parameters // plan.data_size)
+
+
+def _count_largest_tensor_bytes(plan: PipelinePlan, model: ModelConfig, stage_number: int) -> int:
+    """Return the bytes of the largest tensor of a stage in fp32, which is read whole at a time."""
+    is_end = stage_number in (0, plan.pipeline_size - 1)
+    return MASTER_BYTES * model.hidden_size * (model.vocab_size if is_end else model.ffn_hidden_size)
+
+
+def _count_used_bytes(stage: Stage) -> int:
+    return stage.memory_bytes - stage.memory_terms.get("reserve", 0)
+
+
+def count_kept_checkpoints(recipe: Recipe) -> int:
+    """Return the checkpoints on disk at a time: the newest ones, one in writing, and the best by validation."""
+    return KEEP_CHECKPOINTS + 1 + (recipe.validation.share > 0)
+
+
+def _estimate_disk(
+    recipe: Recipe, model: ModelConfig, length: RunLength, version_dtype: Literal["bf16", "fp32"]
+) -> dict[str, int]:
+    parameters, version_bytes = model.num_parameters, model.num_parameters * DTYPE_BYTES[version_dtype]
+    windows = length.steps * length.global_batch_size
+    epochs = 1.0 if math.isnan(length.epochs) else max(length.epochs, 1.0)
+    has_parent = recipe.model.weights != "new"
+    return {
+        "checkpoints": count_kept_checkpoints(recipe) * STATE_BYTES * parameters,
+        "parent": version_bytes * has_parent,
+        "parent_masters": MASTER_BYTES * parameters * has_parent,
+        "export": version_bytes,
+        "token_files": int(windows / epochs * (recipe.data.seq_len + 1) * BYTES_PER_TOKEN),
+        "cached_versions": CACHED_VERSIONS * version_bytes,
+    }
+
+
+def _check_disk(pool: Pool, terms: Mapping[str, int], problems: list[str]) -> None:
+    needed = sum(terms.values())
+    if pool.disk_gib is not None and needed > pool.disk_gib * GIB:
+        largest = max(terms, key=lambda name: terms[name])
+        problems.append(
+            f"the run needs {needed / GIB:,.1f} GiB of disk, disk_gib of {pool.name} is {pool.disk_gib:,.1f}; the "
+            f"largest part is {largest.replace('_', ' ')}, {terms[largest] / GIB:,.1f} GiB; free space, or move the "
+            "home folder to a larger disk"
+        )
+
+
+def _estimate_store(recipe: Recipe, model: ModelConfig, data: DataSize | None, version_bytes: int) -> dict[str, int]:
+    kept_while_running = KEEP_CHECKPOINTS + (recipe.validation.share > 0)
+    return {
+        "snapshot": 0 if data is None else data.num_stored_bytes,
+        "checkpoints": kept_while_running * STATE_BYTES * model.num_parameters,
+        "version": version_bytes,
+        "masters": KEPT_MASTERS * MASTER_BYTES * model.num_parameters,
+    }
+
+
+def _find_checkpoint_interval(recipe: Recipe, length: RunLength) -> int:
+    """Return the most steps between two checkpoints; each validation saves one."""
+    validation = recipe.validation.every_steps if recipe.validation.share else length.steps
+    return min(recipe.checkpoints.every_steps, validation, length.steps)
+
+
+def _estimate_transfer(model: ModelConfig, pool: Pool, plan: PipelinePlan, interval: int) -> TransferEstimate:
+    seconds = interval * plan.step_seconds
+    return TransferEstimate(
+        interval_steps=interval,
+        bytes_per_hour=STATE_BYTES * model.num_parameters * 3600 / seconds,
+        link_gb_s=pool.store_gb_s or ASSUMED_STORE_GB_S,
+        is_link_assumed=pool.store_gb_s is None,
+    )
+
+
+def _estimate_restart(
+    model: ModelConfig, pool: Pool, plan: PipelinePlan, nodes: tuple[NodeEstimate, ...], interval: int
+) -> RestartEstimate:
+    """Each node reads the states of its ranks, and verifies its share of all files."""
+    rate = (pool.disk_gb_s or ASSUMED_DISK_GB_S) * GIGA
+    verified = STATE_BYTES * model.num_parameters / len(nodes)
+    read = max(sum(_count_rank_state_bytes(plan, model, n - 1) for n in node.stages) for node in nodes)
+    return RestartEstimate(
+        start_seconds=RESTART_ESTIMATE_S,
+        read_seconds=(read + verified) / rate,
+        lost_seconds=interval / 2 * plan.step_seconds,
+        disk_gb_s=rate / GIGA,
+        is_disk_assumed=pool.disk_gb_s is None,
+    )
+
+
+def _estimate_time(
+    recipe: Recipe, pool: Pool, plan: PipelinePlan, length: RunLength, data: DataSize | None
+) -> TimeEstimate:
+    validation = recipe.validation
+    num_validations = length.steps // validation.every_steps + 1 if validation.share else 0
+    available = math.inf if data is None else validation.share * sum(data.windows.values())
+    windows = min(validation.max_windows, available)
+    window_seconds = plan.step_seconds / length.global_batch_size
+    seconds = length.steps * plan.step_seconds + num_validations * windows * window_seconds * FORWARD_SHARE
+
+    used = {stage.device_class for stage in plan.stages}
+    is_calibrated = all(group.measured is not None for group in pool.groups if group.device_class in used)
+    return TimeEstimate(
+        steps=length.steps,
+        global_batch_size=length.global_batch_size,
+        epochs=None if math.isnan(length.epochs) else length.epochs,
+        tokens=length.steps * length.global_batch_size * recipe.data.seq_len,
+        step_seconds=plan.step_seconds,
+        hours=seconds / 3600,
+        device_hours=seconds / 3600 * plan.num_ranks,
+        rates="calibrated" if is_calibrated else "data sheets",
+    )
