@@ -16,6 +16,7 @@ from yuan.safe_files import NotRegularFileError, move_folder, open_file, read_fi
 from yuan.train.checkpoint_manifest import (
     CHECKPOINT_MANIFEST_FILE,
     CHECKPOINT_NAME_PATTERN,
+    MAX_CHECKPOINT_MANIFEST_BYTES,
     list_committed_checkpoints,
     parse_sealed_manifest,
     parse_step,
@@ -28,7 +29,6 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT_KEY_PREFIX = "checkpoints"
 CHECKPOINT_UPLOAD_POLL_S = 2.0
-MAX_CHECKPOINT_MANIFEST_BYTES = 64 * 2**20
 MAX_LOGGED_ERROR_CHARACTERS = 300
 
 

@@ -16,12 +16,15 @@ from yuan.data.samples import Sample
 from yuan.model import weights
 from yuan.model.loss import weighted_cross_entropy
 from yuan.model.transformer import Yuan
-from yuan.plan.planner import make_plan
+from yuan.plan.planner import make_plan, make_plan_from_bounds
 from yuan.plan.pool import make_cpu_pool
 from yuan.plan.search import SizeLimits
 from yuan.plan.workload import Workload
+from yuan.train.checkpoint_manifest import CHECKPOINT_MANIFEST_FILE, read_manifest
+from yuan.train.file_digest import compute_digest
+from yuan.train.guard import GuardDecisions
 from yuan.train.run_folder import RunFolder
-from yuan.train.run_spec import RunSpec
+from yuan.train.run_spec import ParentState, RunSpec
 from yuan.train.zero.engine import compute_learning_rate
 
 STEPS = 12
@@ -58,7 +61,7 @@ def make_two_stage_plan(config, train_config):
     return dataclasses.replace(plan, stages=[dataclasses.replace(plan.stages[0], recompute_layers=1), plan.stages[1]])
 
 
-def prepare_run(folder, training_inputs, train_config=TRAIN_CONFIG, plan=None, validation=None):
+def prepare_run(folder, training_inputs, train_config=TRAIN_CONFIG, plan=None, validation=None, parent_state=None):
     parent, config, sources = training_inputs
     folder.mkdir(parents=True)
     shutil.copytree(parent, folder / "parent")  # confined ranks can only read their own folder
@@ -71,9 +74,32 @@ def prepare_run(folder, training_inputs, train_config=TRAIN_CONFIG, plan=None, v
         train_config=train_config,
         seed=5,
         parent="v1",
+        parent_state=parent_state,
     )
     RunFolder(folder).prepare(spec, sources, pad=0, weights=WEIGHTS, validation=validation)
     return RunFolder(folder)
+
+
+def prepare_continued(
+    folder, training_inputs, parent_run, parent_step, train_config, *, bounds=(0, 3), data_size=1, with_moments=True
+):
+    """Prepare a run that starts from a checkpoint of another run, with the data that followed it there."""
+    work = Workload.from_train_config(training_inputs[1], train_config)
+    micro_batch_size = train_config.micro_batch_size
+    plan = make_plan_from_bounds(
+        work, make_cpu_pool().groups[0], bounds, data_size=data_size, micro_batch_size=micro_batch_size
+    )
+    checkpoint = parent_run.checkpoint(parent_step)
+    digest = compute_digest(checkpoint / CHECKPOINT_MANIFEST_FILE)
+    state = ParentState(step=parent_step, manifest_sha256=digest.sha256, with_moments=with_moments)
+    run = prepare_run(folder, training_inputs, train_config, plan, parent_state=state)
+    copy = run.parent_state / checkpoint.name
+    copy.mkdir(parents=True)
+    for name in (CHECKPOINT_MANIFEST_FILE, *read_manifest(checkpoint).list_files(with_moments=with_moments)):
+        shutil.copy(checkpoint / name, copy / name)
+    positions = parent_step * train_config.global_batch_size
+    (folder / "guard.json").write_text(GuardDecisions(skipped=((0, positions),)).to_json())
+    return run
 
 
 def launch(folder, script=None):

@@ -20,6 +20,7 @@ from tests.yuan.runs import (
     TRAIN_CONFIG,
     launch,
     make_two_stage_plan,
+    prepare_continued,
     prepare_run,
     read_steps,
     run_training,
@@ -31,12 +32,13 @@ from yuan.plan.pool import make_cpu_pool
 from yuan.plan.workload import Workload
 from yuan.run_estimate import STATE_BYTES
 from yuan.train.checkpoint.export import export_checkpoint, find_checkpoint
-from yuan.train.checkpoint_manifest import MANIFEST_SEAL_KEY, compute_seal
+from yuan.train.checkpoint_manifest import MANIFEST_SEAL_KEY, compute_seal, read_manifest
 from yuan.train.events import ResumeEvent
 from yuan.train.heartbeat import read_heartbeats
 from yuan.train.log_tail import LogTail
 from yuan.train.metrics_row import LOSS_METRIC, VALIDATION_LOSS_METRIC, MetricsRow
 from yuan.train.run_folder import RunFolder
+from yuan.train.zero.engine import compute_learning_rate
 
 DOCS_PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 
@@ -148,6 +150,19 @@ def test_run_resumes_under_another_plan_with_equal_losses(training_inputs, finis
     ours, theirs = (load_file(f.export / "model.safetensors") for f in (folder, finished_run))
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_run_from_the_masters_and_moments_of_another_takes_its_next_steps(training_inputs, finished_run, tmp_path):
+    rate = compute_learning_rate(10, TRAIN_CONFIG)
+    constant = dataclasses.replace(
+        TRAIN_CONFIG, max_steps=2, learning_rate=rate, schedule="wsd", final_lr_ratio=1.0, warmup_steps=0
+    )
+    folder = run_training(prepare_continued(tmp_path / "next", training_inputs, finished_run, 10, constant))
+    np.testing.assert_allclose(read_steps(folder), read_steps(finished_run)[10:], rtol=1e-5)
+    manifest = read_manifest(folder.checkpoint(2))
+    assert manifest.num_updates == STEPS
+    moments = set(manifest.files) - set(manifest.list_files(with_moments=False))
+    assert moments == {"__0_moments_0.distcp"}
 
 
 @pytest.mark.slow

@@ -16,7 +16,10 @@ CHECKPOINT_MANIFEST_FILE = "manifest.json"
 MANIFEST_DAMAGE = f"{CHECKPOINT_MANIFEST_FILE} differs from its seal, or is of another step than its folder"
 MANIFEST_SEAL_KEY = "sha256"
 MANIFEST_SCHEMA = 1
+MAX_CHECKPOINT_MANIFEST_BYTES = 64 * 2**20
 CHECKPOINT_PREFIX = "step-"  # of the name of a checkpoint's folder, before the step in eight digits
+MOMENTS_FILE_PART = "moments_"  # in the names of a rank's files: `__0_0.distcp` and `__0_moments_0.distcp`
+MOMENTS_FILE_PATTERN = re.compile(rf"__[0-9]+_{MOMENTS_FILE_PART}[0-9]+\.distcp")
 CHECKPOINT_NAME_PATTERN = re.compile(CHECKPOINT_PREFIX + r"[0-9]{8}")  # no run reaches 10**8 steps
 
 
@@ -43,6 +46,17 @@ class CheckpointManifest:
     loss: float | None
     decisions: str | None
     files: Mapping[str, FileDigest]
+
+    def list_files(self, *, with_moments: bool) -> dict[str, FileDigest]:
+        """Return the digests of the files that hold the master weights, and of those of the moments if they are needed.
+
+        In a checkpoint of version 0.3 or older, every file holds both.
+        """
+        return {
+            name: digest
+            for name, digest in self.files.items()
+            if with_moments or MOMENTS_FILE_PATTERN.fullmatch(name) is None
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Return the stored form, with its seal."""
@@ -100,7 +114,7 @@ def compute_seal(manifest: Mapping[str, Any]) -> str:
 def read_manifest(checkpoint: Path) -> CheckpointManifest | None:
     """Read and verify a checkpoint's manifest; return None if it is missing or MANIFEST_DAMAGE applies."""
     try:
-        manifest = parse_sealed_manifest(read_file(checkpoint, CHECKPOINT_MANIFEST_FILE))
+        manifest = parse_sealed_manifest(read_file(checkpoint, CHECKPOINT_MANIFEST_FILE, MAX_CHECKPOINT_MANIFEST_BYTES))
     except OSError:
         return None
     is_own = manifest is not None and checkpoint.name == format_checkpoint_name(manifest.step)

@@ -48,6 +48,16 @@ def compute_digest(file: Path) -> FileDigest:
         return FileDigest(num_bytes=os.fstat(stream.fileno()).st_size, sha256=hash_stream(stream))
 
 
+def find_file_size(folder: Path, name: str) -> int | None:
+    """Return the size of a regular file below a trusted folder in bytes; None if there is none."""
+    try:
+        descriptor = open_file(folder, name)
+    except OSError:
+        return None
+    with os.fdopen(descriptor, "rb") as stream:
+        return os.fstat(stream.fileno()).st_size
+
+
 def find_difference(folder: Path, name: str, expected: FileDigest) -> str | None:
     """Describe how a file below a trusted folder differs from its digest; a file of another size is not read."""
     try:

@@ -15,17 +15,21 @@ from yuan.model.model_manifest import MODEL_MANIFEST_FILE
 from yuan.safe_files import NotRegularFileError, is_file, open_to_append, read_file, replace_file_below
 from yuan.tokenizer import TOKENIZER_MODEL_FILE
 from yuan.train.checkpoint_manifest import (
+    CHECKPOINT_MANIFEST_FILE,
+    MAX_CHECKPOINT_MANIFEST_BYTES,
+    CheckpointManifest,
     format_checkpoint_name,
     list_committed_checkpoints,
+    parse_sealed_manifest,
     parse_step,
     read_manifest,
 )
 from yuan.train.events import RunEvent, parse_event
-from yuan.train.file_digest import FileDigest, compute_digest, digest_content, find_difference
+from yuan.train.file_digest import FileDigest, compute_digest, digest_content, find_difference, find_file_size
 from yuan.train.log_tail import LogTail
 from yuan.train.metrics_row import MetricsRow, parse_metrics_rows
 from yuan.train.rank_json import parse_rank_object
-from yuan.train.run_spec import RunSpec
+from yuan.train.run_spec import ParentState, RunSpec
 from yuan.train.run_status import RunStatus
 
 SEAL_FILE = "seal.json"
@@ -64,6 +68,11 @@ class RunFolder:
     @property
     def parent(self) -> Path:
         return self.path / "parent"
+
+    @property
+    def parent_state(self) -> Path:
+        """Return the folder of the checkpoint of the parent's run; a run that starts from its weights has none."""
+        return self.path / "parent_state"
 
     @property
     def data(self) -> Path:
@@ -150,9 +159,40 @@ class RunFolder:
         # The operator may have linked parent/ to a model folder; nothing of it is read here.
         if spec.parent is not None and not (self.parent / MODEL_MANIFEST_FILE).is_file():
             problems.append(f"parent/ has no manifest of {spec.parent}")
+        if spec.parent_state is not None and not any(list_committed_checkpoints(self.checkpoints)):
+            problems += self._find_parent_state_problems(spec.parent_state)
         if problems:
             raise ValueError(f"the run folder {self.path} has changed: {'; '.join(problems)}; prepare a new run")
         return spec
+
+    def read_parent_manifest(self, state: ParentState) -> CheckpointManifest:
+        """Read the manifest of the checkpoint in parent_state/.
+
+        Raises:
+            ValueError: if it is missing, or not the one that run.json names.
+        """
+        name = format_checkpoint_name(state.step)
+        try:
+            content = read_file(self.parent_state, f"{name}/{CHECKPOINT_MANIFEST_FILE}", MAX_CHECKPOINT_MANIFEST_BYTES)
+        except OSError as error:
+            raise ValueError(f"the manifest of parent_state/{name} cannot be read: {error.strerror}") from None
+        manifest = parse_sealed_manifest(content)
+        if manifest is None or digest_content(content).sha256 != state.manifest_sha256:
+            raise ValueError(f"the manifest of parent_state/{name} differs from run.json")
+        return manifest
+
+    def _find_parent_state_problems(self, state: ParentState) -> list[str]:
+        """List what of the parent's state is missing, by size; the ranks compare the content."""
+        try:
+            manifest = self.read_parent_manifest(state)
+        except ValueError as error:
+            return [str(error)]
+        name = format_checkpoint_name(state.step)
+        return [
+            f"parent_state/{name}/{file} is missing or has another size"
+            for file, digest in manifest.list_files(with_moments=state.with_moments).items()
+            if find_file_size(self.parent_state, f"{name}/{file}") != digest.num_bytes
+        ]
 
     def _find_foreign_checkpoints(self, spec: RunSpec) -> list[str]:
         """List checkpoints of another model or data order; the ranks themselves skip damaged manifests."""

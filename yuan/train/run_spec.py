@@ -10,11 +10,27 @@ from yuan.recipe import Recipe, RunKind, validate_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParentState:
+    """The checkpoint of the parent's run in `parent_state/`, from whose fp32 master weights a run starts.
+
+    Attributes:
+        step: of the checkpoint.
+        manifest_sha256: of its manifest, which has the sha256 of every file.
+        with_moments: the optimizer starts with the parent's moments and number of updates, else without any.
+    """
+
+    step: int
+    manifest_sha256: str
+    with_moments: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSpec:
     """Validated content of run.json.
 
     `snapshot` and `parent` are ids for display and lineage; the bytes are beside run.json in data/, tokenizer.model
-    and, if there is a parent, parent/. `train_config` has the settings that training follows; `recipe` is what they
+    and, if there is a parent, parent/. With `parent_state`, training starts from that checkpoint in parent_state/, and
+    parent/ is lineage. `train_config` has the settings that training follows; `recipe` is what they
     were resolved from, None if a program set them.
     """
 
@@ -26,6 +42,7 @@ class RunSpec:
     seed: int
     parent: str | None
     recipe: Recipe | None = None
+    parent_state: ParentState | None = None
     schema: int = 2
 
     def __post_init__(self) -> None:
@@ -39,6 +56,8 @@ class RunSpec:
                 f"a pretrain run has no parent and the others have one, got {self.kind} and {self.parent}; "
                 "change kind or parent"
             )
+        if self.parent_state is not None and self.parent is None:
+            raise ValueError("parent_state is of a parent, and there is none; remove it, or name the parent")
         if self.plan.bounds[-1] != self.model.num_layers:
             raise ValueError(
                 f"the plan splits {self.plan.bounds[-1]} layers and the model has {self.model.num_layers}; plan again"
@@ -84,6 +103,7 @@ class RunSpec:
             "train_config": self.train_config.to_json(),
             "seed": self.seed,
             "parent": self.parent,
+            "parent_state": None if self.parent_state is None else dataclasses.asdict(self.parent_state),
         }
 
     @classmethod
@@ -105,6 +125,8 @@ class RunSpec:
                 "plan": PipelinePlan.from_json(data["plan"]),
                 "recipe": None if data["recipe"] is None else validate_recipe(data["recipe"], "of run.json"),
                 "train_config": TrainConfig.from_json(data["train_config"]),
+                # Runs that version 0.3 or older prepared have none.
+                "parent_state": None if data.get("parent_state") is None else ParentState(**data["parent_state"]),
             }
             return cls(**{**data, **parts})
         except (KeyError, TypeError) as error:

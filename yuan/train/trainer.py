@@ -16,8 +16,9 @@ from yuan.model.shards import TensorReader
 from yuan.safe_files import replace_file_below
 from yuan.train.batches import read_micro_batches
 from yuan.train.checkpoint.checkpoints import CheckpointStore
+from yuan.train.checkpoint.dcp import read_slices
 from yuan.train.checkpoint.export import export_checkpoint
-from yuan.train.checkpoint_manifest import CheckpointManifest
+from yuan.train.checkpoint_manifest import CheckpointManifest, format_checkpoint_name
 from yuan.train.early_stop import EarlyStop
 from yuan.train.events import (
     CleanRepeatEvent,
@@ -98,7 +99,7 @@ class Trainer:
         return Validator(self.engine, tally, timer, corpus, self.spec.plan, windows)
 
     def _build_module(self, tally: SourceLossTally) -> PlannedPipeline:
-        """Build this rank's stage of the pipeline, with the parent's weights if there is a parent."""
+        """Build this rank's stage of the pipeline, with the weights of the parent's version if it starts from them."""
         spec = self.spec
         module = PlannedPipeline(
             spec.model,
@@ -109,7 +110,7 @@ class Trainer:
             recomputed_layers=spec.plan.recomputed_layers,
             tally=tally,
         )
-        if spec.parent is not None:
+        if spec.parent is not None and spec.parent_state is None:
             load_weights(module, TensorReader(self.folder.parent), spec.model.num_layers)
         return module
 
@@ -285,11 +286,30 @@ class Trainer:
             self.run_log.drop_metrics_after(0)
             self.judge = StepJudge(self.train_config.spike_sigmas)
             self.early_stop = EarlyStop(self.train_config.patience)
+            self._restore_parent_state()
             return 0
         self._restore_checkpoint(manifest)
         self.run_log.log_event(ResumeEvent(step=step))
         log.info("resumed %s at step %d", self.folder.path.name, step)
         return step
+
+    def _restore_parent_state(self) -> None:
+        """Start from the masters of the parent's run and, if run.json says so, from its moments.
+
+        Raises:
+            ValueError: if its files differ from the manifest.
+        """
+        state = self.spec.parent_state
+        if state is None:
+            return
+        self.heartbeat.record_progress("reading the parent's state", uses_max_limit=True)
+        manifest = self.folder.read_parent_manifest(state)
+        path = self.folder.parent_state / format_checkpoint_name(state.step)
+        if damage := self.checkpoints.find_damage(path, manifest, manifest.list_files(with_moments=state.with_moments)):
+            raise ValueError(f"the parent's state in {path} is damaged: {damage}; start another round")
+        num_updates = manifest.num_updates if state.with_moments else None
+        restore_state(self.engine, self.spec.model.num_layers, functools.partial(read_slices, path), num_updates)
+        log.info("started from the state of %s, step %d", self.spec.parent, state.step)
 
     def _restore_checkpoint(self, manifest: CheckpointManifest) -> None:
         """Restore weights, optimizer, metrics and the judge's good steps from a checkpoint."""

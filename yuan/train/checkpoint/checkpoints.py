@@ -8,7 +8,7 @@ returns; a thread of each rank writes the files, hashes them and waits for the o
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -123,7 +123,7 @@ class CheckpointStore:
                 continue
             if manifest is None:
                 self._report_damage(path, MANIFEST_DAMAGE)
-            elif damage := self._find_damage(path, manifest):
+            elif damage := self.find_damage(path, manifest, manifest.files):
                 self._report_damage(path, damage)
             else:
                 self._check_same_run(path, manifest)
@@ -142,7 +142,7 @@ class CheckpointStore:
             if manifest is not None and manifest.loss is not None
         ]
         for _, _, path, manifest in sorted(with_loss, key=lambda entry: entry[:2]):
-            if damage := self._find_damage(path, manifest):
+            if damage := self.find_damage(path, manifest, manifest.files):
                 self._report_damage(path, damage)
             else:
                 self._check_same_run(path, manifest)
@@ -260,10 +260,16 @@ class CheckpointStore:
         dist.all_gather_object(parts, part, group=self.group)
         return {name: value for rank_part in parts for name, value in rank_part.items()}
 
-    def _find_damage(self, path: Path, manifest: CheckpointManifest) -> str | None:
-        """Describe damaged files; each rank reads a part of the files, and all get the same result."""
-        names = sorted(manifest.files)[self.rank :: self.ranks]
-        return format_differences(self._gather(find_differences(path, manifest, names)))
+    def find_damage(self, path: Path, manifest: CheckpointManifest, names: Iterable[str]) -> str | None:
+        """Describe damaged files of a checkpoint, of this run or another one; None if there are none.
+
+        Each rank reads a part of the files, and all get the same result.
+
+        Args:
+            names: of the files to read.
+        """
+        rank_names = sorted(names)[self.rank :: self.ranks]
+        return format_differences(self._gather(find_differences(path, manifest, rank_names)))
 
     def _check_same_run(self, path: Path, manifest: CheckpointManifest) -> None:
         for key, stored, expected in (

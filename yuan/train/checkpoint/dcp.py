@@ -1,7 +1,10 @@
-"""Write and read slices of flat tensors with torch.distributed.checkpoint, which resolves overlapping slices."""
+"""Write and read slices of flat tensors with torch.distributed.checkpoint, which resolves overlapping slices.
+
+A rank writes the master weights to one file and the moments to another, so that the weights can be kept alone.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,12 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from yuan.train.checkpoint_manifest import MOMENTS_FILE_PART
+
+WEIGHT_KIND = "weight"  # of the tensors `weight/NAME`; the others are moments
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ def write_slices(folder: Path, slices: Mapping[str, TensorSlice], group: dist.Pr
     Raises:
         CheckpointException: on all ranks, if one of them cannot write.
     """
-    save({}, storage_writer=FileSystemWriter(folder), planner=_SliceSavePlanner(slices), process_group=group)
+    save({}, storage_writer=_SliceWriter(folder), planner=_SliceSavePlanner(slices), process_group=group)
 
 
 def read_slices(folder: Path, slices: Mapping[str, TensorSlice]) -> None:
@@ -60,6 +69,24 @@ def read_slices(folder: Path, slices: Mapping[str, TensorSlice]) -> None:
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     planner.set_up_planner({}, metadata, is_coordinator=True)
     reader.read_data(reader.prepare_local_plan(planner.create_local_plan()), planner).wait()
+
+
+class _SliceWriter(FileSystemWriter):
+    """Write weights to the file that torch would write all to, and moments to another one of the same rank."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        weights = [item for item in plan.items if item.index.fqn.startswith(f"{WEIGHT_KIND}/")]
+        moments = [item for item in plan.items if not item.index.fqn.startswith(f"{WEIGHT_KIND}/")]
+        prefix = plan.storage_data  # a dataclass of torch with the beginning of the rank's file names
+        results: list[WriteResult] = []
+        for items, part in ((weights, ""), (moments, MOMENTS_FILE_PART)):
+            if items:
+                storage_data = replace(prefix, prefix=f"{prefix.prefix}{part}")
+                part_plan = replace(plan, items=items, storage_data=storage_data)
+                results += super().write_data(part_plan, planner).wait()
+        written: Future[list[WriteResult]] = Future()
+        written.set_result(results)
+        return written
 
 
 class _SliceSavePlanner(SavePlanner):

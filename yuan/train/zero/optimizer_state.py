@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yuan.train.checkpoint.dcp import TensorSlice
+from yuan.train.checkpoint.dcp import WEIGHT_KIND, TensorSlice
 from yuan.train.zero.pipeline import translate_parameter_name
 from yuan.train.zero.tied_embedding import TIED_WEIGHT_NAME
 
-WEIGHT_KIND = "weight"
 MOMENT_KINDS = ("exp_avg", "exp_avg_sq")
 
 
@@ -65,13 +64,14 @@ def collect_state(engine: Any, num_layers: int) -> OptimizerState:
 
 
 def restore_state(
-    engine: Any, num_layers: int, read: Callable[[dict[str, TensorSlice]], None], num_updates: int
+    engine: Any, num_layers: int, read: Callable[[dict[str, TensorSlice]], None], num_updates: int | None
 ) -> None:
     """Restore weights and optimizer of this rank from a checkpoint, written under any plan.
 
     Args:
         read: fills slices from a checkpoint.
-        num_updates: number of optimizer updates before the checkpoint, for Adam's bias correction.
+        num_updates: number of optimizer updates before the checkpoint, for Adam's bias correction; None: restore the
+            weights alone, and leave the optimizer as it is.
     """
     slices = collect_slices(engine, num_layers)
 
@@ -80,6 +80,8 @@ def restore_state(
         f"{WEIGHT_KIND}/{name}": torch.empty(p.numel()) for name, p in _iter_named_parameters(engine.module, num_layers)
     }
     moments = {key: tensor_slice for key, tensor_slice in slices.items() if key not in weights}
+    if num_updates is None:
+        moments = {}
     read(moments | {key: TensorSlice(0, len(values), values) for key, values in weights.items()})
 
     for key in slices.keys() & weights.keys():
@@ -89,6 +91,8 @@ def restore_state(
         for name, parameter in _iter_named_parameters(engine.module, num_layers):
             parameter.copy_(weights[f"{WEIGHT_KIND}/{name}"].view_as(parameter))
 
+    if num_updates is None:
+        return
     for group in _get_base_optimizer(engine).param_groups:
         _get_base_optimizer(engine).state[group["params"][0]]["step"].fill_(float(num_updates))
 
