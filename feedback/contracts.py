@@ -349,6 +349,9 @@ class RoundOut(BaseModel):
         default=None, description="name of the recipe that the round began with; its values are in run.json at MLflow"
     )
     parent_version: int | None
+    started_from: str | None = Field(
+        default=None, description="weights or fp32 masters from which training started; empty until it is prepared"
+    )
     candidate_version: int | None
     snapshot_id: str | None
     decision: DecisionField

@@ -6,7 +6,7 @@ from datetime import datetime
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
-from feedback import reports, rounds
+from feedback import reports, rounds, training_states
 from feedback.states import ReportState
 from feedback.tables import AuditEvent, Dataset, ModelVersion, Outbox, Promotion, Response, Round
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE
@@ -21,6 +21,7 @@ class PlatformFacts:
     Attributes:
         champion: the version in service; None before the first promotion.
         lineage: training run id by version, for the champion and its predecessor.
+        lost_masters: why the masters of one of them are not kept, by version, unless the policy ended them.
         files: names of the files of their model folders, by version.
         running: the running round; None if no round is running.
         num_reports_waiting: number of reports that wait for screening or reproduction, or for review between rounds.
@@ -31,6 +32,7 @@ class PlatformFacts:
     champion: int | None
     promoted_at: datetime | None
     lineage: dict[int, str]
+    lost_masters: dict[int, str]
     files: dict[int, list[str]]
     running: Round | None
     num_reports_waiting: int
@@ -63,6 +65,7 @@ def read_platform_facts(session: Session) -> PlatformFacts:
         champion=newest.version if newest else None,
         promoted_at=newest.created_at if newest else None,
         lineage={version.version: version.run_id for version in lineage},
+        lost_masters=training_states.find_lost_masters(session, versions),
         files={version.version: [MODEL_MANIFEST_FILE, *version.manifest.get("files", ())] for version in lineage},
         running=running,
         num_reports_waiting=pending.count,

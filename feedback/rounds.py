@@ -313,6 +313,7 @@ def describe_round(session: Session, training_round: Round) -> RoundOut:
         reason=training_round.reason,
         recipe=None if training_round.recipe is None else str(training_round.recipe.get("name")),
         parent_version=training_round.parent_version,
+        started_from=None if run is None else run.started_from,
         candidate_version=training_round.candidate_version,
         snapshot_id=training_round.snapshot_id,
         decision=read_decision(training_round),

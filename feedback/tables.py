@@ -258,6 +258,24 @@ class TrainingRun(Created, Base):
     round_id: Mapped[str] = mapped_column(ForeignKey("round.id"), unique=True)
     mlflow_run_id: Mapped[str | None]
     status: Mapped[JsonbObject | None]
+    started_from: Mapped[str | None] = mapped_column(comment="weights or masters from which training started")
+
+
+class TrainingState(Created, Base):
+    """The checkpoint of an ended run that the object store keeps, since a later round may start from it.
+
+    Its weights are those of the run's version. `feedback.training_states` has the rule for how long it is kept.
+    """
+
+    __tablename__ = "training_state"
+    run_id: Mapped[str] = mapped_column(ForeignKey("training_run.id"), primary_key=True)
+    step: Mapped[int | None] = mapped_column(comment="of the kept checkpoint; none if nothing was kept")
+    manifest_sha256: Mapped[str | None]
+    num_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    has_moments: Mapped[bool] = mapped_column(default=False)
+    end_reason: Mapped[str | None] = mapped_column(comment="why nothing is kept any more")
+    ended_at: Mapped[datetime | None]
+    cleared_at: Mapped[datetime | None] = mapped_column(comment="since then the store has nothing else of the run")
 
 
 class DevicePool(Created, Base):

@@ -33,6 +33,7 @@ class DispatcherContext(RecordsContext):
     """Settings and connections of the dispatcher."""
 
     settings: DispatcherSettings
+    objects: ObjectStore
 
 
 @dataclass(frozen=True)
@@ -100,4 +101,6 @@ def _require_server(name: str, url: str, variable: str) -> None:
 def open_dispatcher_context() -> DispatcherContext:
     """Read the dispatcher's settings and connect."""
     settings = load_settings(DispatcherSettings)
-    return DispatcherContext(settings, make_session_factory(open_engine(settings)))
+    # One attempt: the dispatcher repeats a duty that fails, and a store that hangs must not hold up the others.
+    objects = open_object_store(settings, attempts=1)
+    return DispatcherContext(settings, make_session_factory(open_engine(settings)), objects)

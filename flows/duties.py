@@ -30,6 +30,7 @@ class Duty(StrEnum):
     DELIVER_NOTICES = "deliver notices"
     REQUEST_DUE_ROUND = "request a due round"
     RECLAIM_LEASES = "reclaim leases of exited processes"
+    DELETE_CHECKPOINTS = "delete checkpoints that no round needs"
     UPDATE_ALIASES = "update aliases"
     REGISTER_DEPLOYMENTS = "register deployments"
     END_LOST_FLOW_RUNS = "end lost flow runs"

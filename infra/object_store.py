@@ -20,6 +20,7 @@ PROBE_KEY = "probe"
 PROBE_BYTES = b"p" * 8192
 UPLOAD_PART_BYTES = 16 * 2**20  # of a multipart upload; S3 requires parts of at least 5 MiB and at most 10,000 parts
 MAX_UPLOAD_PARTS = 10_000
+DOWNLOAD_CHUNK_BYTES = 4 * 2**20
 MAX_PRESIGNED_BYTES = 5 * 2**30  # S3's limit for an object sent in one request
 MAX_PRESIGNED_S = 3600
 
@@ -108,6 +109,31 @@ class ObjectStore:
         """Download an object into a file atomically: the file is complete or does not exist."""
         with replace_when_written(file) as scratch:
             self.client.download_file(self.bucket, key, str(scratch))
+
+    def resume_file(self, key: str, file: Path, num_bytes: int) -> None:
+        """Download what a file lacks of an object of a size, in chunks; nothing, if it is complete.
+
+        A file that is longer than the object is downloaded again. The caller verifies the content.
+
+        Raises:
+            FileNotFoundError: if there is no such object.
+        """
+        with file.open("ab") as stream:
+            if stream.tell() > num_bytes:
+                stream.truncate(0)
+            start = os.fstat(stream.fileno()).st_size
+            if start == num_bytes and (num_bytes or self.exists(key)):
+                return
+            try:
+                body = self.client.get_object(Bucket=self.bucket, Key=key, Range=f"bytes={start}-")["Body"]
+            except ClientError as error:
+                if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
+                    raise FileNotFoundError(f"there is no object {key}") from None
+                if error.response["Error"]["Code"] in ("416", "InvalidRange"):  # the object is shorter than it was
+                    return
+                raise
+            for chunk in body.iter_chunks(DOWNLOAD_CHUNK_BYTES):
+                stream.write(chunk)
 
     def list_keys(self, prefix: str) -> list[str]:
         """List the keys under a prefix, sorted."""

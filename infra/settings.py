@@ -124,7 +124,7 @@ def _check_time_zone(name: str) -> str:
     return name
 
 
-class DispatcherSettings(RecordsAccess, PrefectAccess):
+class DispatcherSettings(RecordsAccess, StoreAccess, PrefectAccess):
     """Configure the dispatcher."""
 
     files: ClassVar[tuple[str, ...]] = ("settings/dispatcher.env",)

@@ -185,6 +185,10 @@ class ScheduleSection(Section):
 class OptimizerSection(Section):
     """AdamW."""
 
+    state: Literal["fresh", "parent"] = Field(
+        default="fresh",
+        description="fresh: moments of zero; parent: those of the parent's run, for kind continue alone",
+    )
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = Field(description="of matrices; norms and biases have none")
     beta1: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="decay of the first moment")
     beta2: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.95, description="decay of the second moment")
@@ -260,6 +264,12 @@ class Recipe(Section):
             raise make_rule_error(
                 "model.weights",
                 f"must be new for pretrain alone, got {self.model.weights} for {self.run.kind}; change it",
+            )
+        if self.optimizer.state == "parent" and (self.run.kind, self.model.weights) != ("continue", "parent"):
+            raise make_rule_error(
+                "optimizer.state",
+                f"must be fresh unless run.kind is continue and model.weights is parent, got {self.run.kind} and "
+                f"{self.model.weights}; leave it out",
             )
         preset = self.model.preset
         if preset != "parent" and self.data.seq_len > (limit := MODEL_PRESETS[preset]().seq_len):

@@ -19,7 +19,7 @@ from feedback.promotion import find_champion
 from feedback.promotion_decision import SuiteComparison
 from feedback.rounds import describe_round_end, find_planned_run, make_plan_picture_key, read_decision
 from feedback.states import RoundState
-from feedback.tables import Plan, Round
+from feedback.tables import Plan, Round, TrainingRun
 from infra.object_store import ObjectStore
 
 router = APIRouter(include_in_schema=False)
@@ -52,12 +52,14 @@ class FrontPage:
         rounds: the newest rounds, newest first.
         ends: public results of those that have ended, by round id.
         planned: ids of those that have a plan.
+        starts: what their training started from, by round id.
     """
 
     champion: int | None
     rounds: list[Round]
     ends: dict[str, RoundEnd]
     planned: set[str]
+    starts: dict[str, str]
 
 
 @router.get("/", response_class=HTMLResponse)
@@ -102,7 +104,9 @@ def build_front_page(session: Session, ends: dict[str, RoundEnd]) -> FrontPage:
             ends[training_round.id] = read_round_end(session, training_round)
     round_ids = [training_round.id for training_round in rounds]
     planned = session.scalars(select(Plan.round_id).where(Plan.round_id.in_(round_ids)))
-    return FrontPage(find_champion(session), list(rounds), ends, set(planned))
+    started = select(TrainingRun.round_id, TrainingRun.started_from).where(TrainingRun.round_id.in_(round_ids))
+    starts = {round_id: text for round_id, text in session.execute(started).tuples() if text is not None}
+    return FrontPage(find_champion(session), list(rounds), ends, set(planned), starts)
 
 
 def read_round_end(session: Session, training_round: Round) -> RoundEnd:

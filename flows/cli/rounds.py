@@ -132,6 +132,8 @@ def _show_round(training_round: RoundOut, as_json: bool, expected_state: RoundSt
         text += f" at {training_round.step}"
     elif training_round.reason:
         text += f": {training_round.reason}"
+    if training_round.started_from:
+        text += f"; training started from {training_round.started_from}"
     failed = sum(training_round.failed_items.values())
     text += f"; {format_count(failed, 'item')} could not be processed, see failed_items with --json" if failed else ""
     if training_round.decision is not None:

@@ -21,6 +21,7 @@ from feedback.states import RoundState
 from feedback.tables import new_id
 from flows.context import DispatcherContext, open_dispatcher_context
 from flows.dispatcher.attempts import continue_round, end_if_lost, end_lost_flow_runs, find_newest_flow_run
+from flows.dispatcher.checkpoint_cleanup import delete_unneeded_checkpoints
 from flows.dispatcher.deployments import REPRODUCE_DEPLOYMENT, register_deployments
 from flows.duties import DISPATCHER_HEARTBEAT_FILE, Duties, Duty, compute_age_s, get_duty_status_file
 from flows.supervisor.pool_launcher import make_launchers
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 REGISTER_EVERY_S = 300.0
 END_LOST_EVERY_S = 10.0
+DELETE_CHECKPOINTS_EVERY_S = 60.0
 IDLE_POLL_S = 10.0
 BUSY_POLL_S = 2.0
 # Reports are processed in batches: REPORT_BATCH_WAIT_S after the first arrived, or at once from REPORT_BATCH_SIZE on.
@@ -86,12 +88,15 @@ def run_dispatcher(context: DispatcherContext, client: SyncPrefectClient) -> Non
 
 
 def make_duties(context: DispatcherContext, client: SyncPrefectClient) -> dict[str, Callable[[], object]]:
-    """Return the duties by name: first those that need only PostgreSQL, then the registry, then Prefect."""
+    """Return the duties by name: those that need only PostgreSQL, then the object store, the registry and Prefect."""
     registrar = DeploymentRegistrar(context, client)
     return {
         Duty.DELIVER_NOTICES: lambda: deliver_notices(context),
         Duty.REQUEST_DUE_ROUND: lambda: request_due_round(context),
         Duty.RECLAIM_LEASES: lambda: reap_dead_leases(context.sessions, make_launchers(context.settings)),
+        Duty.DELETE_CHECKPOINTS: make_periodic(
+            DELETE_CHECKPOINTS_EVERY_S, lambda: delete_unneeded_checkpoints(context)
+        ),
         Duty.UPDATE_ALIASES: lambda: sync_champion_aliases(context),
         Duty.REGISTER_DEPLOYMENTS: registrar.ensure_registered,
         Duty.END_LOST_FLOW_RUNS: make_periodic(END_LOST_EVERY_S, lambda: end_lost_flow_runs(client)),

@@ -14,6 +14,7 @@ from feedback import promotion, rounds
 from feedback.round_steps import ItemStep, RoundStep
 from feedback.tables import Case
 from flows.context import Context
+from flows.round.masters import keep_masters
 from flows.round.versions import copy_export, copy_lost_version, make_scratch_folder
 from infra.confinement import Confinement, build_confined_environment
 from infra.files import read_regular, read_tail
@@ -52,6 +53,7 @@ def register_version(context: Context, round_id: str) -> int:
 
     with context.sessions.begin() as session:
         rounds.add_version(session, round_id, version, manifest)
+    keep_masters(context, run_id, int(manifest.about["step"]))
     log.info("registered v%d from run %s", version, run_id)
     return version
 

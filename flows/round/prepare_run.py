@@ -11,6 +11,7 @@ from feedback import rounds, snapshots
 from feedback.items import describe_item_error
 from feedback.round_steps import ItemStep, RoundStep
 from flows.context import Context
+from flows.round.masters import check_optimizer_state, prepare_start
 from flows.round.round_recipe import settle_recipe
 from flows.round.run_model import RoundUnfit, choose_parent, prepare_model
 from flows.supervisor.pool_launcher import choose_precision, load_configured_pool, make_plan_limits
@@ -114,12 +115,14 @@ def prepare_run_folder(context: Context, round_id: str) -> PipelinePlan:
     folder.path.mkdir(parents=True)
 
     parent_version = choose_parent(recipe, inputs.parent_version)
+    check_optimizer_state(context, recipe, parent_version)
     snapshot_rows = _read_snapshot(context, inputs.snapshot_id)
     model = prepare_model(context, folder, recipe, parent_version, snapshot_rows)
     model.tokenizer.save(folder.path)
     encoder = RowEncoder(model.tokenizer, recipe.data, inputs.seed)
     length = _write_windows(folder, recipe, inputs, snapshot_rows, encoder)
     plan = _plan_run(context, round_id, folder, model.config, recipe, length)
+    start = prepare_start(context, folder, recipe, model.config, parent_version)
 
     spec = RunSpec(
         kind="pretrain" if parent_version is None else recipe.run.kind,
@@ -130,13 +133,16 @@ def prepare_run_folder(context: Context, round_id: str) -> PipelinePlan:
         recipe=recipe,
         seed=inputs.seed,
         parent=None if parent_version is None else f"v{parent_version}",
+        parent_state=start.state,
     )
     reasons = encoder.exclusion_reasons
     with context.sessions.begin() as session:
         rounds.record_failed_items(session, round_id, {ItemStep.PLAN: len(reasons)})
         snapshots.record_excluded_rows(session, ItemStep.PLAN, reasons)
+        rounds.get_or_create_training_run(session, round_id).started_from = start.description
     folder.write_spec(spec)
     log.info("prepared run %s: %d rows, excluded %d, %s", inputs.run_id, len(snapshot_rows), len(reasons), length)
+    log.info("run %s starts from %s", inputs.run_id, start.description)
     return plan
 
 

@@ -67,6 +67,10 @@ def prepare_model(
         config = ModelConfig.from_json(json.loads((folder.parent / MODEL_CONFIG_FILE).read_text()))
         model = RunModel(config, tokenizers.load(folder.parent))
         check_parent_shape(recipe, config, parent_version)
+        try:
+            model.tokenizer.check_fits(config.vocab_size)
+        except ValueError as error:
+            raise RoundUnfit(f"the tokenizer of v{parent_version}: {error}") from None
     else:
         model = _make_new_model(recipe, context.settings.home / CUSTOM_RECIPES_FOLDER, snapshot_rows)
     if recipe.data.seq_len > model.config.seq_len:

@@ -16,10 +16,11 @@ DISPATCHER_HANG_TIMEOUT_S = 300.0  # heartbeat age for a restart
 
 
 def make_dispatcher_service(home: Path, settings: Settings) -> ManagedService:
-    """Describe the dispatcher, which connects to the database, MLflow, Prefect and the pool's batch system."""
+    """Describe the dispatcher, which connects to database, object store, MLflow, Prefect and the batch system."""
     work, heartbeat_file = home / "dispatcher", home / DISPATCHER_HEARTBEAT_FILE
     pool_files = find_pool_files(settings)
-    servers = (settings.database_url.get_secret_value(), settings.mlflow_url, settings.prefect_api_url)
+    database_url = settings.database_url.get_secret_value()
+    servers = (database_url, settings.s3_endpoint, settings.mlflow_url, settings.prefect_api_url)
 
     return make_platform_service(
         home,

@@ -50,6 +50,7 @@ DUTY_BY_SERVER = {
     "mlflow": Duty.UPDATE_ALIASES,
 }
 DUTY_FIXES: dict[str, str] = {
+    Duty.DELETE_CHECKPOINTS: "see `cotrain logs s3`",
     Duty.UPDATE_ALIASES: "if a version is missing from the registry, register it again; else see `cotrain logs mlflow`",
     Duty.REGISTER_DEPLOYMENTS: "see `cotrain logs prefect`",
     Duty.END_LOST_FLOW_RUNS: "see `cotrain logs prefect`",
@@ -84,7 +85,7 @@ def examine_stack(context: Context, limit_s: float = PROBE_TIMEOUT_S) -> list[Fi
     facts = facts_read[0] if facts_read else None
     probes = make_server_probes(context, facts)
     if facts is not None:
-        findings += [check_waiting_reports(facts), check_waiting_notices(facts)]
+        findings += [check_waiting_reports(facts), check_waiting_notices(facts), *check_masters(facts)]
     return findings + run_probes(probes, limit_s) + find_failing_duties(settings.home)
 
 
@@ -249,6 +250,19 @@ def check_waiting_notices(facts: PlatformFacts) -> Finding:
         fix="see `cotrain logs dispatcher`" if is_late else "",
         never_succeeded=facts.last_notice is None,
     )
+
+
+def check_masters(facts: PlatformFacts) -> list[Finding]:
+    """Return a finding for the champion and the version before it if their masters are lost."""
+    return [
+        Finding(
+            f"the masters of v{version}",
+            succeeded_at=facts.promoted_at,
+            fault=f"the fp32 masters of v{version} {reason}",
+            fix="rounds start from the version's weights instead, unless their recipe has optimizer.state = parent",
+        )
+        for version, reason in facts.lost_masters.items()
+    ]
 
 
 def find_failing_duties(home: Path) -> list[Finding]:

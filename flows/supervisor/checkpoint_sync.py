@@ -5,29 +5,33 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from flows.supervisor.stored_checkpoints import (
+    delete_stored_checkpoint,
+    download_files,
+    list_stored_checkpoints,
+    make_checkpoint_key,
+    parse_stored_manifest,
+)
 from infra.faults import OBJECT_STORE_ERRORS
 from infra.object_store import ObjectStore
 from yuan.data.text import make_printable
 from yuan.safe_files import NotRegularFileError, move_folder, open_file, read_file, remove_entry
 from yuan.train.checkpoint_manifest import (
     CHECKPOINT_MANIFEST_FILE,
-    CHECKPOINT_NAME_PATTERN,
     MAX_CHECKPOINT_MANIFEST_BYTES,
     list_committed_checkpoints,
-    parse_sealed_manifest,
     parse_step,
 )
 from yuan.train.events import CheckpointStoredEvent
-from yuan.train.file_digest import FileDigest, digest_content, find_difference
+from yuan.train.file_digest import digest_content
 from yuan.train.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_KEY_PREFIX = "checkpoints"
 CHECKPOINT_UPLOAD_POLL_S = 2.0
 MAX_LOGGED_ERROR_CHARACTERS = 300
 
@@ -61,7 +65,11 @@ def upload_in_background(objects: ObjectStore, run_id: str, folder: RunFolder) -
 
 
 def sync_checkpoints(
-    objects: ObjectStore, run_id: str, folder: RunFolder, refused: set[RefusedCheckpoint] | None = None
+    objects: ObjectStore,
+    run_id: str,
+    folder: RunFolder,
+    refused: set[RefusedCheckpoint] | None = None,
+    is_due: Callable[[str], bool] = lambda name: True,
 ) -> list[str]:
     """Mirror the folder's checkpoints to the store; a manifest is uploaded last and deleted first.
 
@@ -70,22 +78,23 @@ def sync_checkpoints(
 
     Args:
         refused: collects checkpoints whose files differ from their manifest; these are not retried.
+        is_due: returns True for the names of those to upload.
     """
     refused = set() if refused is None else refused
-    stored_names = _list_stored_checkpoints(objects, run_id)
+    stored_names = list_stored_checkpoints(objects, run_id)
     local_names = [path.name for path in list_committed_checkpoints(folder.checkpoints)]
 
     uploaded_names = []
-    for name in local_names:
+    for name in filter(is_due, local_names):
         manifest = b""
         try:
             manifest = _read_manifest_content(folder, name)
             if RefusedCheckpoint(name, digest_content(manifest).sha256) in refused:
                 continue
             if name in stored_names:
-                if objects.get(_make_key(run_id, name, CHECKPOINT_MANIFEST_FILE)) == manifest:
+                if objects.get(make_checkpoint_key(run_id, name, CHECKPOINT_MANIFEST_FILE)) == manifest:
                     continue
-                _delete_stored_checkpoint(objects, run_id, name)  # of a trajectory that a roll back has discarded
+                delete_stored_checkpoint(objects, run_id, name)  # of a trajectory that a roll back has discarded
             if _upload_checkpoint(objects, run_id, folder, name, manifest):
                 uploaded_names.append(name)
         except FileNotFoundError:  # the run has pruned it meanwhile
@@ -94,7 +103,7 @@ def sync_checkpoints(
         except (NotRegularFileError, ValueError) as error:
             reason = make_printable(str(error))[:MAX_LOGGED_ERROR_CHARACTERS]
             log.warning("checkpoint %s of run %s is not stored, later ones are: %s", name, run_id, reason)
-            _delete_stored_checkpoint(objects, run_id, name)
+            delete_stored_checkpoint(objects, run_id, name)
             refused.add(RefusedCheckpoint(name, digest_content(manifest).sha256))
 
     # Names sort by step. A stored checkpoint below the newest local one was pruned by the run; an empty folder, after
@@ -102,7 +111,7 @@ def sync_checkpoints(
     newest_name = max(local_names, default="")
     for name in stored_names - set(local_names):
         if name < newest_name:
-            _delete_stored_checkpoint(objects, run_id, name)
+            delete_stored_checkpoint(objects, run_id, name)
     return uploaded_names
 
 
@@ -113,23 +122,19 @@ def _upload_checkpoint(objects: ObjectStore, run_id: str, folder: RunFolder, nam
         FileNotFoundError: if the run has pruned it meanwhile.
         NotRegularFileError, ValueError: if it is damaged, or was not written by our ranks.
     """
-    for file_name, digest in parse_manifest_files(manifest, name).items():
+    for file_name, digest in parse_stored_manifest(manifest, name).files.items():
         with os.fdopen(open_file(folder.path, f"checkpoints/{name}/{file_name}"), "rb") as stream:
-            objects.put_file(_make_key(run_id, name, file_name), stream, digest.num_bytes, digest.sha256)
+            objects.put_file(make_checkpoint_key(run_id, name, file_name), stream, digest.num_bytes, digest.sha256)
 
     if _read_manifest_content(folder, name) != manifest:
-        _delete_stored_checkpoint(objects, run_id, name)
+        delete_stored_checkpoint(objects, run_id, name)
         return False
-    objects.put(_make_key(run_id, name, CHECKPOINT_MANIFEST_FILE), manifest)
+    objects.put(make_checkpoint_key(run_id, name, CHECKPOINT_MANIFEST_FILE), manifest)
     return True
 
 
 def _read_manifest_content(folder: RunFolder, name: str) -> bytes:
     return read_file(folder.path, f"checkpoints/{name}/{CHECKPOINT_MANIFEST_FILE}", MAX_CHECKPOINT_MANIFEST_BYTES)
-
-
-def _make_key(run_id: str, name: str, file_name: str) -> str:
-    return f"{CHECKPOINT_KEY_PREFIX}/{run_id}/{name}/{file_name}"
 
 
 def restore_checkpoint(objects: ObjectStore, run_id: str, folder: RunFolder) -> str | None:
@@ -139,7 +144,7 @@ def restore_checkpoint(objects: ObjectStore, run_id: str, folder: RunFolder) -> 
     """
     if any(list_committed_checkpoints(folder.checkpoints)):
         return None
-    for name in sorted(_list_stored_checkpoints(objects, run_id), reverse=True):
+    for name in sorted(list_stored_checkpoints(objects, run_id), reverse=True):
         scratch = folder.path.parent / f".fetch-{folder.path.name}"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
@@ -154,17 +159,15 @@ def restore_checkpoint(objects: ObjectStore, run_id: str, folder: RunFolder) -> 
 
 
 def _download_checkpoint(objects: ObjectStore, run_id: str, name: str, target: Path) -> bool:
-    """Download a checkpoint; return whether all its files match the manifest."""
-    manifest = objects.get(_make_key(run_id, name, CHECKPOINT_MANIFEST_FILE))
+    """Download a checkpoint; return False if a file is missing, or differs from the manifest."""
+    content = objects.get(make_checkpoint_key(run_id, name, CHECKPOINT_MANIFEST_FILE))
     try:
-        digests = parse_manifest_files(manifest, name)
-        for file_name in digests:
-            objects.get_file(_make_key(run_id, name, file_name), target / file_name)
-        is_complete = all(find_difference(target, file_name, digest) is None for file_name, digest in digests.items())
-    except ValueError:
+        download_files(objects, run_id, name, parse_stored_manifest(content, name).files, target)
+    except ValueError as error:
+        log.warning("checkpoint %s of run %s in the store: %s", name, run_id, error)
         return False
-    (target / CHECKPOINT_MANIFEST_FILE).write_bytes(manifest)
-    return is_complete
+    (target / CHECKPOINT_MANIFEST_FILE).write_bytes(content)
+    return True
 
 
 def _install_checkpoint(scratch: Path, folder: RunFolder, name: str) -> None:
@@ -176,36 +179,6 @@ def _install_checkpoint(scratch: Path, folder: RunFolder, name: str) -> None:
         remove_entry(folder.path, "checkpoints")
         folder.checkpoints.mkdir()
         move_folder(scratch, folder.path, f"checkpoints/{name}")
-
-
-def parse_manifest_files(content: bytes, name: str) -> Mapping[str, FileDigest]:
-    """Return the digests of the files that the manifest of a checkpoint of this name lists, by the file's name.
-
-    Raises:
-        ValueError: if its seal is wrong, it belongs to another checkpoint, or it lists no files or files outside
-            its folder.
-    """
-    manifest = parse_sealed_manifest(content)
-    if manifest is None or manifest.step != parse_step(Path(name)):
-        raise ValueError(f"{CHECKPOINT_MANIFEST_FILE} is damaged, or of another checkpoint")
-
-    forbidden_names = ("..", CHECKPOINT_MANIFEST_FILE)
-    foreign_names = [name for name in manifest.files if Path(name).name != name or name in forbidden_names]
-    if foreign_names or not manifest.files:
-        raise ValueError(f"a manifest must list files of its own folder, got {foreign_names or 'none'}")
-    return manifest.files
-
-
-def _list_stored_checkpoints(objects: ObjectStore, run_id: str) -> set[str]:
-    keys = objects.list_keys(f"{CHECKPOINT_KEY_PREFIX}/{run_id}/")
-    names = {key.split("/")[-2] for key in keys if key.endswith(f"/{CHECKPOINT_MANIFEST_FILE}")}
-    return {name for name in names if CHECKPOINT_NAME_PATTERN.fullmatch(name)}
-
-
-def _delete_stored_checkpoint(objects: ObjectStore, run_id: str, name: str) -> None:
-    objects.delete(_make_key(run_id, name, CHECKPOINT_MANIFEST_FILE))
-    for key in objects.list_keys(f"{CHECKPOINT_KEY_PREFIX}/{run_id}/{name}/"):
-        objects.delete(key)
 
 
 def _try_sync_checkpoints(

@@ -177,9 +177,11 @@ class RunReporter:
             training_round = rounds.find_round(session, self._round_id)
             number = training_round.number
             recipe_name = None if training_round.recipe is None else rounds.read_recipe(training_round)[0]
+            started_from = rounds.get_or_create_training_run(session, self._round_id).started_from
         mlflow_run_id = tracker.start_run(f"round-{number}-{run_id[:8]}", {RUN_TAG: run_id})
 
         provenance = {"snapshot": spec.snapshot, "parent": spec.parent, "kind": spec.kind, "recipe": recipe_name}
+        provenance |= {"started_from": started_from}
         tracker.log(mlflow_run_id, [], {**dataclasses.asdict(spec.train_config), **provenance})
         self._log_plan(mlflow_run_id)
 

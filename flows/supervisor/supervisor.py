@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Sequence
 
@@ -60,6 +61,7 @@ def train_candidate(context: Context, round_id: str, progress: ProgressCallback)
     reporter = RunReporter(context, round_id, folder, progress)
     with upload_in_background(context.objects, run_id, folder):
         Supervisor(context, round_id, run_id, folder, reporter, priority).run()
+    shutil.rmtree(folder.parent_state, ignore_errors=True)  # as large as a checkpoint, and read at the first start only
     reporter.report()
     reporter.finish()
 

@@ -79,13 +79,13 @@ def test_notices_are_delivered_while_registry_and_prefect_are_unreachable(stores
 
 
 @pytest.fixture
-def request_due(stores, session):
+def request_due(stores, session, objects):
     """Return a function that requests a due round for a `round_after_reports`, and returns the newest round."""
 
     def request(min_reports):
         settings = stores.model_copy(update={"round_after_reports": min_reports})
         sessions = sessionmaker(session.connection(), join_transaction_mode="create_savepoint")
-        request_due_round(DispatcherContext(settings, sessions))
+        request_due_round(DispatcherContext(settings, sessions, objects))
         return rounds.find_newest_round(session)
 
     return request

@@ -17,7 +17,7 @@ from infra.settings import (
 ALLOWED = {
     PortalSettings: {"database", "s3_access_key", "s3_secret_key", "model_server"},
     ModelServerSettings: {"mlflow_reader", "model_server"},
-    DispatcherSettings: {"database", "mlflow", "prefect"},
+    DispatcherSettings: {"database", "s3_access_key", "s3_secret_key", "mlflow", "prefect"},
     WorkerSettings: {"prefect"},
     FlowSettings: {"database", "s3_access_key", "s3_secret_key", "mlflow", "mlflow_reader", "prefect", "model_server",
                    "split_salt"},

@@ -69,6 +69,11 @@ def make_recipe(**sections):
             "batch.micro_batch_size: must",
         ),
         (("[length]", '[sources]\n"data.seqlen" = "s"\n[length]'), "sources.data.seqlen: is no value of a recipe; did"),
+        (
+            ("weight_decay", 'state = "parent"\nweight_decay'),
+            "optimizer.state: must be fresh unless run.kind is continue and model.weights is parent, got finetune",
+        ),
+        (("weight_decay", 'state = "old"\nweight_decay'), "optimizer.state: must be 'fresh' or 'parent', got 'old'"),
         (("[length]", "[length"), "must be TOML: "),
         (("[length]", "[[length]]"), "length must be one table [length], got list; correct it"),
         (("a recipe of tests", "two\\nlines"), "run.description: must be one line, got the control"),
