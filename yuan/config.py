@@ -145,6 +145,10 @@ class TrainConfig:
         final_lr_ratio: where the schedule ends, over the peak.
         isolate_documents: packed documents do not attend to each other; off, they do, and only positions restart, as in
             the official training.
+        checkpoint_every: steps between checkpoints in the run folder; None: chosen while the run trains, so that they
+            cost at most 5 % of the time.
+        store_every: steps at least between those that are uploaded to the object store; None: so many that uploads take
+            at most 5 % of the time.
         validate_every: steps between validations, on windows that are not trained on; None: no validation.
         max_validation_windows: windows of a validation at most.
         patience: validations without a new lowest loss after which the run ends; None: it runs to its last step.
@@ -170,7 +174,8 @@ class TrainConfig:
     grad_clip: float = 1.0
     precision: Precision = "fp32"
     isolate_documents: bool = True
-    checkpoint_every: int = 100
+    checkpoint_every: int | None = 100
+    store_every: int | None = None
     validate_every: int | None = None
     max_validation_windows: int = 256
     patience: int | None = None
@@ -180,10 +185,10 @@ class TrainConfig:
     step_limit_s: float = 1800.0
 
     def __post_init__(self) -> None:
-        optional = [field for field in ("validate_every", "patience") if getattr(self, field) is not None]
+        optional = ("checkpoint_every", "store_every", "validate_every", "patience")
         for field in (
-            *("max_steps", "seq_len", "micro_batch_size", "global_batch_size", "checkpoint_every"),
-            *("max_validation_windows", *optional),
+            *("max_steps", "seq_len", "micro_batch_size", "global_batch_size", "max_validation_windows"),
+            *(field for field in optional if getattr(self, field) is not None),
         ):
             if getattr(self, field) < 1:
                 raise ValueError(

@@ -220,9 +220,26 @@ class ValidationSection(Section):
 
 
 class CheckpointSection(Section):
-    """Checkpoints of the run."""
+    """Checkpoints of the run, besides those of validations and of the end."""
 
-    every_steps: Count = Field(default=200, description="steps between checkpoints")
+    every_steps: Count | None = Field(
+        default=None,
+        description="steps between checkpoints on disk; left out: so many that they cost at most 5 % of the time",
+    )
+    store_every_steps: Count | None = Field(
+        default=None,
+        description="steps at least between uploads of checkpoints to the object store; left out: so many that they "
+        "take at most 5 % of the time",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        every, store_every = self.every_steps, self.store_every_steps
+        if every is not None and store_every is not None and store_every < every:
+            raise make_rule_error(
+                "store_every_steps", f"must not be below every_steps {every:,}, got {store_every:,}; raise it"
+            )
+        return self
 
 
 class GuardSection(Section):

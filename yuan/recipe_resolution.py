@@ -174,6 +174,7 @@ def build_train_config(
         precision="bf16" if plan.precision == "bf16" else "fp32",
         isolate_documents=recipe.data.isolate_documents,
         checkpoint_every=recipe.checkpoints.every_steps,
+        store_every=recipe.checkpoints.store_every_steps,
         validate_every=min(validation.every_steps, length.steps) if can_validate else None,
         max_validation_windows=validation.max_windows,
         patience=validation.patience if can_validate else None,

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,12 @@ from infra.faults import OBJECT_STORE_ERRORS
 from infra.object_store import ObjectStore
 from yuan.data.text import make_printable
 from yuan.safe_files import NotRegularFileError, move_folder, open_file, read_file, remove_entry
+from yuan.train.checkpoint_interval import MAX_SAVING_SHARE
 from yuan.train.checkpoint_manifest import (
     CHECKPOINT_MANIFEST_FILE,
     MAX_CHECKPOINT_MANIFEST_BYTES,
+    find_best_checkpoint,
+    format_checkpoint_name,
     list_committed_checkpoints,
     parse_step,
 )
@@ -34,6 +38,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT_UPLOAD_POLL_S = 2.0
 MAX_LOGGED_ERROR_CHARACTERS = 300
+NUM_STORED_CHECKPOINTS = 2  # the newest ones, besides those that the run has on disk
 
 
 @dataclass(frozen=True)
@@ -44,15 +49,85 @@ class RefusedCheckpoint:
     manifest_sha256: str
 
 
+class CheckpointUploader:
+    """Upload checkpoints of one run at an interval: the newest one and, if the run exports its best, the best so far.
+
+    The checkpoint of step 0 has nothing that the parent has not, and is not uploaded.
+
+    Args:
+        every_steps: steps at least from one uploaded checkpoint to the next; None: as many as pass while uploads take
+            at most MAX_SAVING_SHARE of the time, by how long the last one took.
+        exports_best: the run validates, and exports the checkpoint with the lowest loss.
+    """
+
+    def __init__(
+        self, objects: ObjectStore, run_id: str, folder: RunFolder, every_steps: int | None, *, exports_best: bool
+    ) -> None:
+        self._objects = objects
+        self._run_id = run_id
+        self._folder = folder
+        self._every_steps = every_steps
+        self._exports_best = exports_best
+        self._refused: set[RefusedCheckpoint] = set()
+        self._next_upload_at = 0.0  # of the monotonic clock, for a chosen interval
+        self._last_step: int | None = None  # that was uploaded; None: ask the store
+
+    def upload_due(self) -> None:
+        """Upload what is due while the run trains.
+
+        Raises:
+            BotoCoreError, ClientError: if the object store does not answer.
+            OSError: if files cannot be read.
+        """
+        newest_step = self._folder.newest_step()
+        if self._last_step is None:
+            stored_names = list_stored_checkpoints(self._objects, self._run_id)
+            self._last_step = max((parse_step(Path(name)) for name in stored_names), default=0)
+        if newest_step < self._last_step:  # a roll back has discarded later steps, which the store must not keep
+            is_due = True
+        elif self._every_steps is not None:
+            is_due = newest_step - self._last_step >= self._every_steps
+        else:
+            is_due = newest_step > self._last_step and time.monotonic() >= self._next_upload_at
+        if not is_due:
+            return
+        names = {format_checkpoint_name(newest_step)}
+        best = find_best_checkpoint(self._folder.checkpoints) if self._exports_best else None
+        self._upload(names if best is None else {*names, best.name})
+        self._last_step = newest_step
+
+    def upload_last(self) -> None:
+        """Upload the checkpoint that was exported or, of a run that did not finish, the newest one.
+
+        Raises:
+            BotoCoreError, ClientError: if the object store does not answer.
+            OSError: if files cannot be read.
+        """
+        step = self._folder.read_exported_step()
+        self._upload({format_checkpoint_name(self._folder.newest_step() if step is None else step)})
+
+    def _upload(self, names: set[str]) -> None:
+        start = time.monotonic()
+        uploaded_names = sync_checkpoints(
+            self._objects, self._run_id, self._folder, self._refused, lambda name: name in names
+        )
+        seconds = time.monotonic() - start
+        pause_s = 0.0 if self._every_steps is not None else seconds * (1 / MAX_SAVING_SHARE - 1)
+        self._next_upload_at = time.monotonic() + pause_s
+        for name in uploaded_names:
+            event = CheckpointStoredEvent(step=parse_step(Path(name)), seconds=seconds, pause_seconds=pause_s)
+            self._folder.append_event(event)
+            log.info("stored checkpoint %s of run %s in %.1f s", name, self._run_id, seconds)
+
+
 @contextlib.contextmanager
-def upload_in_background(objects: ObjectStore, run_id: str, folder: RunFolder) -> Iterator[None]:
-    """Upload every checkpoint that is committed while the block runs, the last one before the block ends."""
+def upload_in_background(uploader: CheckpointUploader) -> Iterator[None]:
+    """Upload what is due while the block runs, and the last checkpoint before the block ends."""
     stop = threading.Event()
-    refused: set[RefusedCheckpoint] = set()
 
     def upload_until_stopped() -> None:
         while not stop.wait(CHECKPOINT_UPLOAD_POLL_S):
-            _try_sync_checkpoints(objects, run_id, folder, refused)
+            _tolerate_outage(uploader.upload_due)
 
     thread = threading.Thread(target=upload_until_stopped, daemon=True, name="uploads")
     thread.start()
@@ -61,7 +136,7 @@ def upload_in_background(objects: ObjectStore, run_id: str, folder: RunFolder) -
     finally:
         stop.set()
         thread.join()
-    _try_sync_checkpoints(objects, run_id, folder, refused)
+    _tolerate_outage(uploader.upload_last)
 
 
 def sync_checkpoints(
@@ -71,7 +146,7 @@ def sync_checkpoints(
     refused: set[RefusedCheckpoint] | None = None,
     is_due: Callable[[str], bool] = lambda name: True,
 ) -> list[str]:
-    """Mirror the folder's checkpoints to the store; a manifest is uploaded last and deleted first.
+    """Upload the folder's checkpoints that are due, and delete older ones; manifests go last and are deleted first.
 
     Only files that a manifest lists are uploaded, and only if size and sha256 match; other files that ranks wrote are
     ignored. A checkpoint that the run prunes during the upload is skipped. Returns the names uploaded by this call.
@@ -106,11 +181,14 @@ def sync_checkpoints(
             delete_stored_checkpoint(objects, run_id, name)
             refused.add(RefusedCheckpoint(name, digest_content(manifest).sha256))
 
-    # Names sort by step. A stored checkpoint below the newest local one was pruned by the run; an empty folder, after
-    # the loss of a disk, deletes nothing.
+    # Names sort by step. An empty folder, after the loss of a disk, deletes nothing. Of those that the run has pruned,
+    # the newest two stay, since a restore needs another one if the newest is damaged. Later ones than the newest local
+    # one are of a trajectory that a roll back has discarded.
     newest_name = max(local_names, default="")
-    for name in stored_names - set(local_names):
-        if name < newest_name:
+    all_names = {*stored_names, *uploaded_names}
+    kept_names = {*sorted(name for name in all_names if name <= newest_name)[-NUM_STORED_CHECKPOINTS:], *local_names}
+    if local_names:
+        for name in stored_names - kept_names:
             delete_stored_checkpoint(objects, run_id, name)
     return uploaded_names
 
@@ -181,14 +259,9 @@ def _install_checkpoint(scratch: Path, folder: RunFolder, name: str) -> None:
         move_folder(scratch, folder.path, f"checkpoints/{name}")
 
 
-def _try_sync_checkpoints(
-    objects: ObjectStore, run_id: str, folder: RunFolder, refused: set[RefusedCheckpoint]
-) -> None:
-    """Sync, and log a store that does not answer: training does not wait for it, and the next call retries."""
+def _tolerate_outage(upload: Callable[[], None]) -> None:
+    """Upload, and log a store that does not answer: training does not wait for it, and the next call retries."""
     try:
-        for name in sync_checkpoints(objects, run_id, folder, refused):
-            folder.append_event(CheckpointStoredEvent(step=parse_step(Path(name))))
-            log.info("stored checkpoint %s of run %s", name, run_id)
+        upload()
     except (*OBJECT_STORE_ERRORS, OSError) as error:
-        reason = str(error)[:MAX_LOGGED_ERROR_CHARACTERS]
-        log.warning("checkpoints of run %s are not stored yet, retrying: %s", run_id, reason)
+        log.warning("checkpoints are not stored yet, retrying: %s", str(error)[:MAX_LOGGED_ERROR_CHARACTERS])

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from feedback import leases, rounds
 from feedback.round_steps import RoundStep
 from flows.context import Context
-from flows.supervisor.checkpoint_sync import restore_checkpoint, upload_in_background
+from flows.supervisor.checkpoint_sync import CheckpointUploader, restore_checkpoint, upload_in_background
 from flows.supervisor.exit_reason import (
     ExitPolicy,
     ExitReason,
@@ -59,7 +59,10 @@ def train_candidate(context: Context, round_id: str, progress: ProgressCallback)
 
     folder = RunFolder(context.runs / run_id)
     reporter = RunReporter(context, round_id, folder, progress)
-    with upload_in_background(context.objects, run_id, folder):
+    train_config = folder.read_spec().train_config
+    exports_best = train_config.validate_every is not None
+    uploader = CheckpointUploader(context.objects, run_id, folder, train_config.store_every, exports_best=exports_best)
+    with upload_in_background(uploader):
         Supervisor(context, round_id, run_id, folder, reporter, priority).run()
     shutil.rmtree(folder.parent_state, ignore_errors=True)  # as large as a checkpoint, and read at the first start only
     reporter.report()

@@ -4,12 +4,19 @@ import hashlib
 import json
 import os
 import shutil
+import time
 
 import pytest
 
 from feedback.tables import new_id
-from flows.supervisor.checkpoint_sync import restore_checkpoint, sync_checkpoints, upload_in_background
+from flows.supervisor.checkpoint_sync import (
+    CheckpointUploader,
+    restore_checkpoint,
+    sync_checkpoints,
+    upload_in_background,
+)
 from infra.object_store import UPLOAD_PART_BYTES
+from yuan.train.checkpoint_interval import MAX_SAVING_SHARE
 from yuan.train.checkpoint_manifest import (
     CHECKPOINT_MANIFEST_FILE,
     CheckpointManifest,
@@ -41,6 +48,10 @@ def make_manifest(step, files):
     return json.dumps(manifest.to_json()).encode()
 
 
+def list_stored(objects, run_id):
+    return sorted({key.split("/")[2] for key in objects.list_keys(f"checkpoints/{run_id}/")})
+
+
 def test_checkpoints_are_sent_pruned_and_fetched(objects, run_id, tmp_path):
     folder = RunFolder(tmp_path / "here")
     first = write_checkpoint(folder, 1)
@@ -51,7 +62,13 @@ def test_checkpoints_are_sent_pruned_and_fetched(objects, run_id, tmp_path):
     write_checkpoint(folder, 2, b"newer")
     (first / "manifest.json").unlink()
     assert sync_checkpoints(objects, run_id, folder) == ["step-00000002"]
-    assert {key.split("/")[2] for key in objects.list_keys(f"checkpoints/{run_id}/")} == {"step-00000002"}
+    assert list_stored(objects, run_id) == ["step-00000001", "step-00000002"]  # the newest two stay
+    newest = write_checkpoint(folder, 3, b"newest")
+    assert sync_checkpoints(objects, run_id, folder) == ["step-00000003"]
+    assert list_stored(objects, run_id) == ["step-00000002", "step-00000003"]
+    shutil.rmtree(newest)  # a roll back has discarded it
+    assert sync_checkpoints(objects, run_id, folder) == []
+    assert list_stored(objects, run_id) == ["step-00000002"]
     other = RunFolder(tmp_path / "there")
     assert restore_checkpoint(objects, run_id, other) == "step-00000002"
     assert (other.checkpoints / "step-00000002" / "__0_0.distcp").read_bytes() == b"newer"
@@ -89,11 +106,85 @@ def test_sync_of_an_empty_folder_deletes_nothing_from_the_store(objects, run_id,
     assert objects.list_keys(f"checkpoints/{run_id}/")
 
 
+def make_uploader(objects, run_id, folder, every_steps=None, *, exports_best=False):
+    return CheckpointUploader(objects, run_id, folder, every_steps, exports_best=exports_best)
+
+
+def list_stored_steps(folder):
+    return [event.step for event in folder.read_events() if isinstance(event, CheckpointStoredEvent)]
+
+
 def test_last_checkpoint_is_uploaded_before_background_upload_exits(objects, run_id, tmp_path):
     folder = RunFolder(tmp_path)
-    with upload_in_background(objects, run_id, folder):
+    with upload_in_background(make_uploader(objects, run_id, folder, 1000)):
         write_checkpoint(folder, 7)
-    assert folder.read_events() == [CheckpointStoredEvent(step=7)]
+    assert list_stored_steps(folder) == [7]
+
+
+def test_exported_checkpoint_of_a_finished_run_is_uploaded_last(objects, run_id, tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in (7, 9):
+        write_checkpoint(folder, step)
+    folder.export.mkdir()
+    (folder.export / "manifest.json").write_text('{"schema": 1, "files": {"a": "b"}, "step": 7}')
+    make_uploader(objects, run_id, folder).upload_last()
+    assert list_stored(objects, run_id) == ["step-00000007"]
+
+
+def test_uploads_are_as_far_apart_as_the_given_steps(objects, run_id, tmp_path):
+    folder = RunFolder(tmp_path)
+    uploader = make_uploader(objects, run_id, folder, 100)
+    for step in (0, 50, 99, 100, 150, 199, 260):
+        write_checkpoint(folder, step)
+        uploader.upload_due()
+    assert list_stored_steps(folder) == [100, 260]
+    write_checkpoint(folder, 300)
+    restarted = make_uploader(objects, run_id, folder, 100)  # asks the store what it has
+    restarted.upload_due()
+    write_checkpoint(folder, 360)
+    restarted.upload_due()
+    assert list_stored_steps(folder) == [100, 260, 360]
+    for step in (300, 360):  # a roll back
+        shutil.rmtree(folder.checkpoint(step))
+    restarted.upload_due()
+    assert list_stored(objects, run_id) == ["step-00000100", "step-00000260"]
+
+
+def test_without_given_steps_uploads_take_a_small_share_of_the_time(objects, run_id, tmp_path):
+    folder = RunFolder(tmp_path)
+    uploader = make_uploader(objects, run_id, folder)
+    write_checkpoint(folder, 0)
+    uploader.upload_due()
+    assert list_stored_steps(folder) == []  # it has nothing that the parent has not
+    write_checkpoint(folder, 10)
+    start = time.monotonic()
+    uploader.upload_due()
+    (event,) = folder.read_events()
+    assert 0 < event.seconds <= time.monotonic() - start
+    assert event.seconds / (event.seconds + event.pause_seconds) == pytest.approx(MAX_SAVING_SHARE)
+    write_checkpoint(folder, 20)
+    while list_stored_steps(folder) == [10]:
+        uploader.upload_due()
+        time.sleep(0.01)
+    assert time.monotonic() - start >= event.pause_seconds and list_stored_steps(folder) == [10, 20]
+
+
+def test_run_that_exports_its_best_checkpoint_uploads_it_too(objects, run_id, tmp_path):
+    folder = RunFolder(tmp_path)
+    for step, loss in ((10, 2.0), (20, 1.0), (30, 3.0)):
+        path = write_checkpoint(folder, step)
+        manifest = CheckpointManifest(
+            step=step,
+            model={},
+            order={},
+            num_updates=step,
+            decisions=None,
+            loss=loss,
+            files={"__0_0.distcp": digest_content(b"weights")},
+        )
+        (path / "manifest.json").write_text(json.dumps(manifest.to_json()))
+    make_uploader(objects, run_id, folder, exports_best=True).upload_due()
+    assert list_stored(objects, run_id) == ["step-00000020", "step-00000030"]
 
 
 def test_upload_of_large_file_resumes_where_it_was_interrupted(objects, run_id, tmp_path):

@@ -11,7 +11,6 @@ import pytest
 from yuan.train import run_folder
 from yuan.train.events import (
     EVENT_TYPES,
-    CheckpointStoredEvent,
     EndedEvent,
     ResumeEvent,
     RollBackEvent,
@@ -65,7 +64,7 @@ def test_an_event_is_read_as_it_was_written(event_type, tmp_path):
 
 def test_the_time_is_stored_last_and_only_if_it_is_known():
     assert list(EndedEvent(exit_reason="hung", reason="", time=9.0).to_json()) == ["event", "kind", "why", "time"]
-    assert CheckpointStoredEvent(step=4).to_json() == {"event": "checkpoint stored", "step": 4}
+    assert ResumeEvent(step=4).to_json() == {"event": "resume", "step": 4}
 
 
 def test_unknown_fields_are_ignored_and_whole_numbers_are_valid_times():

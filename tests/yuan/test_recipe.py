@@ -186,7 +186,7 @@ def test_resolved_settings_are_those_of_the_recipe():
         final_lr_ratio=0.1,
         weight_decay=0.1,
         precision="bf16",
-        checkpoint_every=200,
+        checkpoint_every=None,
         max_skips=5,
     )
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -32,11 +33,12 @@ from yuan.plan.pool import make_cpu_pool
 from yuan.plan.workload import Workload
 from yuan.run_estimate import STATE_BYTES
 from yuan.train.checkpoint.export import export_checkpoint, find_checkpoint
+from yuan.train.checkpoint_interval import MIN_SAVE_PAUSE_S
 from yuan.train.checkpoint_manifest import MANIFEST_SEAL_KEY, compute_seal, read_manifest
-from yuan.train.events import ResumeEvent
+from yuan.train.events import CheckpointIntervalEvent, ResumeEvent
 from yuan.train.heartbeat import read_heartbeats
 from yuan.train.log_tail import LogTail
-from yuan.train.metrics_row import LOSS_METRIC, VALIDATION_LOSS_METRIC, MetricsRow
+from yuan.train.metrics_row import CHECKPOINT_EVERY_METRIC, LOSS_METRIC, VALIDATION_LOSS_METRIC, MetricsRow
 from yuan.train.run_folder import RunFolder
 from yuan.train.zero.engine import compute_learning_rate
 
@@ -155,12 +157,22 @@ def test_run_resumes_under_another_plan_with_equal_losses(training_inputs, finis
 def test_run_from_the_masters_and_moments_of_another_takes_its_next_steps(training_inputs, finished_run, tmp_path):
     rate = compute_learning_rate(10, TRAIN_CONFIG)
     constant = dataclasses.replace(
-        TRAIN_CONFIG, max_steps=2, learning_rate=rate, schedule="wsd", final_lr_ratio=1.0, warmup_steps=0
+        TRAIN_CONFIG,
+        max_steps=6,
+        learning_rate=rate,
+        warmup_steps=0,
+        checkpoint_every=None,
+        schedule="wsd",
+        final_lr_ratio=1.0,
     )
     folder = run_training(prepare_continued(tmp_path / "next", training_inputs, finished_run, 10, constant))
-    np.testing.assert_allclose(read_steps(folder), read_steps(finished_run)[10:], rtol=1e-5)
-    manifest = read_manifest(folder.checkpoint(2))
-    assert manifest.num_updates == STEPS
+    np.testing.assert_allclose(read_steps(folder)[:2], read_steps(finished_run)[10:], rtol=1e-5)
+    manifest = read_manifest(folder.checkpoint(6))
+    assert manifest.num_updates == 16
+    (event,) = [event for event in folder.read_events() if isinstance(event, CheckpointIntervalEvent)]
+    assert event.step == 4 and event.every_steps == math.ceil(MIN_SAVE_PAUSE_S / event.step_seconds)
+    intervals = [row.metrics[CHECKPOINT_EVERY_METRIC] for row in folder.read_metrics()]
+    assert intervals == [None] * 4 + [event.every_steps] * 2
     moments = set(manifest.files) - set(manifest.list_files(with_moments=False))
     assert moments == {"__0_moments_0.distcp"}
 

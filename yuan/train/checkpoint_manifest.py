@@ -138,6 +138,13 @@ def list_committed_checkpoints(folder: Path) -> Iterator[Path]:
     )
 
 
+def find_best_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint with the lowest loss, the earliest of equal ones; None if none has a loss."""
+    manifests = ((path, read_manifest(path)) for path in list_committed_checkpoints(folder))
+    losses = {path: manifest.loss for path, manifest in manifests if manifest and manifest.loss is not None}
+    return min(losses, key=lambda path: losses[path]) if losses else None
+
+
 def format_checkpoint_name(step: int) -> str:
     """Return the folder name of a step's checkpoint.
 

@@ -141,6 +141,21 @@ class CheckpointEvent(RunEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointIntervalEvent(RunEvent):
+    """The run has chosen another interval between checkpoints, from what the last one and a step took.
+
+    `blocked_seconds` is how long training waited for its copy, `write_seconds` how long its files take.
+    """
+
+    name = "checkpoint interval"
+    step: int
+    every_steps: int
+    blocked_seconds: float
+    write_seconds: float
+    step_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointDamagedEvent(RunEvent):
     """A checkpoint is damaged and is not used."""
 
@@ -160,10 +175,15 @@ class CheckpointFailedEvent(RunEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointStoredEvent(RunEvent):
-    """The supervisor uploaded a checkpoint to the object store."""
+    """The supervisor uploaded a checkpoint to the object store, in so many seconds.
+
+    `pause_seconds` pass at least before the next upload begins; 0 if the recipe gives the interval in steps.
+    """
 
     name = "checkpoint stored"
     step: int
+    seconds: float = 0.0
+    pause_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +218,7 @@ EVENT_TYPES: tuple[type[RunEvent], ...] = (
     StragglerEvent,
     CaughtUpEvent,
     CheckpointEvent,
+    CheckpointIntervalEvent,
     CheckpointDamagedEvent,
     CheckpointFailedEvent,
     CheckpointStoredEvent,

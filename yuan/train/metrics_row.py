@@ -19,6 +19,7 @@ STEP_SECONDS_METRIC = "train/step_seconds"
 BUBBLE_METRIC = "train/bubble"
 MFU_METRIC = "train/mfu"
 PEAK_MEMORY_METRIC = "train/peak_memory_gib"
+CHECKPOINT_EVERY_METRIC = "checkpoint/every_steps"
 FIRST_POSITION_METRIC = "data/first_position"
 END_POSITION_METRIC = "data/end_position"
 

@@ -11,7 +11,7 @@ from typing import Any
 from yuan.config import RUN_SPEC_FILE
 from yuan.data.corpus import Corpus, list_corpus_files, write_corpus
 from yuan.data.samples import Sample
-from yuan.model.model_manifest import MODEL_MANIFEST_FILE
+from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
 from yuan.safe_files import NotRegularFileError, is_file, open_to_append, read_file, replace_file_below
 from yuan.tokenizer import TOKENIZER_MODEL_FILE
 from yuan.train.checkpoint_manifest import (
@@ -28,7 +28,7 @@ from yuan.train.events import RunEvent, parse_event
 from yuan.train.file_digest import FileDigest, compute_digest, digest_content, find_difference, find_file_size
 from yuan.train.log_tail import LogTail
 from yuan.train.metrics_row import MetricsRow, parse_metrics_rows
-from yuan.train.rank_json import parse_rank_object
+from yuan.train.rank_json import get_count, parse_rank_object
 from yuan.train.run_spec import ParentState, RunSpec
 from yuan.train.run_status import RunStatus
 
@@ -240,6 +240,14 @@ class RunFolder:
     def is_finished(self) -> bool:
         """Return True if the run is complete: its weights are exported."""
         return is_file(self.path, f"export/{MODEL_MANIFEST_FILE}")
+
+    def read_exported_step(self) -> int | None:
+        """Return the step of the checkpoint whose weights are exported; None if there are none."""
+        try:
+            manifest = ModelManifest.parse(read_file(self.path, f"export/{MODEL_MANIFEST_FILE}"))
+        except (OSError, ValueError):
+            return None
+        return get_count(manifest.about, "step")
 
     def read_metrics(self) -> list[MetricsRow]:
         """Read all rows of metrics.jsonl; lines that are not valid rows are ignored. Use `LogTail` to poll."""

@@ -9,6 +9,7 @@ from yuan.data.shuffle import Int64Array
 from yuan.train.events import RunEvent
 from yuan.train.metrics_row import (
     BUBBLE_METRIC,
+    CHECKPOINT_EVERY_METRIC,
     END_POSITION_METRIC,
     FIRST_POSITION_METRIC,
     GRAD_NORM_METRIC,
@@ -51,6 +52,7 @@ class RunLog:
         throughput_meter: ThroughputMeter,
         bounds: list[int],
         validation_loss: float | None,
+        checkpoint_every: int | None,
     ) -> None:
         """Append the metrics of a step that was applied; replace status.json every STATUS_INTERVAL_S seconds."""
         if not self._writes:
@@ -72,6 +74,7 @@ class RunLog:
             BUBBLE_METRIC: throughput.bubble,
             MFU_METRIC: throughput.mfu,
             PEAK_MEMORY_METRIC: max(result.peak_memory_bytes) / 2**30,
+            CHECKPOINT_EVERY_METRIC: checkpoint_every,
             FIRST_POSITION_METRIC: int(positions[0]),
             END_POSITION_METRIC: int(positions[-1]) + 1,
         }

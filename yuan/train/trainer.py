@@ -3,6 +3,7 @@
 import functools
 import logging
 import statistics
+import time
 
 import numpy as np
 import torch
@@ -18,9 +19,11 @@ from yuan.train.batches import read_micro_batches
 from yuan.train.checkpoint.checkpoints import CheckpointStore
 from yuan.train.checkpoint.dcp import read_slices
 from yuan.train.checkpoint.export import export_checkpoint
+from yuan.train.checkpoint_interval import CheckpointInterval
 from yuan.train.checkpoint_manifest import CheckpointManifest, format_checkpoint_name
 from yuan.train.early_stop import EarlyStop
 from yuan.train.events import (
+    CheckpointIntervalEvent,
     CleanRepeatEvent,
     EarlyStopEvent,
     NotCompiledEvent,
@@ -87,6 +90,9 @@ class Trainer:
         )
         self._losses: list[float] = []  # of the good steps since the last checkpoint
         self._validation_loss: float | None = None  # of the last step, if it was validated
+        self.interval = CheckpointInterval(self.train_config.checkpoint_every)
+        self._blocked_seconds = 0.0  # by the last checkpoint
+        self._logged_interval: int | None = None
         self.step = self._resume()
         if self.step == 0:
             self._save_checkpoint()  # so that the guard can roll back to step 0
@@ -123,7 +129,7 @@ class Trainer:
             if not self._train_step():
                 continue
             is_last = self.step == self.train_config.max_steps
-            if is_last or self._validation_loss is not None or self.step % self.train_config.checkpoint_every == 0:
+            if is_last or self._validation_loss is not None or self.interval.is_due(self.step):
                 self._save_checkpoint()
             if not is_last and self.early_stop.is_over:
                 self._log_early_stop()
@@ -160,9 +166,33 @@ class Trainer:
             self.throughput_meter,
             self.module.actual_bounds,
             self._validation_loss,
+            self.interval.steps,
         )
+        if self.interval.add_step(result.seconds):
+            self._choose_interval()
         self.heartbeat.record_step(self.step, result.seconds)
         return True
+
+    def _choose_interval(self) -> None:
+        """Choose the interval between checkpoints by the slowest rank's times, which all ranks learn."""
+        times = [self._blocked_seconds, self.checkpoints.get_write_seconds(), self.interval.step_seconds]
+        message = torch.tensor(times, dtype=torch.float64, device=self.engine.device)
+        dist.all_reduce(message, op=dist.ReduceOp.MAX)
+        blocked_seconds, write_seconds, step_seconds = message.tolist()
+        # On CPUs the threads that write take the processors from training.
+        cost_s = blocked_seconds + (write_seconds if self.engine.device.type == "cpu" else 0.0)
+        every_steps = self.interval.choose(cost_s, write_seconds, step_seconds)
+        if self._logged_interval is not None and 0.8 < every_steps / self._logged_interval < 1.25:
+            return
+        self._logged_interval = every_steps
+        event = CheckpointIntervalEvent(
+            step=self.step,
+            every_steps=every_steps,
+            blocked_seconds=blocked_seconds,
+            write_seconds=write_seconds,
+            step_seconds=step_seconds,
+        )
+        self.run_log.log_event(event)
 
     def _validate(self) -> float | None:
         """Return the validation loss after the present step; None if it is not one that is validated."""
@@ -263,6 +293,7 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         """Copy this rank's slices; a thread writes them while training continues."""
         self.heartbeat.record_progress("copying a checkpoint", uses_max_limit=True)  # waits for the previous checkpoint
+        start = time.monotonic()
         state = collect_state(self.engine, self.spec.model.num_layers)
         training_loss = statistics.fmean(self._losses) if self._losses else None
         loss = training_loss if self.validator is None else self._validation_loss
@@ -272,6 +303,8 @@ class Trainer:
         self.checkpoints.save(
             self.step, state.slices, num_updates=state.num_updates, loss=loss, decisions=self.decisions.to_json()
         )
+        self._blocked_seconds = time.monotonic() - start
+        self.interval.note_checkpoint(self.step)
         self.heartbeat.record_progress("between steps")
 
     def _resume(self) -> int:
@@ -317,6 +350,7 @@ class Trainer:
         self.heartbeat.record_progress("reading a checkpoint", uses_max_limit=True)
         read = functools.partial(self.checkpoints.load, step)
         restore_state(self.engine, self.spec.model.num_layers, read, manifest.num_updates)
+        self.interval.note_checkpoint(step)
         self.run_log.drop_metrics_after(step)
         self.judge = StepJudge(self.train_config.spike_sigmas)
         self._losses.clear()

@@ -8,6 +8,7 @@ returns; a thread of each rank writes the files, hashes them and waits for the o
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -69,6 +70,8 @@ class CheckpointStore:
         self.rollback_step: int | None = None
         self._executor = ThreadPoolExecutor(1, "checkpoint")
         self._pending_write: Future[None] | None = None
+        self._write_start: float | None = None  # of the pending write, by the monotonic clock
+        self._write_seconds = 0.0
         self._copies: dict[str, TensorSlice] = {}  # reused, since new memory has to be mapped page by page
 
     def save(
@@ -100,7 +103,13 @@ class CheckpointStore:
             self._copies = {key: _make_empty_copy(tensor_slice) for key, tensor_slice in slices.items()}
         for key, tensor_slice in slices.items():
             self._copies[key].values.copy_(tensor_slice.values)
+        self._write_start = time.monotonic()
         self._pending_write = self._executor.submit(self._write, manifest)
+
+    def get_write_seconds(self) -> float:
+        """Return how long the files of the last checkpoint took, or the pending one's so far if that is longer."""
+        start = self._write_start
+        return self._write_seconds if start is None else max(self._write_seconds, time.monotonic() - start)
 
     def wait(self) -> None:
         """Wait until the pending checkpoint is committed or has failed; a failure is an event, not an exception."""
@@ -200,6 +209,8 @@ class CheckpointStore:
         except (OSError, CheckpointException) as error:  # a full disk: the run continues, with the previous checkpoint
             log.warning("checkpoint of step %d failed: %s", step, error)
             self._emit_event(CheckpointFailedEvent(step=step, reason=str(error)[:MAX_FAILURE_CHARACTERS]))
+        if self._write_start is not None:
+            self._write_seconds, self._write_start = time.monotonic() - self._write_start, None
 
     def _write_files(self, path: Path) -> dict[str, FileDigest]:
         """Write this rank's files, and return the digests of the files of all ranks.
