@@ -101,6 +101,13 @@ class ObjectStore:
         uploads = self.client.list_multipart_uploads(Bucket=self.bucket, Prefix=key).get("Uploads", [])
         return next((upload["UploadId"] for upload in uploads if upload["Key"] == key), None)
 
+    def abort_uploads(self, prefix: str) -> None:
+        """Abort interrupted multipart uploads of objects under a prefix; their parts take room and are not listed."""
+        pages = self.client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=prefix)
+        for upload in [upload for page in pages for upload in page.get("Uploads", [])]:
+            if upload["Key"].startswith(prefix):
+                self.client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+
     def _list_parts(self, key: str, upload: str) -> dict[int, str]:
         pages = self.client.get_paginator("list_parts").paginate(Bucket=self.bucket, Key=key, UploadId=upload)
         return {part["PartNumber"]: part["ETag"] for page in pages for part in page.get("Parts", [])}

@@ -64,13 +64,7 @@ def prepare_model(
         download = folder.path / ".download"
         fetch_version(context, parent_version, download).rename(folder.parent)
         shutil.rmtree(download)
-        config = ModelConfig.from_json(json.loads((folder.parent / MODEL_CONFIG_FILE).read_text()))
-        model = RunModel(config, tokenizers.load(folder.parent))
-        check_parent_shape(recipe, config, parent_version)
-        try:
-            model.tokenizer.check_fits(config.vocab_size)
-        except ValueError as error:
-            raise RoundUnfit(f"the tokenizer of v{parent_version}: {error}") from None
+        model = read_parent_model(folder.parent, recipe, parent_version)
     else:
         model = _make_new_model(recipe, context.settings.home / CUSTOM_RECIPES_FOLDER, snapshot_rows)
     if recipe.data.seq_len > model.config.seq_len:
@@ -79,6 +73,22 @@ def prepare_model(
             f"{recipe.data.seq_len:,}; lower it"
         )
     return model
+
+
+def read_parent_model(model_folder: Path, recipe: Recipe, version: int) -> RunModel:
+    """Read config and tokenizer of a parent's model folder.
+
+    Raises:
+        RoundUnfit: if the parent is not of the recipe's shape, or its tokenizer does not fit its vocabulary.
+    """
+    config = ModelConfig.from_json(json.loads((model_folder / MODEL_CONFIG_FILE).read_text()))
+    check_parent_shape(recipe, config, version)
+    try:
+        tokenizer = tokenizers.load(model_folder)
+        tokenizer.check_fits(config.vocab_size)
+    except ValueError as error:
+        raise RoundUnfit(f"the tokenizer of v{version}: {error}") from None
+    return RunModel(config, tokenizer)
 
 
 def check_parent_shape(recipe: Recipe, config: ModelConfig, version: int) -> None:

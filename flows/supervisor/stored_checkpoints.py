@@ -109,4 +109,5 @@ def delete_unneeded_objects(objects: ObjectStore, run_id: str, kept_name: str | 
     # Manifests first, so that no checkpoint counts as complete without all its files.
     for key in sorted(unneeded_keys, key=lambda key: not key.endswith(f"/{CHECKPOINT_MANIFEST_FILE}")):
         objects.delete(key)
+    objects.abort_uploads(f"{CHECKPOINT_KEY_PREFIX}/{run_id}/")
     return len(unneeded_keys)

@@ -179,8 +179,10 @@ def test_deletion_that_was_interrupted_is_completed(context, finish_run):
     with context.sessions.begin() as session:
         training_states.end_training_state(session, first, "were deleted by the test", "test")
     context.objects.delete(f"checkpoints/{first}/step-00000020/manifest.json")  # and then killed
+    client, key = context.objects.client, f"checkpoints/{first}/step-00000010/__0_0.distcp"
+    client.create_multipart_upload(Bucket=context.objects.bucket, Key=key)  # of an attempt that was killed
     assert delete_unneeded_checkpoints(context) == len(FILES)
-    assert not list_objects(context, first)
+    assert not list_objects(context, first) and context.objects.find_unfinished_upload(key) is None
 
 
 def test_masters_are_fetched_without_moments_unless_the_recipe_continues_with_them(context, finish_run, start_run):

@@ -1,6 +1,7 @@
 """Test the preparation of a round's run folder from its snapshot."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from flows.context import Context
 from flows.recipe_files import find_recipe_file, load_recipe
 from flows.round.prepare_run import RowEncoder, choose_precision, prepare_run_folder, split_off_validation
 from flows.round.round_recipe import settle_recipe
-from flows.round.run_model import RoundUnfit, check_parent_shape
+from flows.round.run_model import RoundUnfit, check_parent_shape, read_parent_model
 from infra.database import make_session_factory
 from yuan import tokenizer as tokenizers
-from yuan.config import yuan_2b, yuan_51b
+from yuan.config import tiny, yuan_2b, yuan_51b
 from yuan.data.rows import Row, dump_rows
 from yuan.plan.pool import Pool, make_cpu_pool, parse_pool
 from yuan.recipe import DataSection
@@ -177,6 +178,19 @@ def test_parent_of_another_shape_is_refused():
     check_parent_shape(recipe, yuan_2b(), 3)
     with pytest.raises(RoundUnfit, match="trains 2b with num_layers 24, and v3 has 42; use a recipe for its shape"):
         check_parent_shape(recipe, yuan_51b(), 3)
+
+
+def test_parent_whose_tokenizer_does_not_fit_is_refused(tmp_path):
+    recipe = load_recipe(Path(), "demo")
+    tokenizer = tokenizers.train(["abcdefgh" * 20], vocab_size=300)
+    tokenizer.save(tmp_path)
+    for config in (tiny(vocab_size=len(tokenizer)), tiny(vocab_size=len(tokenizer) - 1)):
+        (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
+        if config.vocab_size == len(tokenizer):
+            assert read_parent_model(tmp_path, recipe, 3).config == config
+        else:
+            with pytest.raises(RoundUnfit, match=r"the tokenizer of v3: .*; "):
+                read_parent_model(tmp_path, recipe, 3)
 
 
 def test_documents_are_rearranged_for_fill_in_the_middle_at_the_rate_of_the_recipe():

@@ -172,6 +172,8 @@ def test_reports_are_reproduced_trained_tested_and_notified_once(first_round, st
     training_round = operator.start_round(SHORT.model_copy(update={"weights": weights}))
     ended_round = stack.follow(operator, training_round)
     assert ended_round.state in ("promoted", "rejected"), ended_round.reason
+    assert ended_round.started_from == "fp32 masters of v1"
+    assert "started from: fp32 masters of v1" in httpx.get(stack.settings.portal_url).text
     newest = max((stack.home / "runs").glob("*/data/data.json"), key=lambda file: file.stat().st_mtime)
     quotas = {source["name"]: source["quota"] for source in json.loads(newest.read_text())["sources"]}
     assert quotas == {"corrections": 256, "datasets": 512, "base": 256}

@@ -1,6 +1,8 @@
 """Test checkpoints: commit, retention, damage detection, and loading of any slice of a tensor."""
 
 import json
+import os
+import pickle
 
 import pytest
 import torch
@@ -51,6 +53,28 @@ def test_any_slice_of_a_tensor_can_be_loaded(store):
     store.load(3, slices)
     for key, (start, length) in cuts.items():
         assert torch.equal(slices[key].values, make_values(3)[key][start : start + length])
+
+
+def test_weights_can_be_loaded_without_the_files_of_the_moments(store, tmp_path):
+    save_checkpoint(store, 3)
+    (tmp_path / "step-00000003" / "__0_moments_0.distcp").unlink()
+    read = {"weight/a": TensorSlice(0, 10, torch.zeros(10))}
+    store.load(3, read)
+    assert torch.equal(read["weight/a"].values, make_values(3)["weight/a"])
+
+
+class Command:
+    """A value whose pickle runs a command."""
+
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def test_index_of_a_checkpoint_runs_no_code(store, tmp_path):
+    save_checkpoint(store, 3)
+    (tmp_path / "step-00000003" / ".metadata").write_bytes(pickle.dumps(Command()))
+    with pytest.raises(ValueError, match=r"must name parts of an index alone, got posix\.system; .* do not use it"):
+        store.load(3, {"weight/a": TensorSlice(0, 10, torch.zeros(10))})
 
 
 def test_checkpoint_has_the_values_at_the_time_of_the_save_call(store):

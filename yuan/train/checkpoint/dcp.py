@@ -3,6 +3,7 @@
 A rank writes the master weights to one file and the moments to another, so that the weights can be kept alone.
 """
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -35,8 +37,19 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from yuan.data.text import make_printable
 from yuan.train.checkpoint_manifest import MOMENTS_FILE_PART
 
+INDEX_FILE = ".metadata"  # torch's own, a pickle
+METADATA_MODULE = "torch.distributed.checkpoint.metadata"
+INDEX_CLASSES = frozenset(
+    {
+        *((METADATA_MODULE, name) for name in ("ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta")),
+        *((METADATA_MODULE, name) for name in ("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")),
+        *(("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout")),
+        *(("torch", "Size"), ("torch", "float32"), ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")),
+    }
+)
 WEIGHT_KIND = "weight"  # of the tensors `weight/NAME`; the others are moments
 
 
@@ -62,13 +75,41 @@ def read_slices(folder: Path, slices: Mapping[str, TensorSlice]) -> None:
     """Fill slices from a checkpoint, cut in any way; only the overlapping parts are read.
 
     Raises:
-        ValueError: if a tensor is missing, or has another size.
+        ValueError: if a tensor is missing, or has another size, or the index names anything but parts of an index.
     """
-    reader, planner = FileSystemReader(folder), _SliceLoadPlanner(slices)
+    reader, planner = _SliceReader(folder), _SliceLoadPlanner(slices)
     metadata = reader.read_metadata()
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     planner.set_up_planner({}, metadata, is_coordinator=True)
     reader.read_data(reader.prepare_local_plan(planner.create_local_plan()), planner).wait()
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Read torch's index of a checkpoint, which may come from another run, and run no other code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a class of the index.
+
+        Raises:
+            ValueError: if it is none.
+        """
+        if (module, name) not in INDEX_CLASSES:
+            raise ValueError(
+                f"the index of a checkpoint must name parts of an index alone, got {make_printable(module, 60)}."
+                f"{make_printable(name, 60)}; the checkpoint is not one of a training run, do not use it"
+            )
+        return super().find_class(module, name)
+
+
+class _SliceReader(FileSystemReader):
+    """Read an index without running code that it names."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / INDEX_FILE).open("rb") as stream:
+            metadata: Metadata = _IndexUnpickler(stream).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
 
 
 class _SliceWriter(FileSystemWriter):
