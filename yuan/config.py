@@ -149,6 +149,8 @@ class TrainConfig:
             cost at most 5 % of the time.
         store_every: steps at least between those that are uploaded to the object store; None: so many that uploads take
             at most 5 % of the time.
+        is_saving_asynchronous: checkpoints are copied to main memory and written while training continues; off,
+            training waits until they are written, without the memory of the copy.
         validate_every: steps between validations, on windows that are not trained on; None: no validation.
         max_validation_windows: windows of a validation at most.
         patience: validations without a new lowest loss after which the run ends; None: it runs to its last step.
@@ -176,6 +178,7 @@ class TrainConfig:
     isolate_documents: bool = True
     checkpoint_every: int | None = 100
     store_every: int | None = None
+    is_saving_asynchronous: bool = True
     validate_every: int | None = None
     max_validation_windows: int = 256
     patience: int | None = None

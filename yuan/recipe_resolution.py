@@ -148,12 +148,18 @@ def _choose_batch_size(recipe: Recipe, epoch_windows: float) -> int:
 
 
 def build_train_config(
-    recipe: Recipe, length: RunLength, plan: PipelinePlan, *, can_validate: bool = False
+    recipe: Recipe,
+    length: RunLength,
+    plan: PipelinePlan,
+    *,
+    can_validate: bool = False,
+    is_saving_asynchronous: bool = True,
 ) -> TrainConfig:
     """Return the settings of a run from a recipe whose length and plan are decided.
 
     Args:
         can_validate: there are windows to validate on.
+        is_saving_asynchronous: the nodes have the memory for copies of the states; see `yuan.run_estimate`.
     """
     validation = recipe.validation
     schedule, optimizer, guard = recipe.schedule, recipe.optimizer, recipe.guard
@@ -175,6 +181,7 @@ def build_train_config(
         isolate_documents=recipe.data.isolate_documents,
         checkpoint_every=recipe.checkpoints.every_steps,
         store_every=recipe.checkpoints.store_every_steps,
+        is_saving_asynchronous=is_saving_asynchronous,
         validate_every=min(validation.every_steps, length.steps) if can_validate else None,
         max_validation_windows=validation.max_windows,
         patience=validation.patience if can_validate else None,

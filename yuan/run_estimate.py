@@ -1,7 +1,7 @@
 """Estimate what a run by a recipe needs on a pool, before any device is taken: memory, disk, transfers, time."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from yuan.recipe_resolution import (
     resolve_length,
     resolve_part_weights,
 )
+from yuan.train.checkpoint_interval import MAX_SAVING_SHARE, compute_save_pause_s
 
 MASTER_BYTES, MOMENT_BYTES = 4, 8  # of a parameter, in fp32
 STATE_BYTES = MASTER_BYTES + MOMENT_BYTES
@@ -31,6 +32,7 @@ BYTES_OF_A_BATCH_TOKEN = 45  # tokens, labels, documents, loss mask and weights 
 PROCESS_BYTES = GIB // 2  # of a rank, without its share of the model: measured on processors, 0.45 GiB
 ASSUMED_DISK_GB_S = 1.0  # of one node, where the pool does not say
 ASSUMED_STORE_GB_S = 0.125  # 1 Gb/s, where the pool does not say
+ASSUMED_COPY_GB_S = 2.0  # from one device to main memory, during which training waits
 FORWARD_SHARE = 1 / 3  # of a step's compute, which a validation runs alone
 CACHED_VERSIONS = 2  # that serving and evaluation hold on disk: the champion and a candidate
 COPY_TERM = "checkpoint_copy"  # of a node's main memory
@@ -84,11 +86,14 @@ class TransferEstimate:
     """Bytes that pass between a run's disk and the object store.
 
     Attributes:
+        interval_steps: between two checkpoints that are uploaded.
+        seconds: to upload one.
         bytes_per_hour: of checkpoints, while the run trains.
         link_share: fraction of the link that they take.
     """
 
     interval_steps: int
+    seconds: float
     bytes_per_hour: float
     link_gb_s: float
     is_link_assumed: bool
@@ -103,13 +108,17 @@ class RestartEstimate:
     """The time that a run loses when a process or node fails.
 
     Attributes:
+        interval_steps: between two checkpoints on disk.
         read_seconds: to read and verify the newest checkpoint, on the node that takes longest.
         lost_seconds: of the steps since that checkpoint, on average.
+        lost_disk_seconds: of the steps since the last uploaded one, on average, if the disk is lost as well.
     """
 
+    interval_steps: int
     start_seconds: float
     read_seconds: float
     lost_seconds: float
+    lost_disk_seconds: float
     disk_gb_s: float
     is_disk_assumed: bool
 
@@ -230,7 +239,9 @@ def estimate_run(
     disk_terms = _estimate_disk(recipe, model, length, version_dtype)
     _check_disk(pool, disk_terms, problems)
     version_bytes = model.num_parameters * DTYPE_BYTES[version_dtype]
-    interval = _find_checkpoint_interval(recipe, length)
+    interval = _estimate_interval(recipe, model, pool, plan, length, nodes)
+    transfer = _estimate_transfer(recipe, model, pool, plan, length, interval)
+    _note_slow_upload(transfer, plan, length, notes)
     return RunEstimate(
         recipe=name,
         model=model,
@@ -240,8 +251,8 @@ def estimate_run(
         nodes=nodes,
         disk_terms=disk_terms,
         store_terms=_estimate_store(recipe, model, data, version_bytes),
-        transfer=_estimate_transfer(model, pool, plan, interval),
-        restart=_estimate_restart(model, pool, plan, nodes, interval),
+        transfer=transfer,
+        restart=_estimate_restart(model, pool, plan, nodes, interval, transfer.interval_steps),
         time=_estimate_time(recipe, pool, plan, length, data),
         is_saving_asynchronous=is_asynchronous,
         problems=tuple(problems),
@@ -449,33 +460,63 @@ def _estimate_store(recipe: Recipe, model: ModelConfig, data: DataSize | None, v
     }
 
 
-def _find_checkpoint_interval(recipe: Recipe, length: RunLength) -> int:
-    """Return the most steps between two checkpoints; each validation saves one."""
+def _estimate_interval(
+    recipe: Recipe, model: ModelConfig, pool: Pool, plan: PipelinePlan, length: RunLength, nodes: Sequence[NodeEstimate]
+) -> int:
+    """Return the most steps between two checkpoints on disk; each validation saves one."""
+    interval = recipe.checkpoints.every_steps
+    if interval is None:
+        states = [_count_rank_state_bytes(plan, model, n) for n in range(plan.pipeline_size)]
+        copy_s = max(states) / (ASSUMED_COPY_GB_S * GIGA)
+        rate = (pool.disk_gb_s or ASSUMED_DISK_GB_S) * GIGA
+        write_s = max(sum(states[n - 1] for n in node.stages) for node in nodes) / rate
+        interval = math.ceil(compute_save_pause_s(copy_s, write_s) / plan.step_seconds)
     validation = recipe.validation.every_steps if recipe.validation.share else length.steps
-    return min(recipe.checkpoints.every_steps, validation, length.steps)
+    return min(interval, validation, length.steps)
 
 
-def _estimate_transfer(model: ModelConfig, pool: Pool, plan: PipelinePlan, interval: int) -> TransferEstimate:
-    seconds = interval * plan.step_seconds
+def _estimate_transfer(
+    recipe: Recipe, model: ModelConfig, pool: Pool, plan: PipelinePlan, length: RunLength, interval: int
+) -> TransferEstimate:
+    size, rate = STATE_BYTES * model.num_parameters, pool.store_gb_s or ASSUMED_STORE_GB_S
+    upload_s = size / (rate * GIGA)
+    chosen_steps = math.ceil(upload_s / MAX_SAVING_SHARE / plan.step_seconds)
+    interval_steps = min(max(interval, recipe.checkpoints.store_every_steps or chosen_steps), length.steps)
     return TransferEstimate(
-        interval_steps=interval,
-        bytes_per_hour=STATE_BYTES * model.num_parameters * 3600 / seconds,
-        link_gb_s=pool.store_gb_s or ASSUMED_STORE_GB_S,
+        interval_steps=interval_steps,
+        seconds=upload_s,
+        bytes_per_hour=size * 3600 / (interval_steps * plan.step_seconds),
+        link_gb_s=rate,
         is_link_assumed=pool.store_gb_s is None,
     )
 
 
+def _note_slow_upload(transfer: TransferEstimate, plan: PipelinePlan, length: RunLength, notes: list[str]) -> None:
+    if transfer.seconds > length.steps * plan.step_seconds:
+        notes.append(
+            f"the upload of a checkpoint takes {transfer.seconds / 3600:,.1f} hours, longer than the training, and a run "
+            "ends when its last one is stored; a faster link to the object store (store_gb_s) shortens it"
+        )
+
+
 def _estimate_restart(
-    model: ModelConfig, pool: Pool, plan: PipelinePlan, nodes: tuple[NodeEstimate, ...], interval: int
+    model: ModelConfig,
+    pool: Pool,
+    plan: PipelinePlan,
+    nodes: Sequence[NodeEstimate],
+    interval: int,
+    store_interval: int,
 ) -> RestartEstimate:
     """Each node reads the states of its ranks, and verifies its share of all files."""
     rate = (pool.disk_gb_s or ASSUMED_DISK_GB_S) * GIGA
     verified = STATE_BYTES * model.num_parameters / len(nodes)
     read = max(sum(_count_rank_state_bytes(plan, model, n - 1) for n in node.stages) for node in nodes)
     return RestartEstimate(
+        interval_steps=interval,
         start_seconds=RESTART_ESTIMATE_S,
         read_seconds=(read + verified) / rate,
         lost_seconds=interval / 2 * plan.step_seconds,
+        lost_disk_seconds=store_interval / 2 * plan.step_seconds,
         disk_gb_s=rate / GIGA,
         is_disk_assumed=pool.disk_gb_s is None,
     )

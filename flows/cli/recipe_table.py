@@ -69,16 +69,19 @@ def _format_storage(estimate: RunEstimate) -> Iterator[str]:
     transfer, restart = estimate.transfer, estimate.restart
     assert transfer is not None and restart is not None, "an estimate with a plan has both"
     link = f"{transfer.link_gb_s:g} GB/s{' (assumed)' if transfer.is_link_assumed else ''}"
-    yield _name(
-        "upload",
-        f"a checkpoint every {format_count(transfer.interval_steps, 'step')}, "
-        f"{transfer.bytes_per_hour / GIGA:,.1f} GB an hour, {transfer.link_share:.0%} of a link of {link}",
-    )
     disk_rate = f"{restart.disk_gb_s:g} GB/s{' (assumed)' if restart.is_disk_assumed else ''}"
+    yield _name(
+        "checkpoints",
+        f"on disk every {format_count(restart.interval_steps, 'step')}, in the object store every "
+        f"{format_count(transfer.interval_steps, 'step')}, each in {transfer.seconds / 60:,.1f} minutes: "
+        f"{transfer.bytes_per_hour / GIGA:,.1f} GB an hour, "
+        f"{transfer.link_share:.0%} of a link of {link}",
+    )
     yield _name(
         "restart",
         f"{restart.seconds / 60:,.1f} minutes: start {restart.start_seconds:.0f} s, reading at {disk_rate} "
-        f"{restart.read_seconds:,.0f} s, repeated steps {restart.lost_seconds:,.0f} s on average",
+        f"{restart.read_seconds:,.0f} s, repeated steps {restart.lost_seconds:,.0f} s on average; "
+        f"{restart.lost_disk_seconds:,.0f} s if the disk is lost",
     )
 
 

@@ -96,7 +96,10 @@ def test_longer_intervals_upload_less_and_lose_more(tmp_path):
             tmp_path,
             "finetune-2b",
             pool,
-            changes={"checkpoints": {"every_steps": steps}, "validation": {"share": 0.0, "patience": None}},
+            changes={
+                "checkpoints": {"every_steps": steps, "store_every_steps": steps},
+                "validation": {"share": 0.0, "patience": None},
+            },
         )
         for steps in (50, 10)
     )
@@ -104,6 +107,18 @@ def test_longer_intervals_upload_less_and_lose_more(tmp_path):
     assert many.restart.lost_seconds == pytest.approx(few.restart.lost_seconds / 5)
     assert few.restart.read_seconds == pytest.approx(2 * STATE_BYTES * few.model.num_parameters / 2e9)
     assert not few.transfer.is_link_assumed and not few.restart.is_disk_assumed
+
+
+def test_intervals_that_are_left_out_cost_at_most_a_twentieth_of_the_time(tmp_path):
+    changes = {"length": {"epochs": None, "steps": 10_000}, "validation": {"share": 0.0, "patience": None}}
+    result = estimate(tmp_path, "finetune-102b", load_pool(PAPER_POOL), changes=changes)
+    step_seconds, transfer = result.plan.step_seconds, result.transfer
+    assert result.restart.interval_steps * step_seconds >= 60
+    assert transfer.interval_steps == result.time.steps  # 1.2 TB over 1 Gb/s: only the last
+    fast = dataclasses.replace(load_pool(PAPER_POOL), store_gb_s=10.0)
+    transfer = estimate(tmp_path, "finetune-102b", fast, changes=changes).transfer
+    assert transfer.seconds / (transfer.interval_steps * step_seconds) == pytest.approx(0.05, rel=0.05)
+    assert transfer.link_share == pytest.approx(0.05, rel=0.05)
 
 
 def test_estimate_without_data_of_a_recipe_in_steps_has_no_epochs(tmp_path):

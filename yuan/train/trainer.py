@@ -86,6 +86,7 @@ class Trainer:
             model=spec.model.to_json(),
             order={**spec.order, "sources": self.corpus.order},
             keep=KEEP_CHECKPOINTS,
+            is_asynchronous=self.train_config.is_saving_asynchronous,
             event=self.run_log.log_event,
         )
         self._losses: list[float] = []  # of the good steps since the last checkpoint

@@ -52,17 +52,27 @@ class CheckpointStore:
         model: the run's model, stored in every manifest and compared when a checkpoint is read; JSON.
         order: the run's order of data, likewise.
         keep: number of newest checkpoints to keep; the one with the lowest loss is kept as well.
+        is_asynchronous: `save` copies the slices and returns, and a thread writes them; else it returns when they are
+            written, and needs no memory for a copy.
         event: called on rank 0 with an event when a checkpoint is committed, found damaged, or has failed.
     """
 
     def __init__(
-        self, folder: Path, *, model: Mapping[str, Any], order: Mapping[str, Any], keep: int, event: EventCallback
+        self,
+        folder: Path,
+        *,
+        model: Mapping[str, Any],
+        order: Mapping[str, Any],
+        keep: int,
+        event: EventCallback,
+        is_asynchronous: bool = True,
     ) -> None:
         self.folder = folder
         self.model = model
         self.order = order
         self.keep = keep
         self.event = event
+        self.is_asynchronous = is_asynchronous
         # A separate gloo group, on GPUs too: the threads communicate while the training step uses the other groups.
         self.group = dist.new_group(backend="gloo")
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
@@ -83,7 +93,7 @@ class CheckpointStore:
         loss: float | None = None,
         decisions: str | None = None,
     ) -> None:
-        """Copy the slices and write them in the background; wait first for the previous checkpoint.
+        """Copy the slices and write them in the background, or write them now; wait first for the previous checkpoint.
 
         Args:
             num_updates, loss, decisions: stored in the manifest; see `CheckpointManifest`.
@@ -99,6 +109,12 @@ class CheckpointStore:
             files={},
         )
 
+        if not self.is_asynchronous:
+            self._write_start = time.monotonic()
+            self._copies = dict(slices)
+            self._write(manifest)
+            self._copies = {}  # so that nothing keeps the slices alive
+            return
         if self._copies.keys() != slices.keys():
             self._copies = {key: _make_empty_copy(tensor_slice) for key, tensor_slice in slices.items()}
         for key, tensor_slice in slices.items():
