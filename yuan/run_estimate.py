@@ -494,8 +494,8 @@ def _estimate_transfer(
 def _note_slow_upload(transfer: TransferEstimate, plan: PipelinePlan, length: RunLength, notes: list[str]) -> None:
     if transfer.seconds > length.steps * plan.step_seconds:
         notes.append(
-            f"the upload of a checkpoint takes {transfer.seconds / 3600:,.1f} hours, longer than the training, and a run "
-            "ends when its last one is stored; a faster link to the object store (store_gb_s) shortens it"
+            f"the upload of a checkpoint takes {transfer.seconds / 3600:,.1f} hours, longer than the training, and a "
+            "run ends when its last one is stored; a faster link to the object store (store_gb_s) shortens it"
         )
 
 
