@@ -16,10 +16,10 @@ from feedback.round_steps import ItemStep
 from feedback.rounds import read_parameters
 from feedback.states import CaseRole, DatasetPurpose, DatasetState, ReportState, RowRole
 from feedback.tables import REPORTS_SUITE, Case, Dataset, DatasetRow, Feedback, Round, Snapshot
+from yuan.data.row_shards import SNAPSHOT_PARTS
 from yuan.data.rows import Row, dump_rows
 
 SNAPSHOTS_FOLDER = "snapshots"
-SNAPSHOT_PARTS = ("corrections", "datasets", "base")  # in the order of a snapshot's rows
 DECONTAMINATED_COUNT_SUFFIX = "_closed_out"  # after a part's name: the key in `Snapshot.counts`
 
 
