@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 ITEM_FAULT_ACTION = "could not be processed"
 MAX_ITEM_REASON_CHARACTERS = 500
 MAX_NAMED_ROWS = 20
+SUBJECT_BATCH_SIZE = 1000  # subjects of one query; PostgreSQL takes 65,535 parameters at most
 Item = TypeVar("Item")
 
 
@@ -115,12 +116,20 @@ def record_fault_reason(session: Session, subject: str, step: str, reason: str) 
     )
 
 
-def record_faulty_rows(session: Session, subject: str, step: str, faults: Sequence[str]) -> None:
-    """Record once on an item's timeline which of its rows a step excluded and why, listing the first 20."""
+def record_faulty_rows(
+    session: Session, subject: str, step: str, faults: Sequence[str], num_faults: int | None = None
+) -> None:
+    """Record once on an item's timeline which of its rows a step excluded and why, listing the first 20.
+
+    Args:
+        faults: those of the rows, or of the first 20 at least.
+        num_faults: number of all of them; None: `faults` has all.
+    """
     if not faults:
         return
-    more = f"; and {len(faults) - MAX_NAMED_ROWS:,} more" if len(faults) > MAX_NAMED_ROWS else ""
-    summary = f"rows left out, {len(faults):,}: {'; '.join(faults[:MAX_NAMED_ROWS])}"
+    count = len(faults) if num_faults is None else num_faults
+    more = f"; and {count - MAX_NAMED_ROWS:,} more" if count > MAX_NAMED_ROWS else ""
+    summary = f"rows left out, {count:,}: {'; '.join(faults[:MAX_NAMED_ROWS])}"
     reason = make_storable_text(summary, MAX_ITEM_REASON_CHARACTERS) + more
     record_new_fault_reasons(session, step, {subject: reason})
 
@@ -131,10 +140,13 @@ def record_new_fault_reasons(session: Session, step: str, reasons: Mapping[str, 
     Args:
         reasons: reason by item id.
     """
-    recorded = find_faults_by_subject(session, list(reasons))
-    for subject, reason in reasons.items():
-        if all(reason not in event.text for event in recorded[subject]):
-            record_fault_reason(session, subject, step, reason)
+    subjects = list(reasons)
+    for start in range(0, len(subjects), SUBJECT_BATCH_SIZE):
+        batch = subjects[start : start + SUBJECT_BATCH_SIZE]
+        recorded = find_faults_by_subject(session, batch)
+        for subject in batch:
+            if all(reasons[subject] not in event.text for event in recorded[subject]):
+                record_fault_reason(session, subject, step, reasons[subject])
 
 
 def find_faults_by_subject(session: Session, subjects: Sequence[str]) -> defaultdict[str, list[Event]]:

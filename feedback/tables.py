@@ -205,8 +205,35 @@ class CaseResult(Created, Base):
     reason: Mapped[str | None] = mapped_column(comment="why it could not be judged; it failed")
 
 
+class UploadSegment(Base):
+    """A range of whole lines of a large upload, for a shard of its own; see `feedback.upload_segments`."""
+
+    __tablename__ = "upload_segment"
+    upload_sha256: Mapped[str] = mapped_column(primary_key=True)
+    num_segments: Mapped[int] = mapped_column(primary_key=True, autoincrement=False, comment="of the upload")
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    start_byte: Mapped[int] = mapped_column(BigInteger)
+    end_byte: Mapped[int] = mapped_column(BigInteger)
+    first_line: Mapped[int] = mapped_column(comment="lines before it")
+    first_row: Mapped[int] = mapped_column(comment="rows before it, that is lines that are not blank")
+    end_row: Mapped[int] = mapped_column(comment="rows before its end")
+    sha256: Mapped[str]
+
+
+class StoredShard(Created, Base):
+    """A shard of rows in the object store, under the digest of what it was made from; see `feedback.shard_builder`."""
+
+    __tablename__ = "row_shard"
+    input_digest: Mapped[str] = mapped_column(primary_key=True)
+    sha256: Mapped[str] = mapped_column(comment="of its uncompressed lines; its key is shards/SHA256")
+    num_rows: Mapped[int]
+    num_bytes: Mapped[int] = mapped_column(BigInteger)
+    num_stored_bytes: Mapped[int] = mapped_column(BigInteger)
+    faults: Mapped[list[Any]] = mapped_column(comment="selected rows that could not be read")
+
+
 class Snapshot(Created, Base):
-    """A frozen mixture; the id is the sha256 of its rows."""
+    """A frozen mixture; the id is the root of its manifest, or of an older release the sha256 of its rows."""
 
     __tablename__ = "snapshot"
     id: Mapped[str] = mapped_column(primary_key=True)

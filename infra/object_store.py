@@ -1,18 +1,21 @@
 """Store objects in S3 under keys that are never overwritten with other content."""
 
 import hashlib
+import io
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import ClientError
+from botocore.exceptions import BotoCoreError, ClientError
 
 from infra.files import replace_when_written
 from infra.settings import StoreAccess
 
 if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
@@ -23,6 +26,9 @@ MAX_UPLOAD_PARTS = 10_000
 DOWNLOAD_CHUNK_BYTES = 4 * 2**20
 MAX_PRESIGNED_BYTES = 5 * 2**30  # S3's limit for an object sent in one request
 MAX_PRESIGNED_S = 3600
+READ_RANGE_BYTES = 8 * 2**20
+READ_BUFFER_BYTES = 2**20
+MAX_READ_ATTEMPTS = 5
 
 
 class ObjectStore:
@@ -112,6 +118,28 @@ class ObjectStore:
         pages = self.client.get_paginator("list_parts").paginate(Bucket=self.bucket, Key=key, UploadId=upload)
         return {part["PartNumber"]: part["ETag"] for page in pages for part in page.get("Parts", [])}
 
+    def open_stream(self, key: str, start: int = 0, end: int | None = None) -> BinaryIO:
+        """Open an object, or the bytes from `start` to before `end`, for reading in ranges of 8 MiB, each retried.
+
+        Bytes beyond the object's end are not there to read; so compare what was read with what was expected.
+
+        Raises:
+            ClientError: if it does not exist, with status 404; from a read, if it was deleted or replaced meanwhile.
+        """
+        head = self.client.head_object(Bucket=self.bucket, Key=key)
+        num_bytes = head["ContentLength"]
+        last = num_bytes if end is None else min(end, num_bytes)
+        return io.BufferedReader(ObjectReader(self, key, start, last, head["ETag"]), READ_BUFFER_BYTES)
+
+    def find_size(self, key: str) -> int | None:
+        """Return the number of bytes of an object; None if it does not exist."""
+        try:
+            return self.client.head_object(Bucket=self.bucket, Key=key)["ContentLength"]
+        except ClientError as error:
+            if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
+                return None
+            raise
+
     def get_file(self, key: str, file: Path) -> None:
         """Download an object into a file atomically: the file is complete or does not exist."""
         with replace_when_written(file) as scratch:
@@ -189,13 +217,7 @@ class ObjectStore:
         return self.client.generate_presigned_url(operation, Params=parameters, ExpiresIn=valid_s)
 
     def exists(self, key: str) -> bool:
-        try:
-            self.client.head_object(Bucket=self.bucket, Key=key)
-        except ClientError as error:
-            if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
-                return False
-            raise
-        return True
+        return self.find_size(key) is not None
 
     def ensure_bucket(self) -> None:
         try:
@@ -211,6 +233,48 @@ class ObjectStore:
             raise OSError(
                 f"the store returned other bytes than it received for {PROBE_KEY} of bucket {self.bucket}; see its log"
             )
+
+
+class ObjectReader(io.RawIOBase):
+    """Read the bytes of one object from `start` to before `end`; a range whose transfer breaks off is read again.
+
+    Args:
+        tag: the object's ETag; a read fails if the object has another one by then.
+    """
+
+    def __init__(self, store: ObjectStore, key: str, start: int, end: int, tag: str) -> None:
+        self._store, self._key, self._tag = store, key, tag
+        self._next_start, self._end = start, end
+        self._range = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        if not self._range and self._next_start < self._end:
+            self._range = memoryview(self._read_range())
+        target = memoryview(buffer).cast("B")
+        num_read = min(len(target), len(self._range))
+        target[:num_read] = self._range[:num_read]
+        self._range = self._range[num_read:]
+        return num_read
+
+    def _read_range(self) -> bytes:
+        start, end = self._next_start, min(self._next_start + READ_RANGE_BYTES, self._end)
+        for attempt in range(1, MAX_READ_ATTEMPTS + 1):
+            try:
+                response = self._store.client.get_object(
+                    Bucket=self._store.bucket, Key=self._key, Range=f"bytes={start}-{end - 1}", IfMatch=self._tag
+                )
+                data = response["Body"].read()
+            except BotoCoreError:  # of the connection: the client itself retries only until the body begins
+                if attempt == MAX_READ_ATTEMPTS:
+                    raise
+                time.sleep(0.2 * 2**attempt)
+            else:
+                self._next_start = end
+                return data
+        raise AssertionError("the last attempt returns or raises")
 
 
 def _check_sha256(key: str, actual: str, expected: str) -> None:

@@ -1,6 +1,9 @@
 """Records that tests store directly, without the portal."""
 
+from feedback import snapshots
+from feedback.shard_builder import make_shard_key
 from feedback.tables import Feedback, new_id
+from yuan.data.row_shards import ShardWriter, SnapshotManifest, SnapshotPart
 
 
 def add_feedback(session, contributor, form):
@@ -10,3 +13,18 @@ def add_feedback(session, contributor, form):
     session.add(report)
     session.flush()
     return report
+
+
+def store_snapshot(objects, parts):
+    """Store a snapshot, with one shard of the lines (with their newlines) of each part; return its manifest."""
+    snapshot_parts = []
+    for name, lines in parts.items():
+        with ShardWriter() as writer:
+            for line in lines:
+                writer.add(line)
+            shard, path = writer.finish()
+            objects.put(make_shard_key(shard.sha256), path.read_bytes())
+        snapshot_parts.append(SnapshotPart(name, (shard,)))
+    manifest = SnapshotManifest(tuple(snapshot_parts))
+    objects.put(snapshots.make_manifest_key(manifest.root), manifest.dump())
+    return manifest

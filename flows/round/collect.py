@@ -23,6 +23,7 @@ from feedback.round_steps import ItemStep, RoundStep
 from feedback.tables import read_transaction_time
 from flows.context import Context
 from flows.round.round_recipe import settle_recipe
+from flows.round.versions import make_scratch_folder
 from infra.faults import is_item_error
 from yuan.data.judge import AnswerJudge
 
@@ -225,11 +226,11 @@ def freeze_snapshot(context: Context, round_id: str) -> str:
     replay_rows = settle_recipe(context, round_id).data.replay_rows
     with context.sessions.begin() as session:
         rounds.begin_step(session, round_id, RoundStep.SNAPSHOT, context.attempt)
-
-        def store(data: bytes) -> str:
-            return context.objects.put_by_sha256(snapshots.SNAPSHOTS_FOLDER, data)
-
-        snapshot_id = snapshots.freeze_mixture(session, round_id, context.objects.get, store, replay_rows=replay_rows)
+    with make_scratch_folder(context.runs / f".freeze-{round_id}") as scratch:
+        snapshot_id = snapshots.freeze_mixture(
+            context.sessions, context.objects, round_id, context.attempt, scratch, replay_rows=replay_rows
+        )
+    with context.sessions.begin() as session:
         num_failed = snapshots.read_failed_count(session, snapshot_id)
         rounds.record_failed_items(session, round_id, {ItemStep.SNAPSHOT: num_failed})
     log.info("froze snapshot %s", snapshot_id[:12])

@@ -6,6 +6,7 @@ import random
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from feedback import rounds, snapshots
 from feedback.items import describe_item_error
@@ -116,7 +117,7 @@ def prepare_run_folder(context: Context, round_id: str) -> PipelinePlan:
 
     parent_version = choose_parent(recipe, inputs.parent_version)
     check_optimizer_state(context, recipe, parent_version)
-    snapshot_rows = _read_snapshot(context, inputs.snapshot_id)
+    snapshot_rows = _read_snapshot(context, inputs.snapshot_id, folder.path)
     model = prepare_model(context, folder, recipe, parent_version, snapshot_rows)
     model.tokenizer.save(folder.path)
     encoder = RowEncoder(model.tokenizer, recipe.data, inputs.seed)
@@ -161,14 +162,17 @@ def _read_inputs(context: Context, round_id: str) -> RunInputs:
         )
 
 
-def _read_snapshot(context: Context, snapshot_id: str) -> list[Row | BadRow]:
+def _read_snapshot(context: Context, snapshot_id: str, folder: Path) -> list[Row | BadRow]:
     """Return the rows of a snapshot; a line that today's rules refuse is a `BadRow`."""
-    key = f"{snapshots.SNAPSHOTS_FOLDER}/{snapshot_id}"
-    if not context.objects.exists(key):
-        raise ValueError(
-            f"snapshot {snapshot_id} is missing in the object store; start a new round, which freezes a new one"
-        )
-    return list(parse_rows(context.objects.get(key)))
+    rows: list[Row | BadRow] = []
+    file = folder / "shard.jsonl"
+    for part in snapshots.read_manifest(context.objects, snapshot_id).parts:
+        for shard in part.shards:
+            snapshots.fetch_shard(context.objects, snapshot_id, part.name, shard, file)
+            with file.open("rb") as stream:
+                rows += parse_rows(stream)
+    file.unlink()
+    return rows
 
 
 def _write_windows(

@@ -135,7 +135,7 @@ def make_scratch_folder(folder: Path) -> Iterator[Path]:
     Its name is fixed, so that the next attempt removes the folder of a killed attempt.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700)
+    folder.mkdir(mode=0o700, parents=True)
     try:
         yield folder
     finally:

@@ -1,15 +1,20 @@
 """Helpers for the steps from report to notice, on a session that is rolled back."""
 
 import io
+import tempfile
+from pathlib import Path
 
 from sqlalchemy import select
+from sqlalchemy.orm import sessionmaker
 
 from feedback import datasets, gate, promotion, reports, rounds, snapshots
 from feedback.cases import choose_case_role
 from feedback.contracts import FeedbackIn, RoundParameters
 from feedback.dataset_acceptance import accept_dataset
+from feedback.shard_builder import make_shard_key
 from feedback.tables import Case, new_id
 from tests.records import add_feedback
+from yuan.data.row_shards import read_shard_chunks
 from yuan.data.rows import Row, dump_rows
 from yuan.eval.results import EvalResult
 from yuan.model.model_manifest import ModelManifest
@@ -93,15 +98,32 @@ def is_held_out(row):
     return choose_case_role(row.split_key, SALT, SHARE) == "held_out"
 
 
-def freeze_mixture(session, objects):
+def freeze_mixture(session, objects, **options):
+    """Freeze the mixture of a new round; return the snapshot's id and its rows as JSONL."""
     training_round = start_round(session)
-    stored = {}
-
-    def store(data):
-        stored["data"] = data
-        return objects.put_by_sha256(snapshots.SNAPSHOTS_FOLDER, data)
-
-    snapshot_id = snapshots.freeze_mixture(session, training_round.id, objects.get, store)
+    session.flush()
+    snapshot_id = freeze_round(session, objects, training_round, **options)
     rounds.finish_round(session, training_round.id, "failed", "test")
     session.flush()
-    return snapshot_id, stored["data"]
+    return snapshot_id, read_snapshot(objects, snapshot_id)
+
+
+def freeze_round(session, objects, training_round, **options):
+    """Freeze the mixture of a round in transactions that are nested in the test's, and so are rolled back with it."""
+    nested = sessionmaker(session.connection(), join_transaction_mode="create_savepoint", expire_on_commit=False)
+    with tempfile.TemporaryDirectory() as folder:
+        snapshot_id = snapshots.freeze_mixture(
+            nested, objects, training_round.id, training_round.attempt, Path(folder), **options
+        )
+    session.expire_all()
+    return snapshot_id
+
+
+def read_snapshot(objects, snapshot_id):
+    """Return the rows of a snapshot as JSONL."""
+    data = b""
+    for part in snapshots.read_manifest(objects, snapshot_id).parts:
+        for shard in part.shards:
+            with objects.open_stream(make_shard_key(shard.sha256)) as stream:
+                data += b"".join(read_shard_chunks(stream, shard))
+    return data

@@ -121,9 +121,7 @@ def test_unreadable_correction_and_dataset_are_excluded_from_the_mixture(
     lost_dataset = upload(session, objects, reporter, make_checked_rows("gone", 10))
     objects.delete(f"{datasets.UPLOADS_FOLDER}/{lost_dataset.sha256}")
     session.expire_all()
-    snapshot_id = snapshots.freeze_mixture(
-        session, start_round(session).id, objects.get, lambda data: objects.put_by_sha256("snapshots", data)
-    )
+    snapshot_id, _ = freeze_mixture(session, objects)
     assert snapshots.read_failed_count(session, snapshot_id) == 2
     num_train = len(kept_rows) - sum(map(is_held_out, kept_rows))
     assert snapshots.read_part_sizes(session, snapshot_id) == {
@@ -261,7 +259,8 @@ def test_rows_that_current_validation_refuses_are_excluded_and_reported(session,
     )
     objects.put(f"{datasets.UPLOADS_FOLDER}/{sha256}", data.replace(b"older 1", b" "))
     accept_dataset(session, dataset.id, objects.get, SALT, 0.0, MAX_CASES)
-    objects.put(f"{datasets.UPLOADS_FOLDER}/{sha256}", data.replace(b"older 1", b" ").replace(b"older 3", b" "))
+    refused = data.replace(b"older 1", b" ").replace(b"older 3", b" ")
+    dataset.sha256 = objects.put_by_sha256(datasets.UPLOADS_FOLDER, refused)
     snapshot_id, stored = freeze_mixture(session, objects)
     assert (stored.count(b"\n"), snapshots.read_failed_count(session, snapshot_id)) == (2, 1)
     texts = [event.text for event in find_faults_by_subject(session, [dataset.id])[dataset.id]]

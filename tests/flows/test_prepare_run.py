@@ -10,6 +10,7 @@ from sqlalchemy import update
 
 from feedback import rounds, snapshots
 from feedback.contracts import RoundParameters
+from feedback.shard_builder import make_shard_key
 from feedback.tables import Round, Snapshot, new_id
 from flows.context import Context
 from flows.recipe_files import find_recipe_file, load_recipe
@@ -17,6 +18,7 @@ from flows.round.prepare_run import RowEncoder, choose_precision, prepare_run_fo
 from flows.round.round_recipe import settle_recipe
 from flows.round.run_model import RoundUnfit, check_parent_shape, read_parent_model
 from infra.database import make_session_factory
+from tests.records import store_snapshot
 from yuan import tokenizer as tokenizers
 from yuan.config import tiny, yuan_2b, yuan_51b
 from yuan.data.rows import Row, dump_rows
@@ -39,8 +41,8 @@ def start(context, objects):
     round_ids = []
 
     def start_round(**parameters):
-        data = dump_rows(ROWS) + b'{"prompt": "?"}\n'
-        snapshot_id = objects.put_by_sha256(snapshots.SNAPSHOTS_FOLDER, data)
+        lines = [*(dump_rows([row]) for row in ROWS), b'{"prompt": "?"}\n']
+        snapshot_id = store_snapshot(objects, {"corrections": lines[:40], "base": lines[40:]}).root
         with context.sessions.begin() as session:
             session.execute(update(Round).values(state="cancelled"))
             counts = {"corrections": 40, "datasets": 0, "base": len(ROWS) + 1 - 40}
@@ -228,11 +230,52 @@ def test_a_run_on_gpus_is_prepared_in_bf16(context, start, tmp_path):
     assert prepare_run_folder(on_gpus, start()).precision == "bf16"
 
 
+def replace_snapshot(context, round_id, snapshot_id):
+    with context.sessions.begin() as session:
+        counts = {"corrections": 1, "datasets": 0, "base": 0}
+        session.merge(Snapshot(id=snapshot_id, num_rows=1, counts=counts))
+        session.flush()
+        rounds.find_round(session, round_id).snapshot_id = snapshot_id
+
+
 def test_missing_snapshot_is_reported(context, start):
     round_id, lost = start(), new_id()
-    with context.sessions.begin() as session:
-        session.add(Snapshot(id=lost, num_rows=1, counts={"corrections": 1, "datasets": 0, "base": 0}))
-        session.flush()
-        rounds.find_round(session, round_id).snapshot_id = lost
-    with pytest.raises(ValueError, match=f"snapshot {lost} is missing in the object store"):
+    replace_snapshot(context, round_id, lost)
+    with pytest.raises(ValueError, match=f"snapshot {lost} is missing in the object store; start a new round"):
+        prepare_run_folder(context, round_id)
+
+
+def test_snapshot_of_an_older_release_ends_the_round_with_the_way_out(context, start, objects):
+    round_id = start()
+    older = objects.put_by_sha256(snapshots.SNAPSHOTS_FOLDER, dump_rows(ROWS))
+    replace_snapshot(context, round_id, older)
+    with pytest.raises(
+        ValueError, match=f"snapshot {older} was frozen by an older release, as one object; start a new"
+    ):
+        prepare_run_folder(context, round_id)
+
+
+def test_shard_that_is_lost_or_changed_ends_the_round_with_its_place(context, start, objects):
+    manifest = store_snapshot(objects, {"datasets": [dump_rows([Row(answer=new_id())])]})
+    (shard,) = manifest.parts[0].shards
+    round_id = start()
+    replace_snapshot(context, round_id, manifest.root)
+    place = f"shard {shard.sha256} of the part datasets of snapshot {manifest.root}"
+    for data, damage in (
+        (b"no shard", "has changed in the object store: it cannot be decompressed"),
+        (None, "is missing"),
+    ):
+        objects.delete(make_shard_key(shard.sha256))
+        if data is not None:
+            objects.put(make_shard_key(shard.sha256), data)
+        with pytest.raises(ValueError, match=re.escape(f"{place} {damage}")):
+            prepare_run_folder(context, round_id)
+
+
+def test_damaged_manifest_ends_the_round(context, start, objects):
+    manifest = store_snapshot(objects, {"datasets": [dump_rows([Row(answer=new_id())])]})
+    round_id = start()
+    replace_snapshot(context, round_id, manifest.root)
+    objects.put(snapshots.make_manifest_key(manifest.root), manifest.dump().replace(b'"num_rows":1', b'"num_rows":2'))
+    with pytest.raises(ValueError, match=f"the manifest of snapshot {manifest.root} is damaged: its root is not that"):
         prepare_run_folder(context, round_id)
