@@ -1,10 +1,13 @@
 """The portal's public HTTP client: reports, datasets, completions and training rounds."""
 
+import itertools
+import os
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -13,16 +16,33 @@ from feedback.contracts import (
     AccountWithdrawalOut,
     ContributorOut,
     DatasetOut,
+    DatasetUploadIn,
+    DatasetUploadOut,
     ErrorBody,
     ErrorOut,
     FeedbackIn,
     FeedbackOut,
     NoticeOut,
+    PartAddressesOut,
+    PartIn,
+    PartsIn,
+    ReceivedPartsOut,
     RoundOut,
     RoundParameters,
     StoredCompletion,
 )
-from feedback.states import DatasetPurpose
+from feedback.part_sender import (
+    PartSender,
+    PushedFile,
+    PushProgress,
+    PushStage,
+    ReportProgress,
+    StoreUnreachable,
+    UploadEnded,
+    read_pushed_file,
+    wait_between_polls,
+)
+from feedback.states import DatasetPurpose, DatasetState
 from yuan.config import FieldError
 from yuan.data.file_formats import find_file_fault
 from yuan.data.rule_text import describe_errors
@@ -40,6 +60,11 @@ NO_ROUTE = "http"  # the portal's type of error for a path that it does not have
 RETRIED_STATUSES = (502, 503, 504)
 MAX_REQUEST_ATTEMPTS = 6
 CONNECT_TIMEOUT_S = 10.0
+MAX_SINGLE_PART_BYTES = 16 * 2**20  # larger files are sent in parts
+MAX_SINGLE_REQUEST_BYTES = 64 * 2**20  # the portal's default limit
+MAX_UPLOAD_ROUNDS = 3
+CONFLICT_STATUS = 409
+MALFORMED_FILE = "malformed"  # the portal's type of error for a file with malformed rows
 CLIENT_PAGE_SIZE = 200  # the portal's largest page
 
 
@@ -119,17 +144,120 @@ class Client:
         name: str | None = None,
         purpose: DatasetPurpose = DatasetPurpose.MIXTURE,
         idempotency_key: str | None = None,
+        wait: bool = True,
+        report_progress: ReportProgress = lambda progress: None,
     ) -> DatasetOut:
         """Upload a JSONL file of rows. A file with malformed rows is refused as a whole; the error lists them.
 
+        A file of more than 16 MiB is sent in parts, straight to the store. If that is interrupted, the same call
+        continues it, also from another process. Its rows are checked after the last part has arrived.
+
+        Args:
+            wait: wait for the result of the check; otherwise a large file's dataset is returned while it is checked.
+            report_progress: called from several threads, never by two at once.
+
         Raises:
-            ValueError: if the file has another format or too many lines; nothing is sent.
+            ValueError: if the file has another format or too many lines, and nothing is sent, or if it changes.
+            StoreUnreachable: if the store does not answer at the address that the portal gives.
         """
         with file.open("rb") as stream:
-            if fault := find_file_fault(stream):
-                raise ValueError(f"{file}: {fault}")
-        query = {"name": name or file.stem, "purpose": purpose}
+            num_bytes = os.fstat(stream.fileno()).st_size
+            if num_bytes <= MAX_SINGLE_PART_BYTES:
+                return self._push_at_once(file, stream, name or file.stem, purpose, idempotency_key)
+            pushed = read_pushed_file(file, stream, report_progress)
+            form = DatasetUploadIn(
+                name=name or file.stem, purpose=purpose, num_bytes=pushed.num_bytes, sha256=pushed.sha256
+            )
+            upload = self.begin_upload(form, idempotency_key=idempotency_key)
+            try:
+                dataset = self._send_missing_parts(pushed, upload, report_progress)
+            except StoreUnreachable:
+                # A portal on another machine may have its store on an address that only that machine reaches.
+                if num_bytes > MAX_SINGLE_REQUEST_BYTES or self.received_parts(upload.id).numbers:
+                    raise
+                self.withdraw_dataset(upload.id, "sent in one request instead, since the store was not reachable")
+                return self._push_at_once(file, stream, form.name, purpose, None)
+        return self.wait_for_check(dataset, report_progress) if wait else dataset
+
+    def _push_at_once(
+        self, file: Path, stream: BinaryIO, name: str, purpose: DatasetPurpose, idempotency_key: str | None
+    ) -> DatasetOut:
+        if fault := find_file_fault(stream):
+            raise ValueError(f"{file}: {fault}")
+        query = {"name": name, "purpose": purpose}
         return self._post(DatasetOut, "/api/v1/datasets", idempotency_key, params=query, content=file.read_bytes())
+
+    def begin_upload(self, form: DatasetUploadIn, *, idempotency_key: str | None = None) -> DatasetUploadOut:
+        """Begin a dataset that is sent in parts, or continue the one that an equal request began."""
+        body = form.model_dump(mode="json")
+        return self._post(DatasetUploadOut, "/api/v1/datasets/uploads", idempotency_key, json=body)
+
+    def open_uploads(self) -> list[DatasetUploadOut]:
+        """Fetch your uploads that still receive parts, oldest first."""
+        return _parse_list(self._request("GET", "/api/v1/datasets/uploads"), DatasetUploadOut)
+
+    def received_parts(self, dataset_id: str) -> ReceivedPartsOut:
+        """Fetch the numbers of an upload's parts that have arrived."""
+        return self._get(ReceivedPartsOut, f"/api/v1/datasets/uploads/{dataset_id}/parts")
+
+    def part_addresses(self, dataset_id: str, parts: Sequence[PartIn]) -> PartAddressesOut:
+        """Fetch the addresses to which parts of an upload are sent, each valid for its bytes only."""
+        body = PartsIn(parts=list(parts)).model_dump()
+        return self._post(PartAddressesOut, f"/api/v1/datasets/uploads/{dataset_id}/parts", None, json=body)
+
+    def complete_upload(self, dataset_id: str) -> DatasetOut:
+        """Declare that all parts of an upload have been sent, so that the file is checked."""
+        return self._post(DatasetOut, f"/api/v1/datasets/uploads/{dataset_id}/complete", None)
+
+    def _send_missing_parts(
+        self, file: PushedFile, upload: DatasetUploadOut, report_progress: ReportProgress
+    ) -> DatasetOut:
+        """Send the parts that have not arrived, and complete the upload; another process may do the same meanwhile."""
+        for attempt in range(MAX_UPLOAD_ROUNDS):
+            dataset = self.dataset(upload.id)
+            if dataset.state != DatasetState.UPLOADING:
+                return dataset
+            try:
+                received = self.received_parts(upload.id)
+                missing = sorted(set(range(1, upload.num_parts + 1)) - set(received.numbers))
+                sender = PartSender(
+                    file,
+                    upload,
+                    lambda parts: self.part_addresses(upload.id, parts),
+                    report_progress,
+                    received.num_received_bytes,
+                )
+                if missing:
+                    sender.send(missing)
+                return self.complete_upload(upload.id)
+            except UploadEnded:
+                continue
+            except PortalError as error:
+                # 409: another process has completed the upload, or a part that had arrived is lost.
+                if error.status != CONFLICT_STATUS or attempt + 1 == MAX_UPLOAD_ROUNDS:
+                    raise
+        raise StoreUnreachable(f"the store has lost the parts of dataset {upload.id}; push the same file again")
+
+    def wait_for_check(
+        self, dataset: DatasetOut, report_progress: ReportProgress = lambda progress: None
+    ) -> DatasetOut:
+        """Wait until a dataset's file has been checked, and return its record.
+
+        Raises:
+            PortalError: with status 422 and the malformed rows if the file was rejected, as for one sent at once.
+        """
+        for attempt in itertools.count():
+            if dataset.state not in (DatasetState.UPLOADING, DatasetState.CHECKING):
+                break
+            progress = PushProgress(PushStage.CHECKING, dataset.num_checked_bytes, dataset.num_bytes)
+            report_progress(progress)
+            wait_between_polls(attempt)
+            dataset = self.dataset(dataset.id)
+        if dataset.state != DatasetState.REJECTED:
+            return dataset
+        advice = ", correct the file and push it again" if dataset.bad_rows else ""
+        message = f"dataset {dataset.id}: {dataset.reason}; no row was accepted{advice}"
+        raise PortalError(422, ErrorBody(message=message, type=MALFORMED_FILE, rows=dataset.bad_rows))
 
     def dataset(self, dataset_id: str) -> DatasetOut:
         """Fetch one of your datasets with its timeline."""

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from feedback.promotion_decision import PromotionDecision
-from feedback.states import DatasetState, ReportState, RoundState, list_values
+from feedback.states import DatasetPurpose, DatasetState, ReportState, RoundState, list_values
 from feedback.verdicts import Verdict
 from yuan.config import MAX_SEED
 from yuan.data.checkers import Checker, Exact
@@ -38,6 +38,11 @@ WithdrawalReason = Annotated[str, TextRule(500)]
 AccountReference = Annotated[str, TextRule(80, allow="line")]
 DatasetName = Annotated[str, TextRule(100, allow="line")]
 IdempotencyKeyText = Annotated[str, PatternRule("^[!-~]+$", "visible ASCII characters without spaces", max_length=200)]
+Sha256Text = Annotated[str, PatternRule("^[0-9a-f]{64}$", "a sha256 in 64 hexadecimal digits", max_length=64)]
+# S3's limits of one object and of its parts.
+MAX_DATASET_BYTES = 5 * 2**40
+MAX_DATASET_PARTS = 10_000
+MAX_PARTS_PER_REQUEST = 100
 # Strict: `true` and "3" are not accepted as numbers. A PostgreSQL integer column holds at most 2**31 - 1.
 VersionNumber = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
 StepCount = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
@@ -201,6 +206,12 @@ class DatasetOut(BaseModel):
     state: str = Field(description=list_values(DatasetState))
     reason: str | None
     sha256: str
+    num_bytes: int = Field(default=0, description="size of the file, as it was announced or received")
+    num_received_bytes: int = Field(
+        default=0, description="bytes that have arrived; while the file is sent in parts, as of the last request"
+    )
+    num_checked_bytes: int = Field(default=0, description="bytes that have been checked")
+    progress: str | None = Field(default=None, description="what has been received or checked; null once that is over")
     num_rows: int
     num_duplicates: int
     # The number of decontaminated rows; the name is kept, since clients read it.
@@ -211,6 +222,68 @@ class DatasetOut(BaseModel):
         description="malformed rows, for which the file was refused; in a list, the first 20"
     )
     timeline: list[Event]
+
+
+class DatasetUploadIn(BaseModel):
+    """A request to send a dataset's file in parts."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: DatasetName = Field(description="name of the dataset, as for a file that is sent at once")
+    purpose: DatasetPurpose = Field(default=DatasetPurpose.MIXTURE, description="others need an operator's token")
+    num_bytes: Annotated[int, Field(strict=True, ge=1, le=MAX_DATASET_BYTES)] = Field(description="size of the file")
+    sha256: Sha256Text = Field(description="sha256 of the file")
+
+
+class DatasetUploadOut(BaseModel):
+    """An upload in parts: every part but the last has `part_bytes` bytes, and numbers begin at 1."""
+
+    id: str = Field(description="id of the dataset")
+    state: str = Field(description=f"{list_values(DatasetState)}; parts are received while it is uploading")
+    num_bytes: int
+    part_bytes: int = Field(gt=0)
+    num_parts: int
+    expires_at: datetime = Field(description="when the upload is dropped unless another request for it comes before")
+
+
+class PartIn(BaseModel):
+    """A part that is about to be sent."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    number: Annotated[int, Field(strict=True, ge=1, le=MAX_DATASET_PARTS)]
+    sha256: Sha256Text = Field(description="sha256 of the part")
+
+
+class PartsIn(BaseModel):
+    """A request for the addresses of parts."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    parts: list[PartIn] = Field(min_length=1, max_length=MAX_PARTS_PER_REQUEST)
+
+
+class PartAddressOut(BaseModel):
+    """The address to which one part is sent by PUT, with these headers, and no token."""
+
+    number: int
+    url: str
+    headers: dict[str, str]
+
+
+class PartAddressesOut(BaseModel):
+    """Addresses of parts; each accepts only the bytes that were announced."""
+
+    parts: list[PartAddressOut]
+    valid_s: int = Field(description="seconds in which a request to an address must begin")
+
+
+class ReceivedPartsOut(BaseModel):
+    """The parts that have arrived."""
+
+    numbers: list[int]
+    num_received_bytes: int
+    expires_at: datetime
 
 
 class ContributorIn(BaseModel):

@@ -17,9 +17,17 @@ from feedback.contracts import DatasetOut, Event
 from feedback.items import MAX_NAMED_ROWS, find_faults_by_subject
 from feedback.paging import read_page
 from feedback.states import DatasetPurpose, DatasetState
-from feedback.tables import BASE_SUITE, DATASETS_SUITE, REPORTS_SUITE, Contributor, Dataset, IdempotencyKey
+from feedback.tables import (
+    BASE_SUITE,
+    DATASETS_SUITE,
+    REPORTS_SUITE,
+    Contributor,
+    Dataset,
+    DatasetUpload,
+    IdempotencyKey,
+)
 from feedback.withdrawal import find_withdrawal_events
-from yuan.config import format_count
+from yuan.config import format_byte_share, format_count
 from yuan.data.file_formats import find_file_fault
 from yuan.data.rows import BadRow, Row, parse_rows
 from yuan.data.rule_text import describe_errors
@@ -28,6 +36,8 @@ from yuan.data.text import make_printable
 log = logging.getLogger(__name__)
 
 UPLOADS_FOLDER = "uploads"
+UNCHECKED_FOLDER = "uploading"
+UPLOAD_EXPIRY_S = 24 * 3600  # after the last request for it, an upload that is not complete is dropped
 MAX_LISTED_BAD_ROWS = 1000
 
 RESERVED_SUITES = (REPORTS_SUITE, BASE_SUITE, DATASETS_SUITE)
@@ -35,6 +45,13 @@ SUITE_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 SUITE_NAME_RULE = "letters a to z, digits, dots, dashes and underscores, with a letter or digit first"  # in words
 
 FetchObject = Callable[[str], bytes]
+OpenObject = Callable[[str], BinaryIO]
+UNCHECKED_STATES = (DatasetState.UPLOADING, DatasetState.CHECKING)
+
+
+def make_upload_key(dataset_id: str) -> str:
+    """Return the key of a file that is sent in parts, until its check."""
+    return f"{UNCHECKED_FOLDER}/{dataset_id}"
 
 
 @dataclass(frozen=True)
@@ -92,16 +109,22 @@ def add_dataset(
 def check_file(file: BinaryIO) -> FileCheckResult:
     """Check a file row by row, with bounded memory and time even for a hostile file.
 
-    Reading stops at 1,000 malformed rows; a file of more than 500,000 lines, or of another format than JSONL in UTF-8,
-    is refused before any row is parsed.
+    A file with too many lines, or of another format than JSONL in UTF-8, is refused before any row is parsed.
     """
     num_bytes = file.seek(0, os.SEEK_END)
     if reason := find_file_fault(file):
         return FileCheckResult(num_bytes, 0, [], reason)
-
-    num_rows, bad = 0, list[BadRow]()
     file.seek(0)
-    for row in parse_rows(file):
+    return check_rows(file, num_bytes)
+
+
+def check_rows(stream: BinaryIO, num_bytes: int) -> FileCheckResult:
+    """Check the rows of a file, which is read once from its start, in bounded memory.
+
+    Reading stops at 1,000 malformed rows.
+    """
+    num_rows, bad = 0, list[BadRow]()
+    for row in parse_rows(stream):
         num_rows += 1
         if isinstance(row, BadRow):
             bad.append(row)
@@ -116,13 +139,20 @@ def check_file(file: BinaryIO) -> FileCheckResult:
     return FileCheckResult(num_bytes, num_rows, bad, None if num_rows else "the file has no rows")
 
 
-def count_stored_bytes(session: Session, contributor_id: str, *, besides: str) -> int:
-    """Return the stored bytes of an account's files, each content counted once, without the content of one sha256."""
-    files = select(Dataset.sha256, Dataset.num_stored_bytes).where(
-        Dataset.contributor_id == contributor_id, Dataset.num_stored_bytes > 0, Dataset.sha256 != besides
-    )
+def count_stored_bytes(session: Session, contributor_id: str, *, besides: str | None = None) -> int:
+    """Return the stored bytes of an account's files, each content counted once, without the content of one sha256.
+
+    Files that are not checked yet count each, since only their check shows that the sha256 is theirs.
+    """
+    stored = (Dataset.contributor_id == contributor_id) & (Dataset.num_stored_bytes > 0)
+    is_unchecked = Dataset.state.in_(UNCHECKED_STATES)
+    files = select(Dataset.sha256, Dataset.num_stored_bytes).where(stored, ~is_unchecked)
+    if besides is not None:
+        files = files.where(Dataset.sha256 != besides)
     contents = files.distinct().subquery()
-    return int(session.scalars(select(func.coalesce(func.sum(contents.c.num_stored_bytes), 0))).one())
+    total = func.coalesce(func.sum(contents.c.num_stored_bytes), 0)
+    unchecked = select(func.coalesce(func.sum(Dataset.num_stored_bytes), 0)).where(stored, is_unchecked)
+    return int(session.scalars(select(total)).one()) + int(session.scalars(unchecked).one())
 
 
 def check_suite_name(name: str) -> None:
@@ -182,16 +212,21 @@ def describe_datasets(session: Session, datasets: Sequence[Dataset]) -> list[Dat
 def _build_dataset_records(
     session: Session, datasets: Sequence[Dataset], bad_rows: Mapping[str, list[Any]]
 ) -> list[DatasetOut]:
-    faults = find_faults_by_subject(session, [dataset.id for dataset in datasets])
+    ids = [dataset.id for dataset in datasets]
+    faults = find_faults_by_subject(session, ids)
     withdrawals = find_withdrawal_events(session, datasets)
+    uploads = {
+        upload.dataset_id: upload
+        for upload in session.scalars(select(DatasetUpload).where(DatasetUpload.dataset_id.in_(ids)))
+    }
 
     records = []
     for dataset in datasets:
+        upload = uploads.get(dataset.id)
         # Of events at the same time, as of one transaction, the cause comes first: the sort below keeps this order.
         # A file with bad rows is rejected on arrival, without decided_at.
         decided_at = dataset.decided_at or dataset.created_at
-        size = f"{format_count(dataset.num_rows, 'row')}, {format_count(dataset.num_bytes, 'byte')}"
-        events = [Event(at=dataset.created_at, text=f"uploaded: {size}")]
+        events = _list_arrival_events(dataset, upload)
         if dataset.state == DatasetState.ACCEPTED:
             events.append(Event(at=decided_at, text=f"accepted, {dataset.num_duplicates} duplicates left out"))
         events += faults[dataset.id]
@@ -208,6 +243,10 @@ def _build_dataset_records(
                 state=dataset.state,
                 reason=dataset.reason,
                 sha256=dataset.sha256,
+                num_bytes=dataset.num_bytes,
+                num_received_bytes=upload.num_received_bytes if upload else dataset.num_bytes,
+                num_checked_bytes=upload.num_checked_bytes if upload else dataset.num_bytes,
+                progress=_describe_progress(dataset, upload),
                 num_rows=dataset.num_rows,
                 num_duplicates=dataset.num_duplicates,
                 num_closed_out=dataset.num_closed_out,
@@ -216,6 +255,27 @@ def _build_dataset_records(
             )
         )
     return records
+
+
+def _list_arrival_events(dataset: Dataset, upload: DatasetUpload | None) -> list[Event]:
+    """List the events until the check: one if the file came in one request, else each of its steps."""
+    rows, size = format_count(dataset.num_rows, "row"), format_count(dataset.num_bytes, "byte")
+    if upload is None:
+        return [Event(at=dataset.created_at, text=f"uploaded: {rows}, {size}")]
+    events = [Event(at=dataset.created_at, text=f"upload begun: {size}")]
+    if upload.received_at is not None:
+        events.append(Event(at=upload.received_at, text=f"uploaded: {size}"))
+    if upload.checked_at is not None:
+        events.append(Event(at=upload.checked_at, text=f"checked: {rows}"))
+    return events
+
+
+def _describe_progress(dataset: Dataset, upload: DatasetUpload | None) -> str | None:
+    if upload is not None and dataset.state == DatasetState.UPLOADING:
+        return f"received {format_byte_share(upload.num_received_bytes, dataset.num_bytes)}"
+    if upload is not None and dataset.state == DatasetState.CHECKING:
+        return f"checked {format_byte_share(upload.num_checked_bytes, dataset.num_bytes)}"
+    return None
 
 
 def read_bad_rows(dataset_id: str, stored: object) -> list[BadRow]:

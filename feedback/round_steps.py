@@ -32,6 +32,7 @@ class ItemStep(StrEnum):
     SCREEN = "screen"
     REPRODUCE = "reproduce"
     REVIEW = "review"
+    CHECK = "check"
     ACCEPT = "accept"
     SNAPSHOT = "snapshot"
     PLAN = "plan"

@@ -22,8 +22,10 @@ class Screening(StrEnum):
 
 
 class DatasetState(StrEnum):
-    """The state of an uploaded dataset."""
+    """The state of a dataset; one that is sent in parts begins as uploading, others as checked."""
 
+    UPLOADING = "uploading"
+    CHECKING = "checking"
     CHECKED = "checked"
     ACCEPTED = "accepted"
     REJECTED = "rejected"

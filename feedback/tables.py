@@ -130,7 +130,7 @@ class Feedback(Created, Base):
 
 
 class Dataset(Created, Base):
-    """An uploaded file of rows; the bytes, unless refused, are in the object store under `uploads/SHA256`."""
+    """An uploaded file of rows; once checked its bytes, unless refused, are in the store under `uploads/SHA256`."""
 
     __tablename__ = "dataset"
     id: Mapped[str] = mapped_column(primary_key=True, default=new_id)
@@ -149,6 +149,23 @@ class Dataset(Created, Base):
     decided_at: Mapped[datetime | None] = mapped_column(comment="accepted or rejected")
     key_rule: Mapped[int] = mapped_column(default=KEY_RULE, comment="version of the rule of its rows' keys")
     __table_args__ = (Index("datasets_in_order", "contributor_id", "created_at", "id"),)
+
+
+class DatasetUpload(Base):
+    """The upload of a dataset that is sent in parts; until its check they are in the store under `uploading/ID`."""
+
+    __tablename__ = "dataset_upload"
+    dataset_id: Mapped[str] = mapped_column(ForeignKey("dataset.id"), primary_key=True)
+    part_bytes: Mapped[int] = mapped_column(BigInteger, comment="of every part but the last")
+    store_upload: Mapped[str | None] = mapped_column(comment="id of the store's multipart upload")
+    active_at: Mapped[datetime] = mapped_column(server_default=func.now(), comment="when its owner last sent a request")
+    num_received_bytes: Mapped[int] = mapped_column(BigInteger, default=0, comment="as the store last listed them")
+    received_at: Mapped[datetime | None] = mapped_column(comment="complete")
+    num_checks: Mapped[int] = mapped_column(default=0, comment="how often its check began")
+    num_checked_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    checked_at: Mapped[datetime | None]
+    released_at: Mapped[datetime | None] = mapped_column(comment="when its parts or its unchecked file were deleted")
+    __table_args__ = (Index("open_uploads", "dataset_id", postgresql_where=text("released_at is null")),)
 
 
 class DatasetRow(Base):

@@ -71,6 +71,8 @@ def withdraw_dataset(session: Session, actor: Contributor, dataset_id: str, reas
     assert dataset is not None, "checked"
     if dataset.state == DatasetState.WITHDRAWN:
         return dataset
+    if dataset.state in (DatasetState.UPLOADING, DatasetState.CHECKING):
+        dataset.num_stored_bytes = 0  # the next check of datasets deletes its parts
     dataset.state, dataset.reason = DatasetState.WITHDRAWN, reason
     session.flush()
     _transfer_roles_to_duplicates(session, dataset)

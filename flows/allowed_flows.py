@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 WORK_POOL_NAME = "cotrain"  # of the one work pool at Prefect
 ROUND_FLOW = "cotrain-round"
 REPRODUCE_FLOW = "cotrain-reproduce"
+CHECK_DATASETS_FLOW = "cotrain-check-datasets"
 
 MAX_SHOWN_PARAMETER_ERRORS = 5
 
@@ -47,6 +48,12 @@ class ReproduceForm(BaseModel):
     )
 
 
+class CheckDatasetsForm(BaseModel):
+    """Hold the parameters of a run of `cotrain-check-datasets`, which has none: it checks all that wait."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
 @dataclass(frozen=True)
 class AllowedFlow:
     """Define where a flow's function is, and the parameters that it takes.
@@ -71,9 +78,9 @@ class AllowedFlow:
             recipe_names: the recipes from which the form lets one choose; none: any name.
         """
         schema = self.form.model_json_schema(ref_template="#/definitions/{model}")
-        if recipe_names and "recipe" in schema["properties"]:
+        if recipe_names and "recipe" in schema.get("properties", {}):
             schema["properties"]["recipe"]["anyOf"][0]["enum"] = list(recipe_names)
-        for position, field in enumerate(schema["properties"].values()):
+        for position, field in enumerate(schema.get("properties", {}).values()):
             field["position"] = position
         definitions = schema.pop("$defs", {})  # Prefect looks for them below another name
         return {**schema, "definitions": definitions, "title": "Parameters"}
@@ -82,6 +89,7 @@ class AllowedFlow:
 ALLOWED_FLOWS: Mapping[str, AllowedFlow] = {
     ROUND_FLOW: AllowedFlow("flows.round.flow", "cotrain_round", RoundForm),
     REPRODUCE_FLOW: AllowedFlow("flows.round.flow", "cotrain_reproduce", ReproduceForm),
+    CHECK_DATASETS_FLOW: AllowedFlow("flows.check_datasets", "cotrain_check_datasets", CheckDatasetsForm),
 }
 
 

@@ -36,6 +36,7 @@ class Duty(StrEnum):
     END_LOST_FLOW_RUNS = "end lost flow runs"
     ADVANCE_ROUND = "advance the round"
     START_REPRODUCTION = "start reproduction"
+    START_DATASET_CHECKS = "start checks of datasets"
 
 
 # Names in a duties.json of version 0.2, which is read once after an upgrade.

@@ -1,9 +1,12 @@
 """Store objects in S3 under keys that are never overwritten with other content."""
 
+import base64
 import hashlib
 import io
 import os
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -26,9 +29,28 @@ MAX_UPLOAD_PARTS = 10_000
 DOWNLOAD_CHUNK_BYTES = 4 * 2**20
 MAX_PRESIGNED_BYTES = 5 * 2**30  # S3's limit for an object sent in one request
 MAX_PRESIGNED_S = 3600
+MAX_COPY_BYTES = 2**30  # of one request, of the 5 GiB that S3 allows
 READ_RANGE_BYTES = 8 * 2**20
 READ_BUFFER_BYTES = 2**20
 MAX_READ_ATTEMPTS = 5
+NOT_FOUND_CODES = ("404", "NoSuchKey", "NoSuchUpload")
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """A part of an unfinished multipart upload; `tag` is the ETag that completing it names."""
+
+    number: int
+    num_bytes: int
+    tag: str
+
+
+@dataclass(frozen=True)
+class PresignedPart:
+    """A URL with which any client may store one part by PUT, and the headers that it must send."""
+
+    url: str
+    headers: dict[str, str]
 
 
 class ObjectStore:
@@ -76,12 +98,9 @@ class ObjectStore:
             _check_sha256(key, hashlib.sha256(data).hexdigest(), sha256)
             return self.put(key, data)
 
-        upload = (
-            self.find_unfinished_upload(key)
-            or self.client.create_multipart_upload(Bucket=self.bucket, Key=key)["UploadId"]
-        )
-        stored_tags = self._list_parts(key, upload)
-        parts: list[CompletedPartTypeDef] = []
+        upload = self.find_unfinished_upload(key) or self.begin_upload(key)
+        stored_tags = {part.number: part.tag for part in self.list_parts(key, upload) or []}
+        parts: list[StoredPart] = []
         digest = hashlib.sha256()
         for number in range(1, -(-size // part_bytes) + 1):
             data = stream.read(min(part_bytes, size - stream.tell()))
@@ -91,16 +110,14 @@ class ObjectStore:
                 tag = self.client.upload_part(
                     Bucket=self.bucket, Key=key, UploadId=upload, PartNumber=number, Body=data
                 )["ETag"]
-            parts.append({"PartNumber": number, "ETag": tag})
+            parts.append(StoredPart(number, len(data), tag))
 
         try:
             _check_sha256(key, digest.hexdigest(), sha256)
         except ValueError:
-            self.client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload)
+            self.abort_upload(key, upload)
             raise
-        self.client.complete_multipart_upload(
-            Bucket=self.bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts}
-        )
+        self.complete_upload(key, upload, parts)
 
     def find_unfinished_upload(self, key: str) -> str | None:
         """Return the id of a multipart upload of the object that was interrupted; None if there is none."""
@@ -112,11 +129,89 @@ class ObjectStore:
         pages = self.client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=prefix)
         for upload in [upload for page in pages for upload in page.get("Uploads", [])]:
             if upload["Key"].startswith(prefix):
-                self.client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+                self.abort_upload(upload["Key"], upload["UploadId"])
 
-    def _list_parts(self, key: str, upload: str) -> dict[int, str]:
+    def begin_upload(self, key: str) -> str:
+        """Begin a multipart upload of an object, whose parts other clients send; return its id."""
+        return self.client.create_multipart_upload(Bucket=self.bucket, Key=key)["UploadId"]
+
+    def presign_part(
+        self, key: str, upload: str, number: int, num_bytes: int, sha256: str, valid_s: int
+    ) -> PresignedPart:
+        """Return a URL with which any client may store one part of an upload, and only these bytes.
+
+        The signature covers the length and the sha256, and the store compares both with the body.
+
+        Args:
+            sha256: of the part, in hexadecimal digits.
+
+        Raises:
+            ValueError: if size or time is outside the bounds of `presign_upload`, or the number is not of a part.
+        """
+        if not 1 <= number <= MAX_UPLOAD_PARTS:
+            raise ValueError(f"number must be from 1 to {MAX_UPLOAD_PARTS}, got {number}; use larger parts")
+        _check_presigned_size(num_bytes)
+        checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
+        part: dict[str, int | str] = {"UploadId": upload, "PartNumber": number, "ContentLength": num_bytes}
+        url = self._presign("upload_part", key, valid_s, **part, ChecksumSHA256=checksum)
+        return PresignedPart(url, {"Content-Length": str(num_bytes), "x-amz-checksum-sha256": checksum})
+
+    def list_parts(self, key: str, upload: str) -> list[StoredPart] | None:
+        """Return the parts that have arrived, by number; None if there is no such unfinished upload."""
         pages = self.client.get_paginator("list_parts").paginate(Bucket=self.bucket, Key=key, UploadId=upload)
-        return {part["PartNumber"]: part["ETag"] for page in pages for part in page.get("Parts", [])}
+        try:
+            return [
+                StoredPart(part["PartNumber"], part["Size"], part["ETag"])
+                for page in pages
+                for part in page.get("Parts", [])
+            ]
+        except ClientError as error:
+            if is_not_found(error):
+                return None
+            raise
+
+    def complete_upload(self, key: str, upload: str, parts: Sequence[StoredPart]) -> None:
+        """Make the object of the parts of an upload."""
+        completed: list[CompletedPartTypeDef] = [{"PartNumber": part.number, "ETag": part.tag} for part in parts]
+        self.client.complete_multipart_upload(
+            Bucket=self.bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": completed}
+        )
+
+    def abort_upload(self, key: str, upload: str) -> None:
+        """Delete the parts of one unfinished upload."""
+        self.client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload)
+
+    def copy(self, source: str, target: str) -> None:
+        """Copy an object within the store, a large one in parts; the bytes do not pass through this process."""
+        location = f"{self.bucket}/{source}"
+        num_bytes = self.client.head_object(Bucket=self.bucket, Key=source)["ContentLength"]
+        if num_bytes <= MAX_COPY_BYTES:
+            self.client.copy_object(Bucket=self.bucket, Key=target, CopySource=location)
+            return
+        self.abort_uploads(target)  # of a copy that was interrupted
+        upload = self.begin_upload(target)
+        parts: list[StoredPart] = []
+        for number, start in enumerate(range(0, num_bytes, MAX_COPY_BYTES), start=1):
+            end = min(start + MAX_COPY_BYTES, num_bytes)
+            copied = self.client.upload_part_copy(
+                Bucket=self.bucket,
+                Key=target,
+                UploadId=upload,
+                PartNumber=number,
+                CopySource=location,
+                CopySourceRange=f"bytes={start}-{end - 1}",
+            )
+            parts.append(StoredPart(number, end - start, copied["CopyPartResult"]["ETag"]))
+        self.complete_upload(target, upload, parts)
+
+    def find_size(self, key: str) -> int | None:
+        """Return an object's number of bytes; None if there is none."""
+        try:
+            return self.client.head_object(Bucket=self.bucket, Key=key)["ContentLength"]
+        except ClientError as error:
+            if is_not_found(error):
+                return None
+            raise
 
     def open_stream(self, key: str, start: int = 0, end: int | None = None) -> BinaryIO:
         """Open an object, or the bytes from `start` to before `end`, for reading in ranges of 8 MiB, each retried.
@@ -130,15 +225,6 @@ class ObjectStore:
         num_bytes = head["ContentLength"]
         last = num_bytes if end is None else min(end, num_bytes)
         return io.BufferedReader(ObjectReader(self, key, start, last, head["ETag"]), READ_BUFFER_BYTES)
-
-    def find_size(self, key: str) -> int | None:
-        """Return the number of bytes of an object; None if it does not exist."""
-        try:
-            return self.client.head_object(Bucket=self.bucket, Key=key)["ContentLength"]
-        except ClientError as error:
-            if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
-                return None
-            raise
 
     def get_file(self, key: str, file: Path) -> None:
         """Download an object into a file atomically: the file is complete or does not exist."""
@@ -162,7 +248,7 @@ class ObjectStore:
             try:
                 body = self.client.get_object(Bucket=self.bucket, Key=key, Range=f"bytes={start}-")["Body"]
             except ClientError as error:
-                if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
+                if is_not_found(error):
                     raise FileNotFoundError(f"there is no object {key}") from None
                 if error.response["Error"]["Code"] in ("416", "InvalidRange"):  # the object is shorter than it was
                     return
@@ -196,8 +282,7 @@ class ObjectStore:
         Raises:
             ValueError: if size or time is outside these bounds.
         """
-        if not 0 <= num_bytes <= MAX_PRESIGNED_BYTES:
-            raise ValueError(f"num_bytes must be from 0 to {MAX_PRESIGNED_BYTES}, got {num_bytes}; send it in parts")
+        _check_presigned_size(num_bytes)
         return self._presign("put_object", key, valid_s, ContentLength=num_bytes, ContentType=content_type)
 
     def presign_download(self, key: str, valid_s: int) -> str:
@@ -277,6 +362,16 @@ class ObjectReader(io.RawIOBase):
         raise AssertionError("the last attempt returns or raises")
 
 
+def is_not_found(error: ClientError) -> bool:
+    """Return True if the store has no such object or upload."""
+    return error.response["Error"]["Code"] in NOT_FOUND_CODES
+
+
+def _check_presigned_size(num_bytes: int) -> None:
+    if not 0 <= num_bytes <= MAX_PRESIGNED_BYTES:
+        raise ValueError(f"num_bytes must be from 0 to {MAX_PRESIGNED_BYTES}, got {num_bytes}; send it in parts")
+
+
 def _check_sha256(key: str, actual: str, expected: str) -> None:
     if actual != expected:
         raise ValueError(
@@ -284,11 +379,17 @@ def _check_sha256(key: str, actual: str, expected: str) -> None:
         )
 
 
-def open_object_store(settings: StoreAccess, bucket: str | None = None, *, attempts: int = 10) -> ObjectStore:
-    """Connect to the installation's store."""
+def open_object_store(
+    settings: StoreAccess, bucket: str | None = None, *, attempts: int = 10, endpoint: str | None = None
+) -> ObjectStore:
+    """Connect to the installation's store.
+
+    Args:
+        endpoint: address of the store for presigned URLs, where their clients have another than this process.
+    """
     client = boto3.client(
         "s3",
-        endpoint_url=settings.s3_endpoint,
+        endpoint_url=endpoint or settings.s3_endpoint,
         aws_access_key_id=settings.s3_access_key,
         aws_secret_access_key=settings.s3_secret_key.get_secret_value(),
         region_name="us-east-1",

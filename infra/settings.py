@@ -10,6 +10,7 @@ import zoneinfo
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, TypeVar
+from urllib.parse import urlsplit
 
 from dotenv.parser import Binding, parse_stream
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
@@ -85,12 +86,20 @@ class RecordsAccess(DatabaseAccess, TrackerAccess, PoolSettings):
     """Give access to the database and tracker that record rounds, and name the device pool."""
 
 
+def _check_endpoint(address: str) -> str:
+    parts = urlsplit(address)
+    if address and (parts.scheme not in ("http", "https") or not parts.hostname or parts.path or parts.query):
+        raise ValueError("must be an address such as https://HOST:PORT without a path, or empty")
+    return address
+
+
 class PortalSettings(DatabaseAccess, StoreAccess, ModelServerAccess):
     """Configure the portal."""
 
     files: ClassVar[tuple[str, ...]] = ("settings/portal.env",)
 
     portal_url: str
+    s3_public_endpoint: Annotated[str, AfterValidator(_check_endpoint)] = ""
     max_report_bytes: int = Field(default=64 * 1024, ge=1024)
     max_upload_bytes: int = Field(default=64 * 1024 * 1024, ge=1024)
     max_account_bytes: int = Field(default=20 * 1024**3, ge=1024)

@@ -26,6 +26,8 @@ PORTAL = {
         "GET /api/v1/notices",
         "POST /api/v1/datasets",
         "GET /api/v1/datasets",
+        "POST /api/v1/datasets/uploads",
+        "GET /api/v1/datasets/uploads",
         "GET /v1/models",
         "GET /v1/models/{name}",
         "POST /v1/completions",
@@ -34,6 +36,9 @@ PORTAL = {
     "owner": {
         "GET /api/v1/feedback/{feedback_id}",
         "GET /api/v1/datasets/{dataset_id}",
+        "GET /api/v1/datasets/uploads/{dataset_id}/parts",
+        "POST /api/v1/datasets/uploads/{dataset_id}/parts",
+        "POST /api/v1/datasets/uploads/{dataset_id}/complete",
         "POST /api/v1/feedback/{feedback_id}/withdraw",
         "POST /api/v1/datasets/{dataset_id}/withdraw",
     },
@@ -45,6 +50,7 @@ PORTAL = {
         "POST /api/v1/rounds/{round_id}/cancel",
     },
 }
+PARTS = {"parts": [{"number": 1, "sha256": "0" * 64}]}
 HEALTH = {"GET /health"}
 MODEL_SERVER = HEALTH | {"GET /v1/models", "GET /v1/models/{name}", "GET /metrics"}
 MODEL_SERVER |= {"POST /v1/completions", "POST /v1/chat/completions"}
@@ -68,8 +74,8 @@ def records(portal, account):
     """Create a report and a dataset of the account; return their ids as values for paths."""
     report = {"kind": "rating", "prompt": "1+1=", "response": "2", "model_version": 1, "rating": 5}
     feedback = portal.post("/api/v1/feedback", json=report, headers=account.headers).json()["id"]
-    rows = b'{"prompt": "1+1=", "answer": "2"}\n'
-    dataset = portal.post("/api/v1/datasets?name=rows", content=rows, headers=account.headers).json()["id"]
+    upload = {"name": "rows", "num_bytes": 1, "sha256": "0" * 64}
+    dataset = portal.post("/api/v1/datasets/uploads", json=upload, headers=account.headers).json()["id"]
     return {"feedback_id": feedback, "dataset_id": dataset}
 
 
@@ -85,7 +91,7 @@ def request_all_routes(client, app, callers, **values):
     for caller, headers in callers.items():
         open_to[caller] = set()
         for route in routes:
-            body = {"reason": "a body that reaches the record"}
+            body = PARTS if route.path.endswith("/parts") else {"reason": "a body that reaches the record"}
             response = client.request(route.method, route.example(**values), headers=headers, json=body)
             refused = response.status_code in (401, 403, 405)
             foreign = response.status_code == 404 and any(name in route.path for name in values)

@@ -271,6 +271,18 @@ def format_count(count: int, noun: str, plural: str = "") -> str:
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
+def format_byte_share(num_done: int, num_bytes: int) -> str:
+    """Format how much of a file has been processed, in the largest unit that fits the whole.
+
+    >>> format_byte_share(3_100_000_000, 5_000_000_000), format_byte_share(0, 999)
+    ('3.1 of 5.0 GB', '0 of 999 bytes')
+    """
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if num_bytes >= size:
+            return f"{num_done / size:.1f} of {num_bytes / size:.1f} {unit}"
+    return f"{num_done} of {format_count(num_bytes, 'byte')}"
+
+
 def suggest_nearest_name(name: str, known_names: Iterable[str]) -> str:
     """Suggest the known name that is nearest to an unknown one, in any case; an empty text if none is near.
 

@@ -8,7 +8,7 @@ import httpx
 from fastapi import FastAPI
 from sqlalchemy import Engine, QueuePool, text
 
-from feedback.api import contributors, openai, operators, pages
+from feedback.api import contributors, openai, operators, pages, upload_routes
 from feedback.api.access import UploadLimiter
 from feedback.api.errors import (
     COMMON_ERROR_STATUSES,
@@ -21,7 +21,7 @@ from feedback.api.errors import (
 )
 from feedback.api.transactions import Transactions
 from infra.database import make_session_factory
-from infra.object_store import ObjectStore
+from infra.object_store import ObjectStore, open_object_store
 from infra.settings import PortalSettings
 
 MODEL_SERVER_TIMEOUT_S = 120.0
@@ -50,6 +50,8 @@ def make_app(settings: PortalSettings, engine: Engine, objects: ObjectStore) -> 
     app.state.transactions = Transactions(make_session_factory(engine), engine.pool.size())
     app.state.uploads = UploadLimiter()
     app.state.objects = objects
+    endpoint = settings.s3_public_endpoint
+    app.state.public_objects = open_object_store(settings, endpoint=endpoint) if endpoint else objects
     app.state.round_ends = {}  # cache of the front page, by round id
     app.state.registered_versions = set()  # cache of submissions; a version is never unregistered
     app.state.docs_page = None  # rendered at the first request
@@ -65,7 +67,13 @@ def make_app(settings: PortalSettings, engine: Engine, objects: ObjectStore) -> 
         headers={"Authorization": f"Bearer {settings.model_server_token.get_secret_value()}"},
     )
     add_error_handlers(app)
-    for router in (contributors.report_router, contributors.router, contributors.upload_router, operators.router):
+    for router in (
+        contributors.report_router,
+        upload_routes.router,  # before the routes of one dataset, whose id would match too
+        contributors.router,
+        contributors.upload_router,
+        operators.router,
+    ):
         app.include_router(router, responses=document_errors(*COMMON_ERROR_STATUSES))
     app.include_router(openai.router, responses=document_errors(400, *COMMON_ERROR_STATUSES))
     app.include_router(pages.router)

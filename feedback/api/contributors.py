@@ -1,7 +1,6 @@
 """Routes of contributors: reports, datasets, notices."""
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -11,25 +10,23 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.orm import Session
 
 from feedback import datasets, paging, provenance, report_records, reports
-from feedback.accounts import Account, audit, compute_quota_wait_s, find_claimed_record, lock_idempotency_key
+from feedback.accounts import Account, audit, find_claimed_record, lock_idempotency_key
 from feedback.api.access import (
     AccountRoute,
     CurrentAccount,
     CurrentContributor,
     DigitsInt,
-    Forbidden,
     IdempotencyKeyHeader,
     IdempotentRequest,
     RecordId,
     RecordIdPath,
-    StorageQuotaExceeded,
     SubmissionRequestDep,
-    TooManyRequests,
     make_token_error,
     require_known_query,
     require_known_query_without_session,
 )
-from feedback.api.arrival import ReceivedBody, open_scratch_file, receive_body
+from feedback.api.arrival import open_scratch_file, receive_body
+from feedback.api.dataset_limits import check_daily_datasets, check_purpose, check_storage_quota, make_limit_error
 from feedback.api.errors import document_errors, make_error_response
 from feedback.api.transactions import SessionDep, get_transactions
 from feedback.contracts import DatasetName, DatasetOut, FeedbackIn, FeedbackOut, NoticeOut
@@ -107,7 +104,7 @@ def _store_report(
 
     earlier_id = find_claimed_record(session, result.account_id, submission.key, submission.request_digest)
     if earlier_id is None:
-        raise _make_limit_error(result.wait_s, daily_limit, "reports")
+        raise make_limit_error(result.wait_s, daily_limit, "reports")
     contributor = session.get_one(Contributor, result.account_id)
     return report_records.describe_report(session, reports.get_feedback(session, contributor, earlier_id))
 
@@ -177,16 +174,13 @@ async def push_dataset(
 ) -> DatasetOut | JSONResponse:
     """Upload a JSONL file of rows. A file with a malformed row is refused; the response lists the malformed rows."""
     # Receive and check the file outside of a transaction, so that a slow or large upload does not block others.
-    if purpose != DatasetPurpose.MIXTURE and account.role != AccountRole.OPERATOR:
-        raise Forbidden(f"a dataset for the purpose {purpose} needs an operator's token; leave purpose out")
-    if purpose == DatasetPurpose.SUITE:
-        datasets.check_suite_name(name)
+    check_purpose(account, purpose, name)
     state, run = request.app.state, get_transactions(request).run
     has_limits = account.role != AccountRole.OPERATOR
     with state.uploads.begin(account.id) as uploads, open_scratch_file(state.scratch) as file:
         if has_limits:
             daily_limit = state.max_daily_datasets
-            await run(request, _check_daily_datasets, account, idempotency_key, daily_limit)
+            await run(request, check_daily_datasets, account, idempotency_key, daily_limit)
 
         body = await receive_body(request, file)
         repeat = IdempotentRequest(idempotency_key or new_id(), body.request_digest)
@@ -196,30 +190,11 @@ async def push_dataset(
         checked = await state.uploads.check(uploads, functools.partial(datasets.check_file, file))
         if checked.reason is None:
             if has_limits:
-                await run(request, _check_storage_quota, account, body, state.max_account_bytes)
+                check = functools.partial(check_storage_quota, besides=body.sha256)
+                await run(request, check, account, body.num_bytes, state.max_account_bytes)
             await run_in_threadpool(state.objects.put_stream, f"{datasets.UPLOADS_FOLDER}/{body.sha256}", file)
         record = functools.partial(_record_dataset, name=name, purpose=purpose, file=checked, sha256=body.sha256)
         return await run(request, record, account, repeat.key, dataset_id)
-
-
-def _make_limit_error(wait_s: float, daily_limit: int, noun: str) -> TooManyRequests:
-    return TooManyRequests(
-        f"an account may send {daily_limit:,} {noun} within 24 hours, and you have; "
-        f"send the next in {math.ceil(wait_s / 60):,} min, or ask the operator for a higher limit",
-        math.ceil(wait_s),
-    )
-
-
-def _check_daily_datasets(session: Session, account: Account, key: str | None, limit: int) -> None:
-    """Refuse a dataset beyond the daily limit before it arrives, unless its key is that of an earlier dataset.
-
-    A few parallel requests may exceed the limit together.
-    """
-    if key is not None and datasets.is_key_of_dataset(session, account.id, key):
-        return
-    wait_s = compute_quota_wait_s(session, Dataset, account.id, limit)
-    if wait_s is not None:
-        raise _make_limit_error(wait_s, limit, "datasets")
 
 
 def _claim_dataset_id(session: Session, account: Account, repeat: IdempotentRequest) -> str:
@@ -228,16 +203,6 @@ def _claim_dataset_id(session: Session, account: Account, repeat: IdempotentRequ
     An earlier request may have claimed the key and ended before it recorded the dataset, or may still do so.
     """
     return repeat.claim(session, account.id).id
-
-
-def _check_storage_quota(session: Session, account: Account, body: ReceivedBody, limit: int) -> None:
-    """Refuse a file beyond the account's storage limit; other uploads in progress are not counted yet."""
-    stored = datasets.count_stored_bytes(session, account.id, besides=body.sha256)
-    if stored + body.num_bytes > limit:
-        raise StorageQuotaExceeded(
-            f"your stored files have {stored:,} bytes and this one {body.num_bytes:,}, an account may have {limit:,}; "
-            "send fewer rows, or ask the operator for more room"
-        )
 
 
 def _record_dataset(

@@ -1,15 +1,20 @@
 """`cotrain submit` and `cotrain dataset push`: send reports and datasets. Needs no local stack."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from feedback.client import Client, check_portal_url
-from feedback.contracts import DatasetName, FeedbackIn, IdempotencyKeyText
-from feedback.states import DatasetPurpose
+from feedback.contracts import DatasetName, DatasetOut, FeedbackIn, IdempotencyKeyText
+from feedback.part_sender import PushProgress, PushStage, ReportProgress
+from feedback.states import DatasetPurpose, DatasetState
 from flows.cli.output import (
+    EXIT_INTERRUPTED,
     EXIT_USAGE,
     JsonOption,
     build_form,
@@ -19,6 +24,7 @@ from flows.cli.output import (
     parse_json_option,
     read_version_option,
     show,
+    stderr_console,
 )
 from yuan.config import FieldError, format_count
 
@@ -111,17 +117,57 @@ def push(
     url: PortalUrlOption = "",
     token: ContributorTokenOption = "",
     idempotency_key: IdempotencyKeyOption = None,
+    wait: Annotated[
+        bool, typer.Option(help="wait for the check of a file that is sent in parts, that is of more than 16 MiB")
+    ] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Upload a dataset. A malformed row makes the portal reject the file and list each such row with its reason."""
+    """Upload a dataset. A malformed row makes the portal reject the file and list each such row with its reason.
+
+    A large file is sent in parts; if that is interrupted, the same command sends the rest.
+    """
     if not file.is_file():
         raise fail(f"a dataset must be a regular file, got {file}; write it to a regular file first", EXIT_USAGE)
     url = url or find_portal_url()
-    with open_client(url, token) as client:
-        pushed = client.push_dataset(file, name=name, purpose=purpose, idempotency_key=idempotency_key)
-        rows = format_count(pushed.num_rows, "row")
-        text = f"dataset {pushed.id} is {pushed.state} with {rows}; the next round processes it"
-        show(pushed.model_dump(mode="json"), text, as_json)
+    with open_client(url, token) as client, show_push_progress() as report_progress:
+        try:
+            pushed = client.push_dataset(
+                file,
+                name=name,
+                purpose=purpose,
+                idempotency_key=idempotency_key,
+                wait=wait,
+                report_progress=report_progress,
+            )
+        except KeyboardInterrupt:
+            raise fail(
+                "interrupted; the same command continues, and sends only what has not arrived", EXIT_INTERRUPTED
+            ) from None
+    show(pushed.model_dump(mode="json"), _describe_pushed(pushed), as_json)
+
+
+def _describe_pushed(dataset: DatasetOut) -> str:
+    if dataset.state in (DatasetState.UPLOADING, DatasetState.CHECKING):
+        size = format_count(dataset.num_bytes, "byte")
+        return f"dataset {dataset.id} is {dataset.state} with {size}; follow it at /api/v1/datasets/{dataset.id}"
+    return f"dataset {dataset.id} is {dataset.state} with {format_count(dataset.num_rows, 'row')}" + (
+        "; the next round processes it" if dataset.state == DatasetState.CHECKED else ""
+    )
+
+
+@contextmanager
+def show_push_progress() -> Iterator[ReportProgress]:
+    """Show a bar for each stage of a push on stderr while the block runs, if it is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr_console, disable=not stderr_console.is_terminal) as bars:
+        bar_by_stage: dict[PushStage, TaskID] = {}
+
+        def report(progress: PushProgress) -> None:
+            if progress.stage not in bar_by_stage:
+                bar_by_stage[progress.stage] = bars.add_task(progress.stage, total=progress.num_bytes)
+            bars.update(bar_by_stage[progress.stage], completed=progress.num_done)
+
+        yield report
 
 
 def open_client(url: str, token: str) -> Client:

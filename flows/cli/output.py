@@ -22,6 +22,7 @@ from yuan.version_names import is_version_number, parse_version_number
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C
 OPTIONS_OF_FIELDS = {"overrides": "--set"}  # of fields whose option has another name
 MAX_LINE_CHARACTERS = 1000
 CONTROL_CODE_PATTERN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

@@ -13,7 +13,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from feedback import promotion, reports, rounds
+from feedback import dataset_checks, promotion, reports, rounds
 from feedback.contracts import RoundParameters
 from feedback.promotion import find_champion
 from feedback.round_steps import RoundStep
@@ -22,7 +22,7 @@ from feedback.tables import new_id
 from flows.context import DispatcherContext, open_dispatcher_context
 from flows.dispatcher.attempts import continue_round, end_if_lost, end_lost_flow_runs, find_newest_flow_run
 from flows.dispatcher.checkpoint_cleanup import delete_unneeded_checkpoints
-from flows.dispatcher.deployments import REPRODUCE_DEPLOYMENT, register_deployments
+from flows.dispatcher.deployments import CHECK_DATASETS_DEPLOYMENT, REPRODUCE_DEPLOYMENT, register_deployments
 from flows.duties import DISPATCHER_HEARTBEAT_FILE, Duties, Duty, compute_age_s, get_duty_status_file
 from flows.supervisor.pool_launcher import make_launchers
 from flows.supervisor.reaper import reap_dead_leases
@@ -43,7 +43,7 @@ BUSY_POLL_S = 2.0
 # Reports are processed in batches: REPORT_BATCH_WAIT_S after the first arrived, or at once from REPORT_BATCH_SIZE on.
 REPORT_BATCH_WAIT_S = 10.0
 REPORT_BATCH_SIZE = 500
-REPRODUCTION_RETRY_PAUSE_S = 60.0
+FLOW_RETRY_PAUSE_S = 60.0
 RECONNECT_PAUSE_S = 1.0
 PREFECT_TIMEOUT_S = 10.0  # for a server that hangs; the duty's backoff sets the time of the retry
 
@@ -102,6 +102,7 @@ def make_duties(context: DispatcherContext, client: SyncPrefectClient) -> dict[s
         Duty.END_LOST_FLOW_RUNS: make_periodic(END_LOST_EVERY_S, lambda: end_lost_flow_runs(client)),
         Duty.ADVANCE_ROUND: lambda: registrar.run_with_deployments(continue_running_round),
         Duty.START_REPRODUCTION: lambda: registrar.run_with_deployments(start_due_reproduction),
+        Duty.START_DATASET_CHECKS: lambda: registrar.run_with_deployments(start_due_dataset_checks),
     }
 
 
@@ -142,8 +143,10 @@ class DeploymentRegistrar:
 
 
 def is_busy(context: DispatcherContext) -> bool:
-    """Return True if a round runs or reports wait, for which the dispatcher polls more often."""
+    """Return True if a round runs, or reports or uploads wait, for which the dispatcher polls more often."""
     with context.sessions() as session:
+        if dataset_checks.is_work_waiting(session):
+            return True
         training_round = rounds.find_running_round(session)
         pending = reports.count_pending_reports(session, with_review=training_round is None)
         return training_round is not None or (pending.count > 0 and find_champion(session) is not None)
@@ -193,7 +196,15 @@ def start_due_reproduction(context: DispatcherContext, client: SyncPrefectClient
             return
     is_old = pending.count > 0 and compute_age_s(pending.oldest_at) >= REPORT_BATCH_WAIT_S
     if pending.count >= REPORT_BATCH_SIZE or is_old:
-        start_reproduction_run(client, pending.count)
+        start_flow_run(client, REPRODUCE_DEPLOYMENT, f"{pending.count} reports wait")
+
+
+def start_due_dataset_checks(context: DispatcherContext, client: SyncPrefectClient) -> None:
+    """Start the flow that checks uploads if there are any for it."""
+    with context.sessions() as session:
+        is_waiting = dataset_checks.is_work_waiting(session)
+    if is_waiting:
+        start_flow_run(client, CHECK_DATASETS_DEPLOYMENT, "uploads wait")
 
 
 def request_due_round(context: DispatcherContext) -> None:
@@ -209,18 +220,18 @@ def request_due_round(context: DispatcherContext) -> None:
             log.info("requested a round: %d reports were accepted since round %d", accepted, last.number)
 
 
-def start_reproduction_run(client: SyncPrefectClient, count: int) -> None:
-    """Start the reproduction flow, unless a run of it is active or failed less than REPRODUCTION_RETRY_PAUSE_S ago."""
-    deployment = client.read_deployment_by_name(REPRODUCE_DEPLOYMENT)
+def start_flow_run(client: SyncPrefectClient, deployment_name: str, reason: str) -> None:
+    """Start a flow, unless a run of it is active or failed less than FLOW_RETRY_PAUSE_S ago."""
+    deployment = client.read_deployment_by_name(deployment_name)
     last = find_newest_flow_run(client, deployment.id)
     if last is not None and not end_if_lost(client, last):
         return
     is_failed = last is not None and last.state is not None and not last.state.is_completed()
-    if last is not None and is_failed and compute_age_s(last.end_time or last.created) < REPRODUCTION_RETRY_PAUSE_S:
+    if last is not None and is_failed and compute_age_s(last.end_time or last.created) < FLOW_RETRY_PAUSE_S:
         return
     # No idempotency key, which a postponed run could block indefinitely.
     run = client.create_flow_run_from_deployment(deployment.id)
-    log.info("%d reports wait: started flow run %s", count, run.id)
+    log.info("%s: started flow run %s", reason, run.id)
 
 
 def write_heartbeat(settings: DispatcherSettings) -> None:

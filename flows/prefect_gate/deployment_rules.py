@@ -55,8 +55,8 @@ SCHEDULE_PATH = re.compile(r"/api/deployments/[^/]+/schedules/[^/]+")
 def find_foreign_deployment(path: str, form: Any) -> str | None:
     """Describe why a body must not reach the server; None if it may.
 
-    >>> find_foreign_deployment("/api/flows/", {"name": "mine"})
-    'only the flows cotrain-round, cotrain-reproduce are run here; add another to flows/allowed_flows.py'
+    >>> find_foreign_deployment("/api/flows/", {"name": "mine"})  # doctest: +ELLIPSIS
+    'only the flows cotrain-round, ... are run here; add another to flows/allowed_flows.py'
     >>> find_foreign_deployment("/api/deployments/", {**DEPLOYMENT_FIXED_FIELDS, "concurrency_limit": 1})
     'concurrency_limit must be null, as flows/dispatcher/deployments.py sends it, got 1; leave it as registered'
     """

@@ -56,6 +56,7 @@ DUTY_FIXES: dict[str, str] = {
     Duty.END_LOST_FLOW_RUNS: "see `cotrain logs prefect`",
     Duty.ADVANCE_ROUND: "see `cotrain logs prefect`; `cotrain round cancel` ends the round",
     Duty.START_REPRODUCTION: "see `cotrain logs prefect`",
+    Duty.START_DATASET_CHECKS: "see `cotrain logs prefect`",
     Duty.RECLAIM_LEASES: "see that the file which COTRAIN_POOL names can be read",
 }
 

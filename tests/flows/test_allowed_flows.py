@@ -8,7 +8,9 @@ from flows.allowed_flows import ALLOWED_FLOWS, RoundForm, is_schema_of_flow, par
 
 
 def test_unknown_flow_is_refused_with_the_list_of_allowed_flows():
-    with pytest.raises(ValueError, match="only the flows cotrain-round, cotrain-reproduce are run here, got 'mine'"):
+    with pytest.raises(
+        ValueError, match=r"only the flows cotrain-round, cotrain-reproduce, .* are run here, got 'mine'"
+    ):
         parse_form("mine", {})
 
 

@@ -11,7 +11,7 @@ from prefect.states import Cancelled, Failed, Pending, Running, Scheduled
 from flows.dispatcher import attempts, dispatcher
 from flows.dispatcher.attempts import end_if_lost, end_lost_flow_runs, find_newest_flow_run
 from flows.dispatcher.deployments import REPRODUCE_DEPLOYMENT, register_deployments
-from flows.dispatcher.dispatcher import start_reproduction_run
+from flows.dispatcher.dispatcher import start_flow_run
 from flows.stack.prefect_probes import probe_flow_runs
 from flows.stack.services import make_services
 from flows.stack.stack_config import load_config
@@ -55,18 +55,18 @@ def test_flow_run_scheduled_in_the_future_does_not_block_reproduction(client, de
     if is_cancelled:
         client.set_flow_run_state(future.id, Cancelled(), force=True)
     before = find_newest_flow_run(client, deployment)
-    monkeypatch.setattr(dispatcher, "REPRODUCTION_RETRY_PAUSE_S", 0.0)
-    start_reproduction_run(client, 1)
+    monkeypatch.setattr(dispatcher, "FLOW_RETRY_PAUSE_S", 0.0)
+    start_flow_run(client, REPRODUCE_DEPLOYMENT, "a report waits")
     flow_run = find_newest_flow_run(client, deployment)
     assert flow_run.id != future.id and (before is None or flow_run.id != before.id) and flow_run.state.is_scheduled()
 
 
 def test_postponed_flow_run_is_replaced(client, deployment, monkeypatch):
     """A holder of Prefect's password cannot block an attempt by creating a run with its key."""
-    monkeypatch.setattr(dispatcher, "REPRODUCTION_RETRY_PAUSE_S", 0.0)
+    monkeypatch.setattr(dispatcher, "FLOW_RETRY_PAUSE_S", 0.0)
     flow_runs = []
     for _ in range(2):
-        start_reproduction_run(client, 1)
+        start_flow_run(client, REPRODUCE_DEPLOYMENT, "a report waits")
         flow_runs.append(find_newest_flow_run(client, deployment))
         client.set_flow_run_state(flow_runs[-1].id, Scheduled(scheduled_time=make_time(days=1000)), force=True)
     assert flow_runs[0].id != flow_runs[1].id
@@ -80,10 +80,10 @@ def test_postponed_flow_run_is_replaced(client, deployment, monkeypatch):
 def test_failed_flow_run_is_retried_after_a_pause(client, deployment, monkeypatch):
     failed = client.create_flow_run_from_deployment(deployment)
     client.set_flow_run_state(failed.id, Failed(), force=True)
-    start_reproduction_run(client, 1)
+    start_flow_run(client, REPRODUCE_DEPLOYMENT, "a report waits")
     assert find_newest_flow_run(client, deployment).id == failed.id
-    monkeypatch.setattr(dispatcher, "REPRODUCTION_RETRY_PAUSE_S", 0.0)
-    start_reproduction_run(client, 1)
+    monkeypatch.setattr(dispatcher, "FLOW_RETRY_PAUSE_S", 0.0)
+    start_flow_run(client, REPRODUCE_DEPLOYMENT, "a report waits")
     assert find_newest_flow_run(client, deployment).id != failed.id
 
 

@@ -9,7 +9,8 @@ from typing import BinaryIO
 from yuan.data.encodings import find_foreign_encoding, find_wide_encoding
 from yuan.safe_files import LFS_POINTER_REASON, LFS_POINTER_START
 
-MAX_DATASET_LINES = 500_000
+MIN_MAX_LINES = 500_000  # that any file may have
+MIN_BYTES_PER_LINE = 64  # on average, of a file with more lines
 READ_CHUNK_BYTES = 2**20
 HEAD_BYTES = 2**16  # enough to recognize a format; the other bytes are not read
 ROW_EXAMPLE = '{"prompt": "...", "answer": "..."}'
@@ -78,9 +79,23 @@ def find_file_fault(file: BinaryIO) -> str | None:
         return reason
     file.seek(0)
     num_lines = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(READ_CHUNK_BYTES), b""))
-    if num_lines > MAX_DATASET_LINES:
-        return f"the file has {num_lines:,} lines, at most {MAX_DATASET_LINES:,} are taken; split it"
-    return None
+    return describe_excess_lines(num_lines, file.tell())
+
+
+def describe_excess_lines(num_lines: int, num_bytes: int) -> str | None:
+    """Say that a file has too many lines for its size, each of which may become a record; None if it has not.
+
+    >>> describe_excess_lines(500_001, 1_000_000)
+    'the file has 500,001 lines, at most 500,000 are taken; split it'
+    >>> describe_excess_lines(5_000_000, 5_000_000_000)
+    """
+    limit = compute_max_lines(num_bytes)
+    return f"the file has {num_lines:,} lines, at most {limit:,} are taken; split it" if num_lines > limit else None
+
+
+def compute_max_lines(num_bytes: int) -> int:
+    """Return the number of lines that a file of this size may have."""
+    return max(MIN_MAX_LINES, num_bytes // MIN_BYTES_PER_LINE)
 
 
 def describe_foreign_format(head: bytes) -> str | None:
