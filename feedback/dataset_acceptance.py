@@ -1,19 +1,18 @@
 """Accept checked datasets: find duplicates, choose the rows to hold out, and make cases of them."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import datetime
 
 from botocore.exceptions import ClientError
-from sqlalchemy import ARRAY, String, any_, func, insert, literal, select
+from sqlalchemy import func, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from feedback.cases import add_cases, compute_salted_fraction
-from feedback.datasets import UPLOADS_FOLDER, FetchObject, parse_stored_rows
+from feedback.datasets import UPLOADS_FOLDER, OpenObject
 from feedback.items import record_faulty_rows, record_item_fault
 from feedback.round_steps import ItemStep
+from feedback.row_staging import NumberedRows, StagedRow, stage_rows
 from feedback.states import AccountRole, CaseRole, DatasetPurpose, DatasetState, RowRole
 from feedback.tables import Contributor, Dataset, DatasetRow, transaction_time
 from feedback.withdrawal import get_suite_name, lock_datasets
@@ -21,7 +20,36 @@ from yuan.data.rows import Row
 
 MAX_HELD_OUT_ROWS_PER_DATASET = 1000
 MAX_HELD_OUT_ANSWERS_PER_PROMPT = 4  # per prompt and dataset
-INSERT_BATCH_ROWS = 5000
+CASE_BATCH_ROWS = 1000
+MAX_ROWS = 2**31 - 1  # of a dataset, whose row numbers are of this size
+
+# A row is a duplicate if an accepted dataset, or an earlier row of its own file, has its key. Of the others, those are
+# held out whose prompt's fraction is lowest: so a prompt is held out for all accounts or for none, whoever uploads it
+# and with however many answers, and no account can exclude more than the share of others' prompts from training.
+INSERT_ROWS = text(f"""
+    with judged as materialized (
+        select staged.*, row_number() over (partition by key order by number) > 1 or exists (
+            select from dataset_row join dataset on dataset.id = dataset_row.dataset_id
+            where dataset_row.key = staged.key and dataset.state = '{DatasetState.ACCEPTED}'
+        ) as is_duplicate
+        from staged_row staged
+    ), testable as (
+        select number, fraction, row_number() over (partition by split_key order by number) as answer
+        from judged where split_key is not null and not is_duplicate
+    ), held_out as (
+        select number from testable where answer <= :max_answers order by fraction, number limit :max_rows
+    )
+    insert into dataset_row (dataset_id, number, key, prompt_key, role)
+    select :dataset_id, number, key, prompt_key, case
+        when is_duplicate then '{RowRole.DUPLICATE}'
+        when held_out.number is not null then '{RowRole.HELD_OUT}'
+        else '{RowRole.TRAIN}' end
+    from judged left join held_out using (number)
+""")
+HELD_OUT_BODIES = text(f"""
+    select body from staged_row join dataset_row using (number)
+    where dataset_id = :dataset_id and role = '{RowRole.HELD_OUT}' order by number
+""")
 
 
 def find_checked_datasets(session: Session, cut_off: datetime) -> list[str]:
@@ -30,74 +58,68 @@ def find_checked_datasets(session: Session, cut_off: datetime) -> list[str]:
     return list(session.scalars(query.order_by(Dataset.created_at, Dataset.id)))
 
 
-@dataclass(frozen=True)
-class KeyedRow:
-    """A row of a stored file with its keys, which are hashes and so computed once.
-
-    Attributes:
-        number: its position in the file, from 0.
-        key: hash of its prompt and answer; a row with the key of an earlier one is a duplicate.
-        prompt_key: hash of its prompt.
-        split_key: coarser hash of its prompt, from which the choice of held-out prompts is derived.
-    """
-
-    number: int
-    row: Row
-    key: str
-    prompt_key: str
-    split_key: str
-
-
 def accept_dataset(
-    session: Session, dataset_id: str, fetch: FetchObject, salt: str, held_out_share: float, max_cases: int
+    session: Session, dataset_id: str, open_object: OpenObject, salt: str, held_out_share: float, max_cases: int
 ) -> None:
     """Assign a role to each row of a dataset: train, held out as a case, or duplicate of an earlier row.
 
     A row that an older release accepted and today's rules refuse gets no entry, and is named on the owner's timeline.
+    The stored file is read as a stream before the lock is taken; what follows is SQL.
 
     Args:
-        fetch: returns the bytes of an object by its key.
+        open_object: opens an object for reading by its key.
         salt: secret from which the choice of held-out prompts is derived.
         held_out_share: fraction of the checkable rows' prompts to hold out, in [0, 1].
         max_cases: the number of rows of one account that may be held out, except for suites and operators; the
             remaining rows are train rows.
     """
-    lock_datasets(session)
-    dataset = session.get_one(Dataset, dataset_id, with_for_update=True)
+    dataset = session.get_one(Dataset, dataset_id)
     if dataset.state != DatasetState.CHECKED:
         return
+    # Every checkable row of a suite is held out.
+    share = 1.0 if dataset.purpose == DatasetPurpose.SUITE else held_out_share
+    with open_object(f"{UPLOADS_FOLDER}/{dataset.sha256}") as stream:
+        rows = NumberedRows(stream)
+        with stage_rows(session, _make_staged_rows(rows, salt, share)):
+            lock_datasets(session)
+            session.refresh(dataset, with_for_update=True)
+            if dataset.state == DatasetState.CHECKED:
+                _accept_staged_rows(session, dataset, rows, max_cases)
 
-    stored = parse_stored_rows(fetch(f"{UPLOADS_FOLDER}/{dataset.sha256}"))
-    faults = [f"row {row.row}: {row.reason}" for row in stored.bad_rows.values()]
-    record_faulty_rows(session, dataset.id, ItemStep.ACCEPT, faults)
 
-    keyed = [KeyedRow(number, row, row.key, row.prompt_key, row.split_key) for number, row in stored.rows.items()]
-    duplicates = _find_duplicates(session, keyed)
-    testable = {
-        item.number: item.split_key
-        for item in keyed
-        if item.number not in duplicates and item.row.checker is not None and item.row.prompt
-    }
+def _make_staged_rows(rows: NumberedRows, salt: str, held_out_share: float) -> Iterator[StagedRow]:
+    """Compute the keys of rows, and the fractions of those that may be held out."""
+    for number, row in rows:
+        staged = StagedRow(number, row.key, row.prompt_key)
+        if row.checker is not None and row.prompt:
+            split_key = row.split_key
+            fraction = compute_salted_fraction(split_key, salt)
+            if fraction < held_out_share:
+                body = row.model_dump_json(exclude_none=True)
+                staged = StagedRow(number, staged.key, staged.prompt_key, split_key, fraction, body)
+        yield staged
+
+
+def _accept_staged_rows(session: Session, dataset: Dataset, rows: NumberedRows, max_cases: int) -> None:
+    faults = [f"row {row.row}: {row.reason}" for row in rows.bad_rows]
+    record_faulty_rows(session, dataset.id, ItemStep.ACCEPT, faults, num_faults=rows.num_bad)
+
+    limits: dict[str, int | None] = {"max_answers": MAX_HELD_OUT_ANSWERS_PER_PROMPT}
     if dataset.purpose == DatasetPurpose.SUITE:
-        held_out = set(testable)
+        limits |= {"max_answers": MAX_ROWS, "max_rows": None}
     else:
-        max_rows = _compute_held_out_limit(session, dataset, max_cases)
-        held_out = _draw_held_out_rows(testable, salt, held_out_share, max_rows)
+        limits["max_rows"] = _compute_held_out_limit(session, dataset, max_cases)
+    session.execute(INSERT_ROWS, {"dataset_id": dataset.id, **limits})
 
-    entries = []
-    for item in keyed:
-        if item.number in duplicates:
-            role = RowRole.DUPLICATE
-        else:
-            role = RowRole.HELD_OUT if item.number in held_out else RowRole.TRAIN
-        keys = {"key": item.key, "prompt_key": item.prompt_key}
-        entries.append({"dataset_id": dataset.id, "number": item.number, **keys, "role": role})
-    for start in range(0, len(entries), INSERT_BATCH_ROWS):
-        session.execute(insert(DatasetRow), entries[start : start + INSERT_BATCH_ROWS])
-
-    cases = [item.row for item in keyed if item.number in held_out]
-    add_cases(session, get_suite_name(dataset), cases, CaseRole.HELD_OUT)
-    dataset.num_duplicates += len(duplicates)
+    bodies = session.execute(
+        HELD_OUT_BODIES, {"dataset_id": dataset.id}, execution_options={"yield_per": CASE_BATCH_ROWS}
+    )
+    for batch in bodies.scalars().partitions(CASE_BATCH_ROWS):
+        cases = [Row.model_validate_json(body) for body in batch]
+        add_cases(session, get_suite_name(dataset), cases, CaseRole.HELD_OUT)
+    duplicates = select(func.count()).select_from(DatasetRow)
+    duplicates = duplicates.where(DatasetRow.dataset_id == dataset.id, DatasetRow.role == RowRole.DUPLICATE)
+    dataset.num_duplicates += session.scalars(duplicates).one()
     dataset.state, dataset.reason, dataset.decided_at = DatasetState.ACCEPTED, None, transaction_time()
 
 
@@ -111,26 +133,6 @@ def record_acceptance_failure(session: Session, dataset_id: str, error: Exceptio
         dataset.state, dataset.decided_at = DatasetState.REJECTED, transaction_time()
 
 
-def _draw_held_out_rows(prompts: Mapping[int, str], salt: str, held_out_share: float, max_rows: int) -> set[int]:
-    """Choose the numbers of the rows to hold out: those whose prompt's salted hash is below the share, lowest first.
-
-    So a prompt is held out for all accounts or for none, whoever uploads it and with however many answers, and no
-    account can exclude more than the share of other accounts' prompts from training.
-
-    Args:
-        prompts: split keys of the rows, by row number.
-        max_rows: upper limit of the number of rows.
-    """
-    fractions = {prompt: compute_salted_fraction(prompt, salt) for prompt in set(prompts.values())}
-    num_answers = Counter[str]()
-    drawn: list[int] = []
-    for number, prompt in sorted(prompts.items(), key=lambda row: (fractions[row[1]], row[0])):
-        if fractions[prompt] < held_out_share and num_answers[prompt] < MAX_HELD_OUT_ANSWERS_PER_PROMPT:
-            num_answers[prompt] += 1
-            drawn.append(number)
-    return set(drawn[:max_rows])
-
-
 def _compute_held_out_limit(session: Session, dataset: Dataset, max_cases: int) -> int:
     """Return the number of a dataset's rows that may be held out, by the limits per dataset and per account."""
     if session.get_one(Contributor, dataset.contributor_id).role == AccountRole.OPERATOR:
@@ -139,20 +141,3 @@ def _compute_held_out_limit(session: Session, dataset: Dataset, max_cases: int) 
     of_account = cases.where(Dataset.contributor_id == dataset.contributor_id, Dataset.state == DatasetState.ACCEPTED)
     remaining = max_cases - session.scalars(of_account).one()
     return max(0, min(MAX_HELD_OUT_ROWS_PER_DATASET, remaining))
-
-
-def _find_duplicates(session: Session, rows: Sequence[KeyedRow]) -> set[int]:
-    """Return the numbers of the rows that an accepted dataset, or an earlier one of these rows, has already."""
-    known = _find_accepted_keys(session, [item.key for item in rows])
-    duplicates: set[int] = set()
-    for item in rows:
-        if item.key in known:
-            duplicates.add(item.number)
-        known.add(item.key)
-    return duplicates
-
-
-def _find_accepted_keys(session: Session, keys: list[str]) -> set[str]:
-    query = select(DatasetRow.key).join(Dataset).where(Dataset.state == DatasetState.ACCEPTED)
-    query = query.where(DatasetRow.key == any_(literal(keys, ARRAY(String))))
-    return set(session.scalars(query))

@@ -117,19 +117,18 @@ def record_fault_reason(session: Session, subject: str, step: str, reason: str) 
 
 
 def record_faulty_rows(
-    session: Session, subject: str, step: str, faults: Sequence[str], num_faults: int | None = None
+    session: Session, subject: str, step: str, faults: Sequence[str], *, num_faults: int | None = None
 ) -> None:
     """Record once on an item's timeline which of its rows a step excluded and why, listing the first 20.
 
     Args:
-        faults: those of the rows, or of the first 20 at least.
-        num_faults: number of all of them; None: `faults` has all.
+        num_faults: number of excluded rows if `faults` has only the first ones.
     """
     if not faults:
         return
-    count = len(faults) if num_faults is None else num_faults
-    more = f"; and {count - MAX_NAMED_ROWS:,} more" if count > MAX_NAMED_ROWS else ""
-    summary = f"rows left out, {count:,}: {'; '.join(faults[:MAX_NAMED_ROWS])}"
+    num_faults = len(faults) if num_faults is None else num_faults
+    more = f"; and {num_faults - MAX_NAMED_ROWS:,} more" if num_faults > MAX_NAMED_ROWS else ""
+    summary = f"rows left out, {num_faults:,}: {'; '.join(faults[:MAX_NAMED_ROWS])}"
     reason = make_storable_text(summary, MAX_ITEM_REASON_CHARACTERS) + more
     record_new_fault_reasons(session, step, {subject: reason})
 

@@ -5,21 +5,44 @@ with the cases of its held-out rows. Until then its rows and cases keep their ol
 stay as they are, except of rows that the old rule took for duplicates.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from sqlalchemy import ARRAY, String, Table, any_, bindparam, exists, func, literal, select, update
+from sqlalchemy import CursorResult, RowMapping, Table, bindparam, exists, func, select, text, update
 from sqlalchemy.orm import Session
 
-from feedback.datasets import UPLOADS_FOLDER, FetchObject, parse_stored_rows
+from feedback.datasets import UPLOADS_FOLDER, OpenObject
 from feedback.items import process_each, record_item_fault
 from feedback.reports import get_or_add_report_case, make_report_row
 from feedback.round_steps import ItemStep
+from feedback.row_staging import NumberedRows, StagedRow, stage_rows
 from feedback.states import CaseRole, DatasetState, ReportState, RowRole
-from feedback.tables import REPORTS_SUITE, Case, Dataset, DatasetRow, Feedback
+from feedback.tables import REPORTS_SUITE, Case, Dataset, Feedback
 from feedback.withdrawal import get_suite_name, lock_datasets
 from yuan.data.rows import KEY_RULE, Row, make_prompt_key
 
 UPDATE_BATCH_ROWS = 5000
+# The rows of the file that have an entry; those that this release refuses are not staged, and others were refused then.
+HELD_OUT_KEYS = text(f"""
+    select dataset_row.key as old_key, staged.key as new_key, staged.prompt_key as new_prompt_key
+    from staged_row staged join dataset_row using (number)
+    where dataset_id = :dataset_id and role = '{RowRole.HELD_OUT}' order by number
+""")
+TRAIN_FORMER_DUPLICATES = text(f"""
+    update dataset_row set role = '{RowRole.TRAIN}'
+    from (
+        select number, role, row_number() over (partition by staged.key order by number) = 1 and not exists (
+            select from dataset_row other join dataset on dataset.id = other.dataset_id
+            where other.key = staged.key and state = '{DatasetState.ACCEPTED}' and key_rule = {KEY_RULE}
+        ) as is_first
+        from staged_row staged join dataset_row using (number) where dataset_id = :dataset_id
+    ) as judged
+    where dataset_row.dataset_id = :dataset_id and dataset_row.number = judged.number
+        and is_first and judged.role = '{RowRole.DUPLICATE}'
+""")
+UPDATE_KEYS = text("""
+    update dataset_row set key = staged.key, prompt_key = staged.prompt_key
+    from staged_row staged where dataset_id = :dataset_id and dataset_row.number = staged.number
+""")
 
 
 def find_outdated_datasets(session: Session) -> Sequence[str]:
@@ -29,44 +52,40 @@ def find_outdated_datasets(session: Session) -> Sequence[str]:
     return session.scalars(query.order_by(accepted_at, Dataset.created_at, Dataset.id)).all()
 
 
-def upgrade_dataset_keys(session: Session, dataset_id: str, fetch: FetchObject) -> None:
+def upgrade_dataset_keys(session: Session, dataset_id: str, open_object: OpenObject) -> None:
     """Recompute the keys of a dataset's rows and of its cases; call it in the order of acceptance.
 
     A row that the old rule took for a duplicate, and that equals no earlier row by the new one, becomes a train row. A
     row that this release refuses keeps its old key.
 
     Args:
-        fetch: returns the bytes of an object by its key.
+        open_object: opens an object for reading by its key.
     """
-    lock_datasets(session)
-    dataset = session.get_one(Dataset, dataset_id, with_for_update=True)
-    if dataset.state != DatasetState.ACCEPTED or dataset.key_rule >= KEY_RULE:
+    dataset = session.get_one(Dataset, dataset_id)
+    if not _is_outdated(dataset):
         return
-    rows = parse_stored_rows(fetch(f"{UPLOADS_FOLDER}/{dataset.sha256}")).rows
-    columns = (DatasetRow.number, DatasetRow.key, DatasetRow.role)
-    stored = session.execute(select(*columns).where(DatasetRow.dataset_id == dataset_id).order_by(DatasetRow.number))
+    with open_object(f"{UPLOADS_FOLDER}/{dataset.sha256}") as stream:
+        staged = (StagedRow(number, row.key, row.prompt_key) for number, row in NumberedRows(stream))
+        with stage_rows(session, staged):
+            lock_datasets(session)
+            session.refresh(dataset, with_for_update=True)
+            if _is_outdated(dataset):
+                _upgrade_staged_rows(session, dataset)
 
-    updates, held_out = [], []
-    for number, old_key, role in stored.all():
-        row = rows.get(number)
-        if row is None:
-            continue
-        keys = {"key": row.key, "prompt_key": row.prompt_key}
-        updates.append({"dataset_id": dataset_id, "number": number, "role": role, **keys})
-        if role == RowRole.HELD_OUT:
-            held_out.append({"old_key": old_key, "new_key": row.key, "new_prompt_key": row.prompt_key})
 
-    earlier_keys = _find_upgraded_keys(session, [str(values["key"]) for values in updates])
-    for values in updates:
-        if values["role"] == RowRole.DUPLICATE and values["key"] not in earlier_keys:
-            values["role"] = RowRole.TRAIN
-            dataset.num_duplicates -= 1
-        earlier_keys.add(str(values["key"]))
+def _is_outdated(dataset: Dataset) -> bool:
+    return dataset.state == DatasetState.ACCEPTED and dataset.key_rule < KEY_RULE
 
-    for start in range(0, len(updates), UPDATE_BATCH_ROWS):
-        session.execute(update(DatasetRow), updates[start : start + UPDATE_BATCH_ROWS])
-    if held_out:
-        _replace_case_keys(session, get_suite_name(dataset), held_out)
+
+def _upgrade_staged_rows(session: Session, dataset: Dataset) -> None:
+    parameters = {"dataset_id": dataset.id}
+    held_out = session.execute(HELD_OUT_KEYS, parameters, execution_options={"yield_per": UPDATE_BATCH_ROWS})
+    for batch in held_out.mappings().partitions(UPDATE_BATCH_ROWS):
+        _replace_case_keys(session, get_suite_name(dataset), batch)
+    trained = session.execute(TRAIN_FORMER_DUPLICATES, parameters)
+    assert isinstance(trained, CursorResult), "an update has a number of rows"
+    dataset.num_duplicates -= trained.rowcount
+    session.execute(UPDATE_KEYS, parameters)
     dataset.key_rule = KEY_RULE
 
 
@@ -75,13 +94,7 @@ def record_upgrade_failure(session: Session, dataset_id: str, error: Exception) 
     record_item_fault(session, dataset_id, ItemStep.ACCEPT, error)
 
 
-def _find_upgraded_keys(session: Session, keys: Sequence[str]) -> set[str]:
-    query = select(DatasetRow.key).join(Dataset)
-    query = query.where(Dataset.state == DatasetState.ACCEPTED, Dataset.key_rule == KEY_RULE)
-    return set(session.scalars(query.where(DatasetRow.key == any_(literal(list(keys), ARRAY(String))))))
-
-
-def _replace_case_keys(session: Session, suite: str, keys: Sequence[Mapping[str, str]]) -> None:
+def _replace_case_keys(session: Session, suite: str, keys: Sequence[RowMapping]) -> None:
     """Give the cases of held-out rows their new keys, except where another case of the suite has the key already."""
     case = Case.__table__
     assert isinstance(case, Table), "a mapped class has a table"

@@ -103,7 +103,7 @@ def _accept_datasets(context: Context, cut_off: datetime) -> ItemCounts:
         dataset_ids = find_checked_datasets(session, cut_off)
 
     def accept(session: Session, dataset_id: str) -> None:
-        accept_dataset(session, dataset_id, context.objects.get, context.salt, held_out_share, max_cases)
+        accept_dataset(session, dataset_id, context.objects.open_stream, context.salt, held_out_share, max_cases)
 
     return _process_datasets(context, dataset_ids, accept, record_acceptance_failure)
 
@@ -115,7 +115,7 @@ def upgrade_keys(context: Context) -> ItemCounts:
         dataset_ids = find_outdated_datasets(session)
 
     def upgrade(session: Session, dataset_id: str) -> None:
-        upgrade_dataset_keys(session, dataset_id, context.objects.get)
+        upgrade_dataset_keys(session, dataset_id, context.objects.open_stream)
 
     datasets = _process_datasets(context, dataset_ids, upgrade, record_upgrade_failure)
     if datasets.num_items:

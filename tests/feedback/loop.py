@@ -81,7 +81,7 @@ def upload(session, objects, reporter, rows, purpose="mixture", max_cases=MAX_CA
         file=datasets.check_file(io.BytesIO(data)),
         sha256=sha256,
     )
-    accept_dataset(session, dataset.id, objects.get, SALT, SHARE, max_cases)
+    accept_dataset(session, dataset.id, objects.open_stream, SALT, SHARE, max_cases)
     session.flush()
     return dataset
 

@@ -258,7 +258,7 @@ def test_rows_that_current_validation_refuses_are_excluded_and_reported(session,
         sha256=sha256,
     )
     objects.put(f"{datasets.UPLOADS_FOLDER}/{sha256}", data.replace(b"older 1", b" "))
-    accept_dataset(session, dataset.id, objects.get, SALT, 0.0, MAX_CASES)
+    accept_dataset(session, dataset.id, objects.open_stream, SALT, 0.0, MAX_CASES)
     refused = data.replace(b"older 1", b" ").replace(b"older 3", b" ")
     dataset.sha256 = objects.put_by_sha256(datasets.UPLOADS_FOLDER, refused)
     snapshot_id, stored = freeze_mixture(session, objects)

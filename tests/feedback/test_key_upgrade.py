@@ -59,7 +59,7 @@ def test_upgraded_rows_have_the_keys_and_roles_of_a_new_upload(session, objects,
     store_as_older_release(session, objects, dataset)
     assert dataset.num_duplicates == 1 and find_outdated_datasets(session) == [dataset.id]
 
-    upgrade_dataset_keys(session, dataset.id, objects.get)
+    upgrade_dataset_keys(session, dataset.id, objects.open_stream)
     session.flush()
     session.expire_all()
     assert read_rows(session, dataset) == before and dataset.num_duplicates == 0
@@ -71,7 +71,7 @@ def test_upgraded_rows_have_the_keys_and_roles_of_a_new_upload(session, objects,
 def test_held_out_case_is_withdrawn_with_its_dataset_after_the_upgrade(session, objects, reporter):
     dataset = upload(session, objects, reporter, make_checked_rows("Upper", 100))
     store_as_older_release(session, objects, dataset)
-    upgrade_dataset_keys(session, dataset.id, objects.get)
+    upgrade_dataset_keys(session, dataset.id, objects.open_stream)
     session.flush()
     withdraw_dataset(session, reporter, dataset.id, "test")
     assert None not in session.scalars(select(Case.withdrawn_at)).all()
@@ -88,7 +88,7 @@ def test_rows_of_a_later_dataset_are_compared_with_upgraded_ones(session, object
     second.decided_at = first.decided_at + timedelta(seconds=1)
     session.flush()
     for dataset_id in find_outdated_datasets(session):
-        upgrade_dataset_keys(session, dataset_id, objects.get)
+        upgrade_dataset_keys(session, dataset_id, objects.open_stream)
     session.expire_all()
     assert second.num_duplicates == 10 and [row.role for row in read_rows(session, second)].count("duplicate") == 10
 
@@ -99,7 +99,7 @@ def test_dataset_without_its_bytes_keeps_its_keys(session, objects, reporter):
     before = read_rows(session, dataset)
     objects.delete(f"{UPLOADS_FOLDER}/{dataset.sha256}")
     with pytest.raises(ClientError):
-        upgrade_dataset_keys(session, dataset.id, objects.get)
+        upgrade_dataset_keys(session, dataset.id, objects.open_stream)
     assert read_rows(session, dataset) == before and dataset.key_rule == 1
 
 

@@ -227,7 +227,7 @@ def test_stored_rows_that_current_validation_refuses_are_excluded(session, objec
     dataset.sha256 = objects.put_by_sha256(datasets.UPLOADS_FOLDER, data)
     again = upload(session, objects, reporter, [Row(prompt="q", answer="a")])
     again.sha256, again.state = dataset.sha256, "checked"
-    accept_dataset(session, dataset.id, objects.get, SALT, SHARE, MAX_CASES)
+    accept_dataset(session, dataset.id, objects.open_stream, SALT, SHARE, MAX_CASES)
     _, snapshot = freeze_mixture(session, objects)
     assert [row.prompt for row in parse_rows(snapshot)] == ["p0", "p2"]
 

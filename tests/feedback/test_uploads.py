@@ -26,7 +26,8 @@ from tests.serving import serve_app
 from tests.waiting import wait_until
 
 ROW = b'{"prompt": "%d", "answer": "%s"}\n'
-TWO_PARTS = b"".join(ROW % (number, b"x" * 1000) for number in range(17_000))
+NUM_ROWS = 1_200
+TWO_PARTS = b"".join(ROW % (number, b"x" * 15_000) for number in range(NUM_ROWS))
 PUSH = "import sys; from pathlib import Path; from feedback.client import Client\n"
 PUSH += "with Client(sys.argv[1], sys.argv[2]) as client: print(client.push_dataset(Path(sys.argv[3]), wait=False).id)"
 
@@ -82,7 +83,7 @@ def test_large_file_is_sent_in_parts_checked_and_stored_under_its_sha256(client,
     progress = []
     with keep_checking(check):
         dataset = client.push_dataset(file, report_progress=progress.append)
-    assert (dataset.state, dataset.num_rows, dataset.num_bytes) == ("checked", 17_000, len(TWO_PARTS))
+    assert (dataset.state, dataset.num_rows, dataset.num_bytes) == ("checked", NUM_ROWS, len(TWO_PARTS))
     assert dataset.num_received_bytes == dataset.num_checked_bytes == len(TWO_PARTS) and dataset.progress is None
     assert [event.text.partition(":")[0] for event in dataset.timeline] == ["upload begun", "uploaded", "checked"]
     assert dataset.sha256 == hashlib.sha256(TWO_PARTS).hexdigest()
@@ -131,19 +132,30 @@ def test_two_processes_that_push_one_file_make_one_dataset(url, account, file, c
 
 
 def test_address_accepts_only_the_announced_bytes(portal, account):
-    first, second = cut(TWO_PARTS)
-    upload = begin(portal, account.headers, TWO_PARTS).json()
-    address, other = presign(portal, account.headers, upload["id"], {1: first, 2: second}).json()["parts"]
-    assert put(address, first[:-1] + b"?").status_code == 400
-    unsized = {**address, "headers": {"x-amz-checksum-sha256": address["headers"]["x-amz-checksum-sha256"]}}
-    assert put(unsized, first + b"?").status_code == 403
-    assert put(unsized, first[:-1]).status_code == 403
-    assert put({**address, "headers": other["headers"]}, second).status_code == 403
-    assert httpx.put(address["url"], content=first, headers={"Content-Length": str(len(first))}).status_code == 403
+    data = ROW % (0, b"z")
+    upload = begin(portal, account.headers, data).json()
+    (address,) = presign(portal, account.headers, upload["id"], {1: data}).json()["parts"]
+    (other,) = presign(portal, account.headers, upload["id"], {1: data[::-1]}).json()["parts"]
+    assert put(address, data[:-1] + b"?").status_code == 400
+    checksum = {"x-amz-checksum-sha256": address["headers"]["x-amz-checksum-sha256"]}
+    unsized = {**address, "headers": checksum}
+    assert put(unsized, data + b"?").status_code == 403
+    assert put(unsized, data[:-1]).status_code == 403
+    assert put({**address, "headers": other["headers"]}, data[::-1]).status_code == 403
+    assert httpx.put(address["url"], content=data).status_code == 403
+    assert "1 are missing: 1; send" in complete(portal, account.headers, upload["id"]).json()["error"]["message"]
+    assert put(address, data).status_code == 200
+    assert complete(portal, account.headers, upload["id"]).status_code == 200
+
+
+def test_upload_with_missing_parts_is_not_completed(portal, account):
+    upload = begin(portal, account.headers, b"", num_bytes=7 * PART_BYTES).json()
+    first = b"1" * PART_BYTES
+    send(portal, account.headers, upload["id"], {2: first})
     refused = complete(portal, account.headers, upload["id"])
-    assert refused.status_code == 409 and "2 are missing: 1, 2; send them" in refused.json()["error"]["message"]
-    send(portal, account.headers, upload["id"], {1: first})
-    assert "1 are missing: 2" in complete(portal, account.headers, upload["id"]).json()["error"]["message"]
+    assert refused.status_code == 409
+    assert "of the 7 parts" in refused.json()["error"]["message"]
+    assert "6 are missing: 1, 3, 4, 5, 6 and 1 more; send them" in refused.json()["error"]["message"]
 
 
 def test_completing_twice_returns_the_same_record(portal, account, check):
@@ -172,6 +184,7 @@ def test_completion_that_was_not_recorded_is_recorded_by_the_next_request(portal
     assert read(portal, account, upload["id"])["state"] == "checked"
 
 
+@pytest.mark.slow
 def test_parts_that_the_store_has_lost_are_sent_again(portal, account, objects, client, file, check):
     upload = begin(portal, account.headers, TWO_PARTS).json()
     send(portal, account.headers, upload["id"], {1: cut(TWO_PARTS)[0]})
@@ -318,13 +331,14 @@ def test_file_that_changes_while_it_is_sent_is_reported(client, file):
         client.push_dataset(file, report_progress=change)
 
 
+@pytest.mark.slow
 def test_file_of_a_client_that_cannot_reach_the_store_is_sent_in_one_request(
     stores, engine, objects, account, file, first_version
 ):
     app = make_app(stores.model_copy(update={"s3_public_endpoint": "http://127.0.0.1:9"}), engine, objects)
     with serve_app(app) as url, Client(url, account.token) as client:
         dataset = client.push_dataset(file)
-        assert (dataset.state, dataset.num_rows) == ("checked", 17_000)
+        assert (dataset.state, dataset.num_rows) == ("checked", NUM_ROWS)
         assert sorted(dataset.state for dataset in client.all_datasets()) == ["checked", "withdrawn"]
 
 
