@@ -313,7 +313,7 @@ def _record_faults(session: Session, plan: MixturePlan, state: _FreezeState) -> 
             num_faults[dataset_id] += fault.count
             reasons[dataset_id] += fault.reasons
     for dataset_id, count in num_faults.items():
-        record_faulty_rows(session, dataset_id, ItemStep.SNAPSHOT, reasons[dataset_id], count)
+        record_faulty_rows(session, dataset_id, ItemStep.SNAPSHOT, reasons[dataset_id], num_faults=count)
 
     is_faulty = Feedback.case_id == any_(literal(list(correction_reasons), ARRAY(String)))
     owners = session.execute(select(Feedback.id, Feedback.case_id).where(is_faulty)).all()
@@ -374,7 +374,7 @@ def record_excluded_rows(session: Session, step: ItemStep, reasons: Mapping[str,
             faults[subject].add(number, fault)
     for subject, subject_faults in faults.items():
         named = [fault for _, fault in subject_faults.first]
-        record_faulty_rows(session, subject, step, named, subject_faults.count)
+        record_faulty_rows(session, subject, step, named, num_faults=subject_faults.count)
 
 
 def _find_excluded(session: Session, keys: Sequence[str], reasons: Mapping[str, str]) -> Iterator[tuple[str, int, str]]:
