@@ -99,3 +99,16 @@ def test_migration_0010_marks_stored_keys_as_of_the_first_rule(migrate):
     rules = connection.execute(text('select key_rule from dataset union all select key_rule from "case"'))
     assert rules.scalars().all() == [1, 1, 1]
     move("0009", command.downgrade)
+
+
+def test_migration_0015_keeps_runs_and_adds_their_states_in_both_directions(migrate):
+    move, connection = migrate
+    move("0007")
+    connection.execute(text(OLD_RECORDS))
+    move("0015")
+    connection.execute(text("update training_run set started_from = 'fp32 masters of v6'"))
+    state = "insert into training_state (run_id, step, num_bytes, has_moments) values ('u', 20, 5000000000, true)"
+    connection.execute(text(state))
+    assert connection.execute(text("select ended_at, cleared_at from training_state")).all() == [(None, None)]
+    move("0011", command.downgrade)
+    assert connection.execute(text("select id from training_run")).all() == [("u",)]

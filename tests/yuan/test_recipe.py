@@ -73,6 +73,10 @@ def make_recipe(**sections):
             ("weight_decay", 'state = "parent"\nweight_decay'),
             "optimizer.state: must be fresh unless run.kind is continue and model.weights is parent, got finetune",
         ),
+        (
+            ("[optimizer]", "[checkpoints]\nevery_steps = 20\nstore_every_steps = 10\n[optimizer]"),
+            "checkpoints.store_every_steps: must not be below every_steps 20, got 10; raise it",
+        ),
         (("weight_decay", 'state = "old"\nweight_decay'), "optimizer.state: must be 'fresh' or 'parent', got 'old'"),
         (("[length]", "[length"), "must be TOML: "),
         (("[length]", "[[length]]"), "length must be one table [length], got list; correct it"),

@@ -25,6 +25,7 @@ from yuan.train.checkpoint_manifest import (
     CHECKPOINT_PREFIX,
     MANIFEST_DAMAGE,
     CheckpointManifest,
+    find_best_checkpoint,
     find_differences,
     format_checkpoint_name,
     format_differences,
@@ -265,10 +266,8 @@ class CheckpointStore:
         committed = list(list_committed_checkpoints(self.folder))
         kept = set(committed[-self.keep :])
 
-        manifests = {path: manifest for path in committed if (manifest := read_manifest(path)) is not None}
-        losses = {path: manifest.loss for path, manifest in manifests.items() if manifest.loss is not None}
-        if losses:
-            kept.add(min(losses, key=lambda path: losses[path]))
+        if (best := find_best_checkpoint(self.folder)) is not None:
+            kept.add(best)
 
         if self.rollback_step is not None:
             kept |= set([path for path in committed if parse_step(path) <= self.rollback_step][-1:])

@@ -20,6 +20,7 @@ from yuan.safe_files import replace_folder
 from yuan.train.checkpoint.dcp import TensorSlice, read_slices
 from yuan.train.checkpoint_manifest import (
     MANIFEST_DAMAGE,
+    find_best_checkpoint,
     find_damage,
     list_committed_checkpoints,
     read_manifest,
@@ -72,11 +73,10 @@ def find_checkpoint(folder: RunFolder, name: str) -> Path:
         if (manifest := read_manifest(path)) is not None
     }
     path_by_step = {str(manifest.step): path for path, manifest in manifests.items()}
-    losses = {path: manifest.loss for path, manifest in manifests.items() if manifest.loss is not None}
     if name == "last" and manifests:
         return max(manifests, key=lambda path: manifests[path].step)
-    if name == "best" and losses:
-        return min(losses, key=lambda path: losses[path])
+    if name == "best" and (best := find_best_checkpoint(folder.checkpoints)) is not None:
+        return best
     if name in path_by_step:
         return path_by_step[name]
     steps = ", ".join(path_by_step) or "none"
