@@ -36,7 +36,7 @@ ASSUMED_COPY_GB_S = 2.0  # from one device to main memory, during which training
 FORWARD_SHARE = 1 / 3  # of a step's compute, which a validation runs alone
 CACHED_VERSIONS = 2  # that serving and evaluation hold on disk: the champion and a candidate
 COPY_TERM = "checkpoint_copy"  # of a node's main memory
-KEPT_MASTERS = 3  # versions whose masters the store holds: the champion and those of two promotions before
+KEPT_STATES = 2  # versions whose masters, or masters and moments, the store holds: the champion and the one before
 
 RateSource = Literal["calibrated", "data sheets"]
 
@@ -432,7 +432,9 @@ def _estimate_disk(
     return {
         "checkpoints": count_kept_checkpoints(recipe) * STATE_BYTES * parameters,
         "parent": version_bytes * has_parent,
-        "parent_masters": MASTER_BYTES * parameters * has_parent,
+        "parent_masters": (STATE_BYTES if recipe.optimizer.state == "parent" else MASTER_BYTES)
+        * parameters
+        * has_parent,
         "export": version_bytes,
         "token_files": int(windows / epochs * (recipe.data.seq_len + 1) * BYTES_PER_TOKEN),
         "cached_versions": CACHED_VERSIONS * version_bytes,
@@ -452,11 +454,12 @@ def _check_disk(pool: Pool, terms: Mapping[str, int], problems: list[str]) -> No
 
 def _estimate_store(recipe: Recipe, model: ModelConfig, data: DataSize | None, version_bytes: int) -> dict[str, int]:
     kept_while_running = KEEP_CHECKPOINTS + (recipe.validation.share > 0)
+    kept_bytes = MASTER_BYTES if recipe.run.kind == "finetune" else STATE_BYTES
     return {
         "snapshot": 0 if data is None else data.num_stored_bytes,
         "checkpoints": kept_while_running * STATE_BYTES * model.num_parameters,
         "version": version_bytes,
-        "masters": KEPT_MASTERS * MASTER_BYTES * model.num_parameters,
+        "masters": KEPT_STATES * kept_bytes * model.num_parameters,
     }
 
 

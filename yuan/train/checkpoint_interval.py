@@ -18,8 +18,8 @@ def compute_save_pause_s(cost_s: float, write_s: float) -> float:
         cost_s: seconds that training loses by one.
         write_s: seconds until its files are written, before which the next one would wait.
 
-    >>> compute_save_pause_s(2.5, 40.0), compute_save_pause_s(0.0, 90.0), compute_save_pause_s(0.0, 0.1)
-    (50.0, 90.0, 60.0)
+    >>> compute_save_pause_s(5.0, 40.0), compute_save_pause_s(0.0, 90.0), compute_save_pause_s(0.0, 0.1)
+    (100.0, 90.0, 60.0)
     """
     return max(cost_s / MAX_SAVING_SHARE, write_s, MIN_SAVE_PAUSE_S)
 
