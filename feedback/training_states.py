@@ -7,17 +7,27 @@ and the version before it. A run whose round ended without a promotion keeps not
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from feedback.accounts import audit
 from feedback.states import RoundState
-from feedback.tables import ModelVersion, Promotion, Round, TrainingRun, TrainingState, transaction_time
+from feedback.tables import (
+    ModelVersion,
+    Promotion,
+    Round,
+    TrainingRun,
+    TrainingState,
+    read_transaction_time,
+    transaction_time,
+)
 
 NUM_KEPT_PROMOTIONS = 2
 ENDED_ROUND_STATES = (RoundState.PROMOTED, RoundState.REJECTED, RoundState.FAILED, RoundState.CANCELLED)
 MAX_END_REASON_CHARACTERS = 500
+CLEAR_AFTER = timedelta(hours=1)
 # Why nothing is kept, as it follows the word "masters".
 SUPERSEDED_REASON = "were deleted after two promotions"
 NOT_PROMOTED_REASON = "were deleted, since its round ended without a promotion"
@@ -135,9 +145,22 @@ def list_uncleared_states(session: Session) -> Sequence[TrainingState]:
     return session.scalars(query).all()
 
 
-def mark_cleared(session: Session, state: TrainingState, num_deleted: int, actor: str) -> None:
-    """Record that the store has nothing of a run but what is kept, unless the state has ended meanwhile."""
+def record_deletion(session: Session, state: TrainingState, num_deleted: int, actor: str) -> None:
+    """Record that objects of a run's checkpoints were deleted."""
+    kept = state.end_reason is None
+    audit(session, actor, "checkpoints deleted", state.run_id, objects=num_deleted, kept=kept)
+
+
+def mark_cleared(session: Session, state: TrainingState) -> None:
+    """Record that the store has nothing of a run but what is kept.
+
+    Nothing is recorded within CLEAR_AFTER of the round's end, since an upload that was in progress may still add
+    objects, nor if the state has ended meanwhile.
+    """
+    ended = select(Round.finished_at).join(TrainingRun, TrainingRun.round_id == Round.id)
+    finished_at = session.scalar(ended.where(TrainingRun.id == state.run_id))
+    if finished_at is not None and read_transaction_time(session) - finished_at < CLEAR_AFTER:
+        return
     stored = session.get_one(TrainingState, state.run_id, with_for_update=True)
     if stored.ended_at == state.ended_at:
         stored.cleared_at = transaction_time()
-        audit(session, actor, "checkpoints deleted", state.run_id, objects=num_deleted, kept=stored.end_reason is None)

@@ -31,7 +31,10 @@ def delete_unneeded_checkpoints(context: DispatcherContext) -> int:
         kept_name = format_checkpoint_name(state.step) if is_kept and state.step is not None else None
         num_objects = delete_unneeded_objects(context.objects, state.run_id, kept_name, with_moments=state.has_moments)
         with context.sessions.begin() as session:
-            training_states.mark_cleared(session, state, num_objects, CLEANUP_ACTOR)
+            if num_objects:
+                training_states.record_deletion(session, state, num_objects, CLEANUP_ACTOR)
+            else:
+                training_states.mark_cleared(session, state)
         num_deleted += num_objects
     if num_deleted:
         log.info("deleted %d objects of checkpoints of %d runs", num_deleted, len(states))

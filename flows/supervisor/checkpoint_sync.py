@@ -49,6 +49,10 @@ class RefusedCheckpoint:
     manifest_sha256: str
 
 
+class UploadStopped(Exception):
+    """An upload is given up, since the run has ended."""
+
+
 class CheckpointUploader:
     """Upload checkpoints of one run at an interval: the newest one and, if the run exports its best, the best so far.
 
@@ -72,8 +76,8 @@ class CheckpointUploader:
         self._next_upload_at = 0.0  # of the monotonic clock, for a chosen interval
         self._last_step: int | None = None  # that was uploaded; None: ask the store
 
-    def upload_due(self) -> None:
-        """Upload what is due while the run trains.
+    def upload_due(self, is_stopped: Callable[[], bool] = lambda: False) -> None:
+        """Upload what is due while the run trains; give up between two files when the run has ended.
 
         Raises:
             BotoCoreError, ClientError: if the object store does not answer.
@@ -93,7 +97,7 @@ class CheckpointUploader:
             return
         names = {format_checkpoint_name(newest_step)}
         best = find_best_checkpoint(self._folder.checkpoints) if self._exports_best else None
-        self._upload(names if best is None else {*names, best.name})
+        self._upload(names if best is None else {*names, best.name}, is_stopped)
         self._last_step = newest_step
 
     def upload_last(self) -> None:
@@ -104,12 +108,13 @@ class CheckpointUploader:
             OSError: if files cannot be read.
         """
         step = self._folder.read_exported_step()
-        self._upload({format_checkpoint_name(self._folder.newest_step() if step is None else step)})
+        name = format_checkpoint_name(self._folder.newest_step() if step is None else step)
+        self._upload({name}, lambda: False)
 
-    def _upload(self, names: set[str]) -> None:
+    def _upload(self, names: set[str], is_stopped: Callable[[], bool]) -> None:
         start = time.monotonic()
         uploaded_names = sync_checkpoints(
-            self._objects, self._run_id, self._folder, self._refused, lambda name: name in names
+            self._objects, self._run_id, self._folder, self._refused, lambda name: name in names, is_stopped
         )
         seconds = time.monotonic() - start
         pause_s = 0.0 if self._every_steps is not None else seconds * (1 / MAX_SAVING_SHARE - 1)
@@ -127,7 +132,7 @@ def upload_in_background(uploader: CheckpointUploader) -> Iterator[None]:
 
     def upload_until_stopped() -> None:
         while not stop.wait(CHECKPOINT_UPLOAD_POLL_S):
-            _tolerate_outage(uploader.upload_due)
+            _tolerate_outage(lambda: uploader.upload_due(stop.is_set))
 
     thread = threading.Thread(target=upload_until_stopped, daemon=True, name="uploads")
     thread.start()
@@ -145,6 +150,7 @@ def sync_checkpoints(
     folder: RunFolder,
     refused: set[RefusedCheckpoint] | None = None,
     is_due: Callable[[str], bool] = lambda name: True,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> list[str]:
     """Upload the folder's checkpoints that are due, and delete older ones; manifests go last and are deleted first.
 
@@ -154,6 +160,7 @@ def sync_checkpoints(
     Args:
         refused: collects checkpoints whose files differ from their manifest; these are not retried.
         is_due: returns True for the names of those to upload.
+        is_stopped: returns True if the upload is to be given up, before its next file.
     """
     refused = set() if refused is None else refused
     stored_names = list_stored_checkpoints(objects, run_id)
@@ -170,8 +177,10 @@ def sync_checkpoints(
                 if objects.get(make_checkpoint_key(run_id, name, CHECKPOINT_MANIFEST_FILE)) == manifest:
                     continue
                 delete_stored_checkpoint(objects, run_id, name)  # of a trajectory that a roll back has discarded
-            if _upload_checkpoint(objects, run_id, folder, name, manifest):
+            if _upload_checkpoint(objects, run_id, folder, name, manifest, is_stopped):
                 uploaded_names.append(name)
+        except UploadStopped:
+            return uploaded_names
         except FileNotFoundError:  # the run has pruned it meanwhile
             continue
         # Damaged, or not written by our ranks; the other checkpoints are uploaded.
@@ -193,14 +202,24 @@ def sync_checkpoints(
     return uploaded_names
 
 
-def _upload_checkpoint(objects: ObjectStore, run_id: str, folder: RunFolder, name: str, manifest: bytes) -> bool:
+def _upload_checkpoint(
+    objects: ObjectStore,
+    run_id: str,
+    folder: RunFolder,
+    name: str,
+    manifest: bytes,
+    is_stopped: Callable[[], bool],
+) -> bool:
     """Upload a checkpoint's files, then its manifest; return False if the run has replaced the checkpoint meanwhile.
 
     Raises:
+        UploadStopped: if `is_stopped` says so before the last file.
         FileNotFoundError: if the run has pruned it meanwhile.
         NotRegularFileError, ValueError: if it is damaged, or was not written by our ranks.
     """
     for file_name, digest in parse_stored_manifest(manifest, name).files.items():
+        if is_stopped():
+            raise UploadStopped
         with os.fdopen(open_file(folder.path, f"checkpoints/{name}/{file_name}"), "rb") as stream:
             objects.put_file(make_checkpoint_key(run_id, name, file_name), stream, digest.num_bytes, digest.sha256)
 

@@ -121,6 +121,21 @@ def test_last_checkpoint_is_uploaded_before_background_upload_exits(objects, run
     assert list_stored_steps(folder) == [7]
 
 
+def test_upload_is_given_up_between_files_when_the_run_has_ended(objects, run_id, tmp_path):
+    folder = RunFolder(tmp_path)
+    path = write_checkpoint(folder, 7)
+    (path / "__1_0.distcp").write_bytes(b"more")
+    files = {"__0_0.distcp": digest_content(b"weights"), "__1_0.distcp": digest_content(b"more")}
+    (path / "manifest.json").write_bytes(make_manifest(7, files))
+    checks = iter([False, True])
+    uploader = make_uploader(objects, run_id, folder)
+    uploader.upload_due(lambda: next(checks))
+    assert list_stored_steps(folder) == []
+    assert objects.list_keys(f"checkpoints/{run_id}/") == [f"checkpoints/{run_id}/step-00000007/__0_0.distcp"]
+    uploader.upload_last()
+    assert list_stored_steps(folder) == [7] and len(objects.list_keys(f"checkpoints/{run_id}/")) == 3
+
+
 def test_exported_checkpoint_of_a_finished_run_is_uploaded_last(objects, run_id, tmp_path):
     folder = RunFolder(tmp_path)
     for step in (7, 9):

@@ -15,7 +15,7 @@ from feedback import rounds, training_states
 from feedback.contracts import RoundParameters
 from feedback.platform_facts import read_platform_facts
 from feedback.states import RoundState
-from feedback.tables import AuditEvent, Promotion, TrainingState, new_id
+from feedback.tables import AuditEvent, Promotion, Round, TrainingRun, TrainingState, new_id
 from flows.context import Context
 from flows.dispatcher.checkpoint_cleanup import delete_unneeded_checkpoints
 from flows.recipe_files import load_recipe
@@ -183,6 +183,22 @@ def test_deletion_that_was_interrupted_is_completed(context, finish_run):
     client.create_multipart_upload(Bucket=context.objects.bucket, Key=key)  # of an attempt that was killed
     assert delete_unneeded_checkpoints(context) == len(FILES)
     assert not list_objects(context, first) and context.objects.find_unfinished_upload(key) is None
+
+
+def test_objects_that_an_upload_adds_after_the_end_of_a_round_are_deleted_too(context, finish_run):
+    run_id = finish_run(1, promoted=False)
+    delete_unneeded_checkpoints(context)
+    context.objects.put(f"checkpoints/{run_id}/step-00000010/__0_0.distcp", WEIGHTS)
+    assert delete_unneeded_checkpoints(context) == 1 and not list_objects(context, run_id)
+    with context.sessions.begin() as session:
+        state = session.get_one(TrainingState, run_id)
+        assert state.cleared_at is None
+        training_round = session.get_one(TrainingRun, run_id).round_id
+        session.get_one(Round, training_round).finished_at -= 2 * training_states.CLEAR_AFTER
+    delete_unneeded_checkpoints(context)
+    with context.sessions() as session:
+        assert session.get_one(TrainingState, run_id).cleared_at is not None
+        assert training_states.list_uncleared_states(session) == []
 
 
 def test_masters_are_fetched_without_moments_unless_the_recipe_continues_with_them(context, finish_run, start_run):
