@@ -65,6 +65,9 @@ class ModelSection(Section):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         default="auto", description="of training; auto: bf16 if every device class of the pool is fast at it"
     )
+    version_dtype: Literal["bf16", "fp32"] = Field(
+        default="bf16", description="of the version's weights, rounded once from the fp32 that training keeps"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -135,6 +135,7 @@ def prepare_run_folder(context: Context, round_id: str) -> PipelinePlan:
         seed=inputs.seed,
         parent=None if parent_version is None else f"v{parent_version}",
         parent_state=start.state,
+        version_dtype=recipe.model.version_dtype,
     )
     reasons = encoder.exclusion_reasons
     with context.sessions.begin() as session:

@@ -8,12 +8,13 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch.nn import functional as F
 
-from tests.yuan.published import load_hf_tensors
-from yuan.config import yuan_2b, yuan_51b, yuan_102b
+from tests.yuan.published import load_hf_tensors, write_published_model
+from yuan.config import mini, yuan_2b, yuan_51b, yuan_102b
 from yuan.model import hf_layout, weights
-from yuan.model.convert import export_hf, import_hf
+from yuan.model.convert import copy_model, export_hf, import_hf
 from yuan.model.transformer import Yuan
 
 
@@ -67,6 +68,41 @@ def test_a_round_trip_is_bit_equal(model_folder, published_folder, tmp_path):
     for (name, one), (_, other) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(one, other), name
     assert weights.load_tokenizer(tmp_path / "ours").model == weights.load_tokenizer(model_folder).model
+
+
+def test_published_weights_of_mini_are_bit_equal_after_a_round_trip_through_a_version(tmp_path):
+    published = write_published_model(tmp_path / "published", mini())
+    import_hf(published, tmp_path / "imported")
+    copy_model(tmp_path / "imported", tmp_path / "version", dtype="bf16")
+    manifest = export_hf(tmp_path / "version", tmp_path / "again")
+    assert manifest.about["dtype"] == "bf16"
+    assert (tmp_path / "version" / "model.safetensors").stat().st_size < 2.01 * count_parameters(mini())
+
+    with (
+        safe_open(published / "model.safetensors", "pt") as ours,
+        safe_open(tmp_path / "again" / "model.safetensors", "pt") as theirs,
+    ):
+        assert set(ours.keys()) - set(theirs.keys()) == {"model.layers.0.self_attn.rotary_emb.inv_freq"}
+        for name in theirs.keys():  # noqa: SIM118
+            assert read_bytes(ours.get_tensor(name)) == read_bytes(theirs.get_tensor(name)), name
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (published, tmp_path / "again")]
+    assert configs[0].items() <= configs[1].items()
+
+
+def read_bytes(tensor):
+    """Return dtype, shape and bytes of a tensor."""
+    return tensor.dtype, tensor.shape, tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def count_parameters(config):
+    return sum(torch.Size(shape).numel() for shape in hf_layout.get_yuan_shapes(config).values())
+
+
+def test_model_of_fp32_is_rounded_once_in_a_copy_of_bf16(model_folder, tmp_path):
+    manifest = copy_model(model_folder, tmp_path / "out", dtype="bf16", about={"more": 1})
+    assert (manifest.about["dtype"], manifest.about["snapshot"], manifest.about["more"]) == ("bf16", "s", 1)
+    stored, rounded = weights.load(model_folder).state_dict(), weights.load(tmp_path / "out").state_dict()
+    assert all(torch.equal(rounded[name], tensor.bfloat16()) for name, tensor in stored.items())
 
 
 def test_shards_stay_below_the_size_limit_and_the_manifest_lists_every_file(published_folder):
@@ -168,8 +204,8 @@ def test_export_into_a_non_empty_folder_is_refused(model_folder, published_folde
         export_hf(model_folder, published_folder)
 
 
-def test_conversion_of_a_400_mb_model_needs_less_than_150_mb(tmp_path):
-    """Convert a 400 MB model both ways, within 150 MB above the memory of a process that only imports torch."""
+def test_conversion_of_a_400_mb_file_needs_less_than_150_mb(tmp_path):
+    """Convert a 400 MB file both ways, within 150 MB above the memory of a process that only imports torch."""
     code = f"""
 import resource, sys, torch
 from pathlib import Path
@@ -181,17 +217,18 @@ import json
 out = Path({str(tmp_path)!r})
 config = ModelConfig(name="t", num_layers=20, hidden_size=512, num_heads=8, vocab_size=8192, seq_len=64)
 shapes = hf_layout.get_yuan_shapes(config)
-sizes = {{n: 4 * torch.Size(s).numel() for n, s in shapes.items()}}
+forms = {{n: torch.empty(s, device="meta") for n, s in shapes.items()}}
 (out / "a").mkdir()
-files = write_shards(out / "a", sizes, ((n, torch.zeros(s)) for n, s in shapes.items()), max_bytes=20_000_000)
+files = write_shards(out / "a", forms, ((n, torch.zeros(s)) for n, s in shapes.items()))
 (out / "a" / MODEL_CONFIG_FILE).write_text(json.dumps(config.to_json()))
 write_manifest(out / "a", [*files, MODEL_CONFIG_FILE], {{}})
 def peak(): return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
 open("/proc/self/clear_refs", "w").write("5")
 before = peak()
-convert.export_hf(out / "a", out / "b", max_shard_bytes=20_000_000)
-convert.import_hf(out / "b", out / "c", max_shard_bytes=20_000_000)
-print(sum(sizes.values()), 1024 * (peak() - before))
+convert.export_hf(out / "a", out / "b")
+convert.import_hf(out / "b", out / "c")
+convert.copy_model(out / "c", out / "d", dtype="bf16")
+print(sum(form.nbytes for form in forms.values()), 1024 * (peak() - before))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     total, used = map(int, result.stdout.split())

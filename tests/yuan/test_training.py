@@ -111,6 +111,18 @@ def test_export_is_a_model_folder(training_inputs, finished_run):
     assert weights.verify_folder(finished_run.export).about["parent"] == "v1"
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_export_rounds_the_fp32_weights_of_a_checkpoint_once_to_the_dtype_of_versions(finished_run, tmp_path, dtype):
+    folder = RunFolder(shutil.copytree(finished_run.path, tmp_path / "run"))
+    folder.write_spec(dataclasses.replace(folder.read_spec(), version_dtype=dtype))
+    export_checkpoint(folder, find_checkpoint(folder, "best"), folder.export)
+    assert weights.verify_folder(folder.export).about["dtype"] == dtype
+    assert "dtype" not in weights.verify_folder(finished_run.export).about  # of a run that states none
+    stored, exported = (weights.load(run.export).state_dict() for run in (finished_run, folder))
+    for name, tensor in stored.items():
+        assert torch.equal(exported[name], tensor.to({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])), name
+
+
 def test_killed_run_resumes_to_the_same_weights(training_inputs, finished_run, tmp_path):
     folder = prepare_run(tmp_path / "killed", training_inputs)
     with launch(folder) as process:

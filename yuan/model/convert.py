@@ -1,9 +1,10 @@
 """Conversion of model folders between our layout and the published Hugging Face layout, one tensor at a time."""
 
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,24 @@ from torch import Tensor
 from yuan import tokenizer as tokenizers
 from yuan.config import MODEL_CONFIG_FILE, ModelConfig, Precision
 from yuan.model import hf_layout
-from yuan.model.dtypes import cast_tensor, format_dtype
+from yuan.model.dtypes import DTYPES_BY_NAME, cast_tensor, format_dtype, name_dtype
 from yuan.model.hf_config import build_hf_config, read_config_fields, read_hf_config
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
 from yuan.model.shards import MAX_SHARD_BYTES, TensorReader, write_shards
-from yuan.model.weights import check_folder_kind, read_config, verify_folder, write_manifest
+from yuan.model.transformer import Yuan
+from yuan.model.weights import (
+    FolderKind,
+    check_folder_kind,
+    find_folder_kind,
+    read_config,
+    verify_folder,
+    write_manifest,
+)
 from yuan.safe_files import has_input_file
 
-DTYPES_BY_NAME = {"bf16": torch.bfloat16, "fp32": torch.float32}
+OnBytes = Callable[[int], None]
+
+TIED_NAMES = {hf_layout.HF_EMBEDDING, hf_layout.HF_HEAD}
 COMPARED_ROWS = 256  # of a matrix at a time
 GENERATION_CONFIG_FILE = "generation_config.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -29,7 +40,7 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 def export_hf(
     folder: Path, out: Path, *, dtype: str | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> ModelManifest:
-    """Export one of our model folders to the published layout; peak memory stays near one shard.
+    """Export one of our model folders to the published layout; memory holds one layer, or the embedding.
 
     Args:
         dtype: "bf16" or "fp32"; default: the stored dtype.
@@ -54,10 +65,11 @@ def export_hf(
     def read(name: str) -> Tensor:
         return _read_cast(source, name, torch_dtype, "export another version or checkpoint")
 
+    forms = dict(hf_layout.convert_to_hf(config, lambda name: source.read_form(name, torch_dtype)))
+    stored_dtype = forms[hf_layout.HF_EMBEDDING].dtype
     with _fill_folder(out):
-        tensors = hf_layout.convert_to_hf(config, read)
-        files = _write_tensors(out, hf_layout.get_hf_shapes(config), tensors, source, torch_dtype, max_shard_bytes)
-        hf_config = build_hf_config(config, tokenizer, torch_dtype or source.dtype("embedding.weight"))
+        files = write_shards(out, forms, hf_layout.convert_to_hf(config, read), max_bytes=max_shard_bytes)
+        hf_config = build_hf_config(config, tokenizer, stored_dtype)
         generation_config = {name: hf_config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         json_files: dict[str, Any] = {MODEL_CONFIG_FILE: hf_config, GENERATION_CONFIG_FILE: generation_config}
         if tokenizer is not None:
@@ -66,7 +78,8 @@ def export_hf(
             files.append(tokenizers.TOKENIZER_MODEL_FILE)
         for name, data in json_files.items():
             (out / name).write_text(json.dumps(data, indent=2))
-        return write_manifest(out, [*files, *json_files], {**manifest.about, "format": "hf"})
+        about = {**manifest.about, "dtype": name_dtype(stored_dtype), "format": "hf"}
+        return write_manifest(out, [*files, *json_files], about)
 
 
 def import_hf(
@@ -76,8 +89,10 @@ def import_hf(
     dtype: str | None = None,
     rope_precision: Precision | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    about: Mapping[str, Any] | None = None,
+    on_bytes: OnBytes | None = None,
 ) -> ModelManifest:
-    """Import a published folder, safetensors or pickles, into our layout; peak memory stays near one shard.
+    """Import a published folder, safetensors or pickles, into our layout; memory holds one layer, or the embedding.
 
     A tokenizer beside the weights is copied, if there is one. Tensors keep their stored dtype unless `dtype` is given;
     norms may have another one than the rest.
@@ -87,6 +102,8 @@ def import_hf(
         rope_precision: precision of the rotary angles with which the model was trained; default: our own field in
             config.json, else "bf16" for weights in bf16, as in the official training, and "fp32" for others. A cast
             does not change it.
+        about: further fields of the manifest.
+        on_bytes: called with the number of bytes written since the last call.
 
     Returns:
         The manifest of the new folder.
@@ -103,7 +120,7 @@ def import_hf(
     config = read_hf_config(folder)
     source.check_num_layers(config.num_layers)
     embedding = hf_layout.HF_EMBEDDING if hf_layout.HF_EMBEDDING in source.names else hf_layout.HF_HEAD
-    tied = {hf_layout.HF_EMBEDDING, hf_layout.HF_HEAD} - {embedding}
+    tied = TIED_NAMES - {embedding}
     source.check_shapes(hf_layout.get_hf_shapes(config), optional=tied)
     fix = "fetch the model again, or another one if its publisher's file is so"
     if tied <= source.names and not _are_equal(*(_read_cast(source, name, None, fix) for name in (embedding, *tied))):
@@ -119,14 +136,96 @@ def import_hf(
     def read(name: str) -> Tensor:
         return _read_cast(source, embedding if name == hf_layout.HF_EMBEDDING else name, torch_dtype, fix)
 
+    def read_form(name: str) -> Tensor:
+        return source.read_form(embedding if name == hf_layout.HF_EMBEDDING else name, torch_dtype)
+
+    forms = dict(hf_layout.convert_from_hf(config, read_form))
     with _fill_folder(out):
         tensors = hf_layout.convert_from_hf(config, read)
-        files = _write_tensors(out, hf_layout.get_yuan_shapes(config), tensors, source, torch_dtype, max_shard_bytes)
+        files = write_shards(out, forms, tensors, max_bytes=max_shard_bytes, on_bytes=on_bytes)
         (out / MODEL_CONFIG_FILE).write_text(json.dumps(config.to_json(), indent=2))
         if tokenizer is not None:
             tokenizer.save(out)
             files.append(tokenizers.TOKENIZER_MODEL_FILE)
-        return write_manifest(out, [*files, MODEL_CONFIG_FILE], {"imported": "hf"})
+        facts = {"imported": "hf", "dtype": name_dtype(forms["embedding.weight"].dtype), **(about or {})}
+        return write_manifest(out, [*files, MODEL_CONFIG_FILE], facts)
+
+
+def copy_model(
+    folder: Path,
+    out: Path,
+    *,
+    dtype: Precision,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    about: Mapping[str, Any] | None = None,
+    on_bytes: OnBytes | None = None,
+) -> ModelManifest:
+    """Copy one of our model folders in a dtype; memory holds one tensor.
+
+    Args:
+        about: fields of the manifest, in addition to those of the folder's own.
+        on_bytes: called with the number of bytes written since the last call.
+
+    Returns:
+        The manifest of the new folder.
+
+    Raises:
+        ValueError: if the folder is damaged, a tensor does not fit or is not finite, or `out` has files.
+    """
+    check_folder_kind(folder, "model")
+    manifest = verify_folder(folder)
+    config, source, torch_dtype = read_config(folder), TensorReader(folder), DTYPES_BY_NAME[dtype]
+    with torch.device("meta"):
+        forms = {name: form.to(torch_dtype) for name, form in Yuan(config).state_dict().items()}
+    source.check_num_layers(config.num_layers)
+    source.check_shapes({name: tuple(form.shape) for name, form in forms.items()})
+    tokenizer = _load_tokenizer(folder, config)
+    tensors = ((name, _read_cast(source, name, torch_dtype, "give another copy")) for name in forms)
+
+    with _fill_folder(out):
+        files = write_shards(out, forms, tensors, max_bytes=max_shard_bytes, on_bytes=on_bytes)
+        (out / MODEL_CONFIG_FILE).write_text(json.dumps(config.to_json(), indent=2))
+        if tokenizer is not None:
+            tokenizer.save(out)
+            files.append(tokenizers.TOKENIZER_MODEL_FILE)
+        return write_manifest(out, [*files, MODEL_CONFIG_FILE], {**manifest.about, "dtype": dtype, **(about or {})})
+
+
+@dataclass(frozen=True)
+class CheckedWeights:
+    """Weights whose configuration and headers were read, but not their numbers.
+
+    Attributes:
+        files: names of the files that define the model, tokenizer included.
+        num_parameters: numbers of the model, tied ones once.
+    """
+
+    kind: FolderKind
+    config: ModelConfig
+    files: tuple[str, ...]
+    num_parameters: int
+
+
+def check_weights(folder: Path) -> CheckedWeights:
+    """Check the form of a published folder or a model folder before its numbers are read.
+
+    Raises:
+        ValueError: if it is another folder, a file is missing or damaged, a tensor is missing, unknown or of another
+            shape, or there is no tokenizer that fits; the message names it.
+    """
+    kind = find_folder_kind(folder)
+    if kind != "model":
+        check_folder_kind(folder, "published")
+    config = read_config(folder) if kind == "model" else read_hf_config(folder)
+    source = TensorReader(folder)
+    source.check_num_layers(config.num_layers)
+    shapes = hf_layout.get_yuan_shapes(config)
+    tied = TIED_NAMES if len(source.names & TIED_NAMES) == 1 else ()
+    source.check_shapes(shapes if kind == "model" else hf_layout.get_hf_shapes(config), optional=tied)
+    if _load_tokenizer(folder, config) is None:
+        raise ValueError(f"{folder} has no {tokenizers.TOKENIZER_MODEL_FILE}; put the model's tokenizer there")
+    files = (MODEL_CONFIG_FILE, tokenizers.TOKENIZER_MODEL_FILE, *source.files)
+    return CheckedWeights(kind or "published", config, files, sum(map(math.prod, shapes.values())))
 
 
 def _load_tokenizer(folder: Path, config: ModelConfig) -> tokenizers.Tokenizer | None:
@@ -211,22 +310,6 @@ def _build_tokenizer_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _write_tensors(
-    out: Path,
-    shapes: dict[str, tuple[int, ...]],
-    tensors: Iterable[tuple[str, Tensor]],
-    source: TensorReader,
-    dtype: torch.dtype | None,
-    max_bytes: int,
-) -> list[str]:
-    """Write tensors of a dtype, or each as it is stored."""
-    itemsize = dtype.itemsize if dtype else source.max_itemsize
-    sizes = {name: itemsize * int(torch.Size(shape).numel()) for name, shape in shapes.items()}
-    # Clone: parts of one matrix would share memory, which safetensors rejects.
-    copies = ((name, tensor.contiguous().clone()) for name, tensor in tensors)
-    return write_shards(out, sizes, copies, max_bytes=max_bytes)
-
-
 def _read_cast(source: TensorReader, name: str, dtype: torch.dtype | None, fix: str) -> Tensor:
     """Read a tensor in a dtype, or as it is stored if that is None; an error names it as its file does.
 
@@ -237,7 +320,7 @@ def _read_cast(source: TensorReader, name: str, dtype: torch.dtype | None, fix: 
         ValueError: if the tensor has values that are not finite, or not in the dtype.
     """
     tensor = source.read_tensor(name)
-    if not bool(tensor.isfinite().all()):
+    if not all(bool(part.isfinite().all()) for part in tensor.split(COMPARED_ROWS)):
         raise ValueError(f"{name} has values that are not finite in {source.get_path(name)}; {fix}")
     return cast_tensor(name, tensor, dtype, source.get_path(name))
 
@@ -248,7 +331,7 @@ def _get_dtype(dtype_name: str | None) -> torch.dtype | None:
         raise ValueError(
             f"dtype must be one of {', '.join(DTYPES_BY_NAME)}, got {dtype_name!r}; leave it out for the stored one"
         )
-    return DTYPES_BY_NAME.get(dtype_name or "")
+    return next((dtype for name, dtype in DTYPES_BY_NAME.items() if name == dtype_name), None)
 
 
 @contextmanager

@@ -5,7 +5,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+from yuan.config import Precision
+
+# By the names in safetensors, in the descending order in which its files have them.
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+STORED_DTYPES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+DTYPES_BY_NAME: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def get_dense_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -35,6 +40,15 @@ def format_dtype(dtype: torch.dtype) -> str:
     'bfloat16'
     """
     return str(dtype).removeprefix("torch.")
+
+
+def name_dtype(dtype: torch.dtype) -> str:
+    """Return the short name of a dtype, as options and manifests have it.
+
+    >>> name_dtype(torch.bfloat16), name_dtype(torch.float16)
+    ('bf16', 'float16')
+    """
+    return next((name for name, other in DTYPES_BY_NAME.items() if other == dtype), format_dtype(dtype))
 
 
 def cast_tensor(name: str, tensor: Tensor, dtype: torch.dtype | None, path: Path) -> Tensor:

@@ -1,19 +1,19 @@
 """Tensor files: read tensors one at a time from safetensors or pickles, and write shards of bounded size."""
 
 import json
-import stat
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from yuan.config import format_value
 from yuan.data.text import BadJson, parse_json
-from yuan.model.dtypes import SAFETENSORS_DTYPES, describe_form, get_dense_dtype
+from yuan.model.dtypes import SAFETENSORS_DTYPES, STORED_DTYPES, describe_form, get_dense_dtype
 from yuan.model.file_damage import DamageReporter, format_tensor_name
 from yuan.model.pickled_tensors import load_pickle
 from yuan.safe_files import (
@@ -28,6 +28,7 @@ PICKLED_WEIGHTS_FILE = "pytorch_model.bin"
 PICKLED_WEIGHTS_INDEX_FILE = "pytorch_model.bin.index.json"
 PICKLE_ENDINGS = (".bin", ".pt", ".pth")
 MAX_SHARD_BYTES = 4 * 10**9
+SAFETENSORS_ALIGNMENT = 8  # bytes
 MAX_LISTED_PROBLEMS = 8
 IGNORED_TENSOR_SUFFIX = "rotary_emb.inv_freq"  # a buffer that some published files contain
 
@@ -60,6 +61,7 @@ class TensorReader:
         self.folder = folder
         self._headers: dict[str, dict[str, TensorHeader]] = {}  # by file
         self._pickles: dict[str, dict[str, Tensor]] = {}
+        self._index: str | None = None
         self._files = self._find_files()
         missing = sorted({file for file in self._files.values() if not has_input_file(folder / file)})
         if missing:
@@ -123,7 +125,7 @@ class TensorReader:
         )
 
     def _read_index(self, index: str) -> dict[str, str]:
-        path = self.folder / index
+        path, self._index = self.folder / index, index
         try:
             content = parse_json(read_input_file(path))
         except BadJson as error:
@@ -186,14 +188,13 @@ class TensorReader:
         return format_tensor_name(name) + ("" if has_one_file else f" of {format_tensor_name(self._files[name])}")
 
     @property
-    def names(self) -> set[str]:
-        return set(self._files)
+    def files(self) -> list[str]:
+        """Return the names of the files that hold the tensors, and of their index if there is one."""
+        return sorted({*self._files.values(), *filter(None, [self._index])})
 
     @property
-    def max_itemsize(self) -> int:
-        """Return the largest number of bytes of a number of any tensor; 8 if there are other dtypes than expected."""
-        headers = [self._get_header(name) for name in self._files]
-        return max(header.dtype.itemsize if header.dtype else 8 for header in headers)
+    def names(self) -> set[str]:
+        return set(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape; reads only the header of a safetensors file."""
@@ -224,6 +225,10 @@ class TensorReader:
         """Return the file of a tensor."""
         return self.folder / self._files[name]
 
+    def read_form(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        """Return a tensor without numbers, on the device meta, of a tensor's shape, in a dtype or as it is stored."""
+        return torch.empty(self.shape(name), dtype=dtype or self.dtype(name), device="meta")
+
     def read_tensor(self, name: str) -> Tensor:
         """Read one tensor."""
         self._get_header(name)
@@ -245,43 +250,72 @@ def _list_some(items: list[str]) -> str:
 
 
 def write_shards(
-    folder: Path, sizes: dict[str, int], tensors: Iterable[tuple[str, Tensor]], *, max_bytes: int = MAX_SHARD_BYTES
+    folder: Path,
+    forms: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    max_bytes: int = MAX_SHARD_BYTES,
+    on_bytes: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Write tensors into files of at most max_bytes (or one tensor); only one file's tensors are held in memory.
+    """Write tensors into files of at most max_bytes (or one tensor), one tensor in memory at a time.
+
+    The files equal those that safetensors writes.
 
     Args:
-        sizes: upper bound of the bytes of every tensor, in the order of `tensors`; the shards follow from it.
+        forms: shape and dtype of every tensor, in the order of `tensors`; may be without numbers, on the device meta.
+        on_bytes: called with the number of bytes of each tensor once it is written.
 
     Returns:
         The names of the files, including the index if there are several shards.
     """
-    groups = _group_into_shards(sizes, max_bytes)
+    groups = _group_into_shards({name: form.nbytes for name, form in forms.items()}, max_bytes)
     remaining = iter(tensors)
     names: list[str] = []
     weight_map: dict[str, str] = {}
-    total_bytes = 0
     for number, group in enumerate(groups, start=1):
         file = WEIGHTS_FILE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
-        shard = dict(next(remaining) for _ in group)
-        assert list(shard) == group, "tensors come in the order of their sizes"
-        _save_shard(folder / file, {name: tensor.contiguous() for name, tensor in shard.items()})
+        _write_shard(folder / file, {name: forms[name] for name in group}, remaining, on_bytes)
         weight_map |= dict.fromkeys(group, file)
-        total_bytes += sum(tensor.nbytes for tensor in shard.values())
         names.append(file)
 
     if len(groups) > 1:
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(form.nbytes for form in forms.values())}, "weight_map": weight_map}
         (folder / WEIGHTS_INDEX_FILE).write_text(json.dumps(index, indent=2))
         names.append(WEIGHTS_INDEX_FILE)
     return names
 
 
-def _save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a file with the mode that the umask gives a new one; safetensors alone gives it to the owner only."""
-    path.touch()
-    mode = stat.S_IMODE(path.stat().st_mode)
-    save_file(tensors, path, {"format": "pt"})
-    path.chmod(mode)
+def _write_shard(
+    path: Path,
+    forms: Mapping[str, Tensor],
+    tensors: Iterator[tuple[str, Tensor]],
+    on_bytes: Callable[[int], None] | None,
+) -> None:
+    """Write a file of the safetensors format: size of the header, header, numbers; each tensor at its own offset.
+
+    Source: format of safetensors, which orders tensors by descending dtype, then by name.
+    """
+    stored = {name: (STORED_DTYPES[form.dtype], form.nbytes) for name, form in forms.items()}
+    ranks = list(SAFETENSORS_DTYPES)
+    order = sorted(stored, key=lambda name: (ranks.index(stored[name][0]), name))
+    ends = list(accumulate(stored[name][1] for name in order))
+    starts = dict(zip(order, [0, *ends], strict=False))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, end in zip(order, ends, strict=True):
+        shape, offsets = list(forms[name].shape), [starts[name], end]
+        header[name] = {"dtype": stored[name][0], "shape": shape, "data_offsets": offsets}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % SAFETENSORS_ALIGNMENT)
+
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for expected, form in forms.items():
+            name, tensor = next(tensors)
+            assert (name, tensor.shape, tensor.dtype) == (expected, form.shape, form.dtype), "tensors have their forms"
+            file.seek(8 + len(text) + starts[name])
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            if on_bytes is not None:
+                on_bytes(form.nbytes)
 
 
 def _group_into_shards(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:

@@ -28,7 +28,7 @@ def save(
 ) -> None:
     """Write a model folder; the manifest, with every file's sha256 and the fields of `about`, is written last."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = write_shards(folder, {name: t.nbytes for name, t in weights.items()}, weights.items())
+    files = write_shards(folder, weights, weights.items())
     write_config(folder, config, tokenizer, files, about)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from yuan.config import ModelConfig, TrainConfig
+from yuan.config import ModelConfig, Precision, TrainConfig
 from yuan.plan.plan_record import PipelinePlan
 from yuan.recipe import Recipe, RunKind, validate_recipe
 
@@ -30,8 +30,9 @@ class RunSpec:
 
     `snapshot` and `parent` are ids for display and lineage; the bytes are beside run.json in data/, tokenizer.model
     and, if there is a parent, parent/. With `parent_state`, training starts from that checkpoint in parent_state/, and
-    parent/ is lineage. `train_config` has the settings that training follows; `recipe` is what they
-    were resolved from, None if a program set them.
+    parent/ is lineage. `train_config` has the settings that training follows; `recipe` is what they were resolved from,
+    None if a program set them. `version_dtype` is that of the exported weights; None, in runs of earlier releases:
+    fp32, which the manifest does not state.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class RunSpec:
     parent: str | None
     recipe: Recipe | None = None
     parent_state: ParentState | None = None
+    version_dtype: Precision | None = None
     schema: int = 2
 
     def __post_init__(self) -> None:
@@ -50,6 +52,10 @@ class RunSpec:
             raise ValueError(
                 f"kind must be one of {', '.join(get_args(RunKind))}, got {self.kind!r}; use pretrain without a "
                 "parent, else continue or finetune"
+            )
+        if self.version_dtype not in (None, *get_args(Precision)):
+            raise ValueError(
+                f"version_dtype must be one of {', '.join(get_args(Precision))}, got {self.version_dtype!r}; change it"
             )
         if (self.kind == "pretrain") != (self.parent is None):
             raise ValueError(
@@ -104,6 +110,7 @@ class RunSpec:
             "seed": self.seed,
             "parent": self.parent,
             "parent_state": None if self.parent_state is None else dataclasses.asdict(self.parent_state),
+            "version_dtype": self.version_dtype,
         }
 
     @classmethod

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from yuan import tokenizer as tokenizers
 from yuan.model import weights
+from yuan.model.dtypes import DTYPES_BY_NAME, cast_tensor
 from yuan.model.shards import write_shards
 from yuan.model.transformer import Yuan
 from yuan.safe_files import replace_folder
@@ -33,8 +34,10 @@ log = logging.getLogger(__name__)
 def export_checkpoint(folder: RunFolder, checkpoint: Path, target: Path) -> None:
     """Write the weights of a checkpoint, one tensor at a time, as a model folder, atomically.
 
+    Weights are rounded here, once, from the checkpoint's fp32 to the dtype of the run's versions.
+
     Raises:
-        ValueError: if the checkpoint is damaged, or of another model.
+        ValueError: if the checkpoint is damaged, or of another model, or a weight would become infinite.
     """
     manifest = read_manifest(checkpoint)
     damage = MANIFEST_DAMAGE if manifest is None else find_damage(checkpoint, manifest)
@@ -46,18 +49,21 @@ def export_checkpoint(folder: RunFolder, checkpoint: Path, target: Path) -> None
             f"checkpoint {checkpoint} is of the model {manifest.model}, but the run's is {spec.model}; export it "
             "in the folder of its own run"
         )
+    dtype = DTYPES_BY_NAME[spec.version_dtype or "fp32"]
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in Yuan(spec.model).state_dict().items()}
+        forms = {name: tensor.to(dtype) for name, tensor in Yuan(spec.model).state_dict().items()}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, shape in shapes.items():
-            whole = torch.empty(shape.numel())
+        for name, form in forms.items():
+            whole = torch.empty(form.numel())
             read_slices(checkpoint, {f"weight/{name}": TensorSlice(0, len(whole), whole)})
-            yield name, whole.view(shape)
+            yield name, cast_tensor(name, whole.view(form.shape), dtype, checkpoint)
 
     lineage = {"snapshot": spec.snapshot, "parent": spec.parent, "kind": spec.kind, "step": manifest.step}
+    if spec.version_dtype is not None:
+        lineage["dtype"] = spec.version_dtype
     with replace_folder(target) as scratch:
-        files = write_shards(scratch, {name: 4 * shape.numel() for name, shape in shapes.items()}, tensors())
+        files = write_shards(scratch, forms, tensors())
         weights.write_config(scratch, spec.model, tokenizers.load(folder.path), files, lineage)
 
 
