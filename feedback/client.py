@@ -30,6 +30,7 @@ from feedback.contracts import (
     RoundOut,
     RoundParameters,
     StoredCompletion,
+    VersionOut,
 )
 from feedback.part_sender import (
     PartSender,
@@ -313,6 +314,10 @@ class Client:
     def cancel_round(self, round_id: str) -> RoundOut:
         """Cancel a running round; operators only."""
         return self._post(RoundOut, f"/api/v1/rounds/{round_id}/cancel", None)
+
+    def version(self, number: int) -> VersionOut:
+        """Fetch a version's lineage; operators only."""
+        return self._get(VersionOut, f"/api/v1/versions/{number}")
 
     def _get(self, model: type[ResponseModel], path: str) -> ResponseModel:
         return _parse(self._request("GET", path), TypeAdapter(model))

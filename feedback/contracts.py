@@ -21,7 +21,7 @@ from pydantic import (
 from feedback.promotion_decision import PromotionDecision
 from feedback.states import DatasetPurpose, DatasetState, ReportState, RoundState, list_values
 from feedback.verdicts import Verdict
-from yuan.config import MAX_SEED
+from yuan.config import MAX_SEED, Precision
 from yuan.data.checkers import Checker, Exact
 from yuan.data.rows import BadRow
 from yuan.data.rule_text import describe_errors
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 ReportText = Annotated[str, TextRule(MAX_TEXT_CHARS)]
 WithdrawalReason = Annotated[str, TextRule(500)]
+ProvenanceText = Annotated[str, TextRule(500, allow="line")]
 AccountReference = Annotated[str, TextRule(80, allow="line")]
 DatasetName = Annotated[str, TextRule(100, allow="line")]
 IdempotencyKeyText = Annotated[str, PatternRule("^[!-~]+$", "visible ASCII characters without spaces", max_length=200)]
@@ -438,6 +439,63 @@ class RoundOut(BaseModel):
     created_at: datetime
     finished_at: datetime | None
     timeline: list[Event]
+
+
+class WeightsProvenance(BaseModel):
+    """The origin of a version's weights that no round trained.
+
+    Attributes:
+        source: what the operator named, such as an address; None if nothing was named.
+        digest: sha256 over the names and sha256 of the files that were read.
+        folder: path of the folder on the machine that registered them.
+        dtype: that of the version.
+        stored_dtype: that of the weights, which were rounded if it is another one.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    source: ProvenanceText | None
+    licence: ProvenanceText | None
+    digest: str
+    folder: str
+    dtype: Precision
+    stored_dtype: str
+
+
+class SmokeTest(BaseModel):
+    """The first answer of a version.
+
+    Attributes:
+        answer: None if there is none.
+        reason: why there is none; None if there is one.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    answer: str | None = None
+    reason: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.answer is not None
+
+
+class VersionOut(BaseModel):
+    """A version and its lineage: the round that trained it, or where its weights come from."""
+
+    version: int
+    round: int | None = Field(description="number of the round that trained it; null for weights from elsewhere")
+    round_id: str | None
+    run_id: str | None
+    parent: str | None = Field(description="version from whose weights it was trained")
+    snapshot_id: str | None
+    dtype: str = Field(description="of its weights: bf16, or fp32")
+    files: dict[str, str] = Field(description="sha256 of each file of its model folder")
+    provenance: WeightsProvenance | None
+    smoke_test: SmokeTest | None = Field(description="of weights from elsewhere; without an answer, no promotion")
+    is_champion: bool
+    promoted_at: datetime | None
+    created_at: datetime
 
 
 class StoredChoice(TextChoice):

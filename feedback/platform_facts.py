@@ -7,6 +7,7 @@ from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from feedback import reports, rounds, training_states
+from feedback.contracts import WeightsProvenance
 from feedback.states import ReportState
 from feedback.tables import AuditEvent, Dataset, ModelVersion, Outbox, Promotion, Response, Round
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE
@@ -20,7 +21,8 @@ class PlatformFacts:
 
     Attributes:
         champion: the version in service; None before the first promotion.
-        lineage: training run id by version, for the champion and its predecessor.
+        lineage: training run id by version, for the champion and its predecessor; None for weights from elsewhere.
+        provenances: where such weights come from, by version.
         lost_masters: why the masters of one of them are not kept, by version, unless the policy ended them.
         files: names of the files of their model folders, by version.
         running: the running round; None if no round is running.
@@ -31,7 +33,8 @@ class PlatformFacts:
 
     champion: int | None
     promoted_at: datetime | None
-    lineage: dict[int, str]
+    lineage: dict[int, str | None]
+    provenances: dict[int, WeightsProvenance]
     lost_masters: dict[int, str]
     files: dict[int, list[str]]
     running: Round | None
@@ -66,6 +69,11 @@ def read_platform_facts(session: Session) -> PlatformFacts:
         promoted_at=newest.created_at if newest else None,
         lineage={version.version: version.run_id for version in lineage},
         lost_masters=training_states.find_lost_masters(session, versions),
+        provenances={
+            version.version: WeightsProvenance.model_validate(version.provenance)
+            for version in lineage
+            if version.provenance is not None
+        },
         files={version.version: [MODEL_MANIFEST_FILE, *version.manifest.get("files", ())] for version in lineage},
         running=running,
         num_reports_waiting=pending.count,

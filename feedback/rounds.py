@@ -254,14 +254,19 @@ def identify_version(session: Session, manifest: ModelManifest, version: int | N
     """
     if version is not None:
         return find_version(session, version)
-    version_of_run = find_version_of_run(session, run_id)
-    if version_of_run is not None:
-        return version_of_run
-    matches = session.scalars(select(ModelVersion).where(ModelVersion.manifest == manifest.to_json())).all()
+    matches = find_copied_versions(session, manifest, run_id)
     if len(matches) != 1:
         names = ", ".join(f"v{match.version}" for match in matches) or "no version"
         raise ValueError(f"{names} has this folder's manifest; say which version it is with --version")
     return matches[0]
+
+
+def find_copied_versions(session: Session, manifest: ModelManifest, run_id: str) -> Sequence[ModelVersion]:
+    """Return the version of a training run, else those with this manifest; there may be none."""
+    version_of_run = find_version_of_run(session, run_id)
+    if version_of_run is not None:
+        return [version_of_run]
+    return session.scalars(select(ModelVersion).where(ModelVersion.manifest == manifest.to_json())).all()
 
 
 def find_untested_cases(session: Session, version: int) -> Sequence[Case]:

@@ -202,13 +202,21 @@ class Case(Created, Base):
 
 
 class ModelVersion(Created, Base):
-    """A registered version; its number is the one that MLflow assigned at the first registration."""
+    """A registered version, of a round or of weights from elsewhere, whose files are complete in the registry.
+
+    Its number is the one that MLflow assigned at the first registration.
+    """
 
     __tablename__ = "model_version"
     version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    round_id: Mapped[str] = mapped_column(ForeignKey("round.id"))
-    run_id: Mapped[str] = mapped_column(ForeignKey("training_run.id"))
+    round_id: Mapped[str | None] = mapped_column(ForeignKey("round.id"), comment="null: weights from elsewhere")
+    run_id: Mapped[str | None] = mapped_column(ForeignKey("training_run.id"), comment="null: weights from elsewhere")
     manifest: Mapped[JsonbObject]
+    registration_key: Mapped[str | None] = mapped_column(
+        unique=True, comment="of weights from elsewhere: digest of the files, and the dtype"
+    )
+    provenance: Mapped[JsonbObject | None] = mapped_column(comment="source, licence and digest of those weights")
+    smoke_test: Mapped[JsonbObject | None] = mapped_column(comment="their first answer, or why there is none")
 
 
 class CaseResult(Created, Base):

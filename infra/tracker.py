@@ -30,6 +30,10 @@ MLFLOW_ADMIN_TIMEOUT_S = 30  # of a request that creates or changes accounts and
 MAX_METRICS_PER_REQUEST = 1000  # the server's limit
 VERSION_TAG = "cotrain.version"  # on a version that was registered again: the platform's number
 ROUND_TAG = "cotrain.round"  # on a version: the id of the round that produced it
+# On a version of weights that no round trained: what the operator named, and the sha256 over the files that were read.
+SOURCE_TAG = "cotrain.source"
+LICENCE_TAG = "cotrain.licence"
+DIGEST_TAG = "cotrain.digest"
 RUN_TAG = "cotrain.run"  # on a version and on MLflow's run: the id of the platform's training run
 
 

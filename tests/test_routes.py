@@ -48,6 +48,7 @@ PORTAL = {
         "POST /api/v1/rounds",
         "GET /api/v1/rounds/{round_id}",
         "POST /api/v1/rounds/{round_id}/cancel",
+        "GET /api/v1/versions/{version}",
     },
 }
 PARTS = {"parts": [{"number": 1, "sha256": "0" * 64}]}

@@ -57,6 +57,7 @@ RoundId = Annotated[
     PatternRule("^([0-9a-f]{32}|latest)$", "the id of a round, or latest", max_length=32),
 ]
 RoundIdPath = Annotated[RoundId, Path(description="id of a round, or latest")]
+VersionPath = Annotated[DigitsInt, Path(ge=1, le=2**31 - 1, description="number of a version")]
 
 
 class Unauthorized(Exception):

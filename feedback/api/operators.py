@@ -11,6 +11,7 @@ from feedback.api.access import (
     IdempotentRequestDep,
     RecordIdPath,
     RoundIdPath,
+    VersionPath,
     require_known_query,
 )
 from feedback.api.errors import document_errors
@@ -24,8 +25,10 @@ from feedback.contracts import (
     FeedbackOut,
     RoundOut,
     RoundParameters,
+    VersionOut,
     WithdrawalIn,
 )
+from feedback.registrations import describe_version
 from feedback.states import RoundState
 from feedback.withdrawal import WITHDRAWAL_BATCH_SIZES, withdraw_account, withdraw_dataset, withdraw_report
 
@@ -83,6 +86,12 @@ def cancel_round(round_id: RoundIdPath, operator: CurrentOperator, session: Sess
     rounds.finish_round(session, training_round.id, RoundState.CANCELLED, "cancelled by an operator", actor=operator.id)
     rounds.notify_dispatcher(session)
     return rounds.describe_round(session, training_round)
+
+
+@router.get("/versions/{version}", responses=document_errors(404))
+def get_version(version: VersionPath, operator: CurrentOperator, session: SessionDep) -> VersionOut:
+    """Return a version's lineage: the round that trained it, or source, licence and digest of its weights."""
+    return describe_version(session, version)
 
 
 @router.post("/feedback/{feedback_id}/withdraw", responses=document_errors(404))

@@ -77,7 +77,7 @@ COMMANDS = (
     (
         "register",
         "register:register",
-        "Restore a version, or its files, that was deleted from the registry; it keeps its number in the platform.",
+        "Register weights as a version: convert, upload, smoke test, existing cases. Rerun to continue after a kill.",
     ),
     (
         "demo",

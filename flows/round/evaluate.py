@@ -117,14 +117,14 @@ def evaluate_version(context: Context, version: int, scratch_parent: Path | None
             raise
         is_lost = True
 
-    with _make_evaluation_folder(version, scratch_parent) as folder:
+    with make_evaluation_folder(version, scratch_parent) as folder:
         try:
             model = str(copy_lost_version(context, version, folder)) if is_lost else f"v{version}"
             results = run_evaluation(context, folder, model, case_lines)
         except RuntimeError as error:
             log_file = folder / EVAL_LOG_FILE
             # Without a parent folder, the scratch folder and its log are about to be removed.
-            log_hint = f"ends with: {_read_log_tail(log_file)}" if scratch_parent is None else f"is {log_file}"
+            log_hint = f"ends with: {read_log_tail(log_file)}" if scratch_parent is None else f"is {log_file}"
             retry_hint = f"remove the cause and retry with `cotrain evaluate v{version}`"
             raise RuntimeError(f"{error}; {retry_hint}; its log {log_hint}") from None
         with context.sessions.begin() as session:
@@ -136,7 +136,7 @@ def evaluate_version(context: Context, version: int, scratch_parent: Path | None
 
 
 @contextlib.contextmanager
-def _make_evaluation_folder(version: int, scratch_parent: Path | None) -> Iterator[Path]:
+def make_evaluation_folder(version: int, scratch_parent: Path | None) -> Iterator[Path]:
     """Make a scratch folder; without `scratch_parent`, in the system's temporary folder, it is always removed.
 
     Below `scratch_parent` it is kept after a failure, for its log, until the version's next evaluation.
@@ -160,7 +160,7 @@ def _dump_case(case: Case) -> bytes:
     return json.dumps(fields).encode()
 
 
-def _read_log_tail(log_file: Path) -> str:
+def read_log_tail(log_file: Path) -> str:
     """Return the last lines of an evaluation's log; nothing if it cannot be read."""
     try:
         return " / ".join(read_tail(log_file, EVAL_LOG_TAIL_BYTES).strip().split("\n")[-3:])

@@ -9,10 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from sqlalchemy.orm import Session
+
 from feedback import rounds
+from feedback.contracts import WeightsProvenance
+from feedback.tables import ModelVersion
 from flows.context import Context
 from infra.files import copy_descriptor
-from infra.tracker import ROUND_TAG, RUN_TAG, VersionLost
+from infra.tracker import DIGEST_TAG, LICENCE_TAG, ROUND_TAG, RUN_TAG, SOURCE_TAG, VersionLost
 from yuan.data.text import make_printable
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
 from yuan.safe_files import open_file, read_file
@@ -55,7 +59,7 @@ def restore_version(context: Context, folder: Path, version: int | None = None) 
     with context.sessions.begin() as session:
         rounds.lock_registrations(session)
         record = rounds.identify_version(session, manifest, version, folder.parent.name)
-        mlflow_run_id = str(rounds.get_or_create_training_run(session, record.round_id).mlflow_run_id)
+        mlflow_run_id = find_mlflow_run_id(context, session, record)
         recorded_manifest = ModelManifest.from_json(record.manifest)
         differences = describe_manifest_differences(manifest, recorded_manifest)
         if differences:
@@ -66,7 +70,7 @@ def restore_version(context: Context, folder: Path, version: int | None = None) 
         if is_registered and not context.tracker.find_missing_files(record.version, file_names):
             return RestoredVersion(record.version, was_missing=False)
 
-        tags = {ROUND_TAG: record.round_id, RUN_TAG: record.run_id}
+        tags = make_version_tags(record)
         with make_scratch_folder(context.settings.home / f".register-v{record.version}") as scratch:
             copy_manifest_files(folder, scratch, recorded_manifest)
             if is_registered:
@@ -75,6 +79,38 @@ def restore_version(context: Context, folder: Path, version: int | None = None) 
                 context.tracker.register_version(mlflow_run_id, scratch, tags, record.version)
     log.info("registered v%d again from %s", record.version, folder)
     return RestoredVersion(record.version, was_missing=True)
+
+
+def find_mlflow_run_id(context: Context, session: Session, record: ModelVersion) -> str:
+    """Return the id of MLflow's run that has a version's files; created for weights from elsewhere if it is lost."""
+    if record.round_id is not None:
+        return str(rounds.get_or_create_training_run(session, record.round_id).mlflow_run_id)
+    assert record.registration_key is not None, "a version is of a round or was registered"
+    return context.tracker.start_run(make_weights_run_name(record.registration_key), {})
+
+
+def make_weights_run_name(registration_key: str) -> str:
+    """Return the name of MLflow's run that holds the files of weights from elsewhere."""
+    return f"weights-{registration_key}"
+
+
+def make_version_tags(record: ModelVersion) -> dict[str, str]:
+    """Return the tags of a version in MLflow: its round and run, or the provenance of its weights."""
+    provenance = read_provenance(record)
+    if provenance is not None:
+        return make_provenance_tags(provenance)
+    return {ROUND_TAG: str(record.round_id), RUN_TAG: str(record.run_id)}
+
+
+def read_provenance(record: ModelVersion) -> WeightsProvenance | None:
+    """Return the provenance of a version; None if a round trained it."""
+    return None if record.provenance is None else WeightsProvenance.model_validate(record.provenance)
+
+
+def make_provenance_tags(provenance: WeightsProvenance) -> dict[str, str]:
+    """Return the tags of a version of weights from elsewhere; what the operator did not name has none."""
+    tags = {SOURCE_TAG: provenance.source, LICENCE_TAG: provenance.licence, DIGEST_TAG: provenance.digest}
+    return {name: value for name, value in tags.items() if value is not None}
 
 
 def require_registered(context: Context, version: int) -> None:
@@ -114,7 +150,10 @@ def copy_lost_version(context: Context, version: int, target: Path) -> Path:
         record = rounds.find_version(session, version)
         run_id = record.run_id
         recorded_manifest = ModelManifest.from_json(record.manifest)
-    fix = describe_registration(context.settings.home, version, run_id)
+        provenance = read_provenance(record)
+    fix = describe_registration(context.settings.home, version, run_id, provenance)
+    if run_id is None:
+        raise VersionLost(f"v{version} is missing from the registry; {fix}, then start another round")
 
     copy = target / "model"
     shutil.rmtree(copy, ignore_errors=True)
@@ -187,13 +226,22 @@ def copy_manifest_files(folder: Path, target: Path, manifest: ModelManifest) -> 
     (target / MODEL_MANIFEST_FILE).write_text(json.dumps(manifest.to_json()))
 
 
-def describe_registration(home: Path, version: int, run_id: str) -> str:
-    """Describe the command that restores a lost version, from the first copy that exists on this machine."""
-    run = home / "runs" / run_id
-    copies = [run / "export", *(home / name / f"v{version}" / "model" for name in VERSION_COPY_FOLDERS)]
-    for copy in copies:
+def describe_registration(
+    home: Path, version: int, run_id: str | None, provenance: WeightsProvenance | None = None
+) -> str:
+    """Describe the command that restores a lost version, from the first copy that exists on this machine.
+
+    Args:
+        run_id: None for a version of weights from elsewhere, which has a provenance.
+    """
+    run = None if run_id is None else home / "runs" / run_id
+    copies = [home / name / f"v{version}" / "model" for name in VERSION_COPY_FOLDERS]
+    for copy in copies if run is None else [run / "export", *copies]:
         if (copy / MODEL_MANIFEST_FILE).exists():
             return f"register it again: cotrain register {copy} --version {version}"
+    if run is None:
+        assert provenance is not None, "a version is of a run or was registered"
+        return f"register its weights again: cotrain register {provenance.folder} --dtype {provenance.dtype}"
     if any(list_committed_checkpoints(run / "checkpoints")):
         return (
             f"write its weights again, `python -m yuan.train.checkpoint.export {run}`, and register them: "

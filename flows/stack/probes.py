@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 from sqlalchemy.exc import OperationalError
 
+from feedback.contracts import WeightsProvenance
 from feedback.platform_facts import PlatformFacts, read_platform_facts
 from flows.allowed_flows import REPRODUCE_FLOW
 from flows.context import Context
@@ -192,7 +193,7 @@ def probe_registry(context: Context, facts: PlatformFacts) -> list[Finding]:
     for version, names in missing_files.items():
         if names:
             fault = f"v{version} is in the registry and its files are not in the store: {', '.join(names[:5])}"
-            fix = describe_registration(context.settings.home, version, facts.lineage[version])
+            fix = describe_registration(context.settings.home, version, *get_origin(facts, version))
             subject = f"the files of v{version}"
             findings.append(Finding(subject, succeeded_at=facts.promoted_at, fault=fault, fix=fix))
 
@@ -222,8 +223,13 @@ def _describe_lost_version(
         # The champion existed when its alias was last set; of its predecessor only the promotion time is known.
         succeeded_at=alias_set_at if is_champion else facts.promoted_at,
         fault=f"{name} is missing from the registry",
-        fix=describe_registration(context.settings.home, version, facts.lineage[version]),
+        fix=describe_registration(context.settings.home, version, *get_origin(facts, version)),
     )
+
+
+def get_origin(facts: PlatformFacts, version: int) -> tuple[str | None, WeightsProvenance | None]:
+    """Return the training run of a version, and the provenance of one of weights from elsewhere."""
+    return facts.lineage[version], facts.provenances.get(version)
 
 
 def check_waiting_reports(facts: PlatformFacts) -> Finding:

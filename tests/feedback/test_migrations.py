@@ -84,6 +84,21 @@ def test_migration_0009_keeps_the_requests_of_stored_leases_in_both_directions(m
     assert tuple(connection.execute(text(old_columns)).one()) == ({"A": 2}, 2026)
 
 
+def test_migration_0014_keeps_the_versions_of_rounds_in_both_directions(migrate):
+    move, connection = migrate
+    move("0007")
+    connection.execute(text(OLD_RECORDS))
+    version = (
+        """insert into model_version (version, round_id, run_id, manifest) values (7, 'r', 'u', '{"files": {}}')"""
+    )
+    connection.execute(text(version))
+    move("0014")
+    columns = "select version, round_id, run_id, registration_key, provenance, smoke_test from model_version"
+    assert tuple(connection.execute(text(columns)).one()) == (7, "r", "u", None, None, None)
+    move("0011", command.downgrade)
+    assert tuple(connection.execute(text("select version, round_id, run_id from model_version")).one()) == (7, "r", "u")
+
+
 def test_migrated_schema_has_the_tables_columns_and_comments_of_the_classes(engine):
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})

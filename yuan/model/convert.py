@@ -197,12 +197,14 @@ class CheckedWeights:
 
     Attributes:
         files: names of the files that define the model, tokenizer included.
+        dtype: of the embedding, by its short name.
         num_parameters: numbers of the model, tied ones once.
     """
 
     kind: FolderKind
     config: ModelConfig
     files: tuple[str, ...]
+    dtype: str
     num_parameters: int
 
 
@@ -225,7 +227,9 @@ def check_weights(folder: Path) -> CheckedWeights:
     if _load_tokenizer(folder, config) is None:
         raise ValueError(f"{folder} has no {tokenizers.TOKENIZER_MODEL_FILE}; put the model's tokenizer there")
     files = (MODEL_CONFIG_FILE, tokenizers.TOKENIZER_MODEL_FILE, *source.files)
-    return CheckedWeights(kind or "published", config, files, sum(map(math.prod, shapes.values())))
+    embedding = "embedding.weight" if kind == "model" else min(source.names & TIED_NAMES)
+    num_parameters = sum(map(math.prod, shapes.values()))
+    return CheckedWeights(kind or "published", config, files, name_dtype(source.dtype(embedding)), num_parameters)
 
 
 def _load_tokenizer(folder: Path, config: ModelConfig) -> tokenizers.Tokenizer | None:
