@@ -347,6 +347,7 @@ def test_lost_version_is_reported_while_there_is_no_champion(tmp_path):
         champion=None,
         lineage={1: "r"},
         lost_masters={},
+        provenances={},
         files={1: ["manifest.json"]},
         running=None,
         num_reports_waiting=0,
