@@ -217,7 +217,6 @@ def estimate_run(
     precision: Precision,
     data: DataSize | None = None,
     limits: SizeLimits = SizeLimits(),
-    version_dtype: Literal["bf16", "fp32"] = "bf16",
 ) -> RunEstimate:
     """Estimate a run by a recipe; it is planned on the pool as a round's run is.
 
@@ -226,7 +225,6 @@ def estimate_run(
         data: the size of the data; without it, a recipe whose length follows from the data is estimated for its target
             number of steps, of the largest batch.
         limits: sizes that a plan must have; see `make_plan`.
-        version_dtype: number format of the parent and of the exported weights.
     """
     problems: list[str] = []
     notes: list[str] = []
@@ -236,9 +234,9 @@ def estimate_run(
         return RunEstimate(recipe=name, model=model, pool=pool, data=data, problems=tuple(problems), notes=tuple(notes))
 
     nodes, is_asynchronous = _estimate_nodes(plan, model, pool, problems, notes)
-    disk_terms = _estimate_disk(recipe, model, length, version_dtype)
+    disk_terms = _estimate_disk(recipe, model, length)
     _check_disk(pool, disk_terms, problems)
-    version_bytes = model.num_parameters * DTYPE_BYTES[version_dtype]
+    version_bytes = model.num_parameters * DTYPE_BYTES[recipe.model.version_dtype]
     interval = _estimate_interval(recipe, model, pool, plan, length, nodes)
     transfer = _estimate_transfer(recipe, model, pool, plan, length, interval)
     _note_slow_upload(transfer, plan, length, notes)
@@ -422,10 +420,9 @@ def count_kept_checkpoints(recipe: Recipe) -> int:
     return KEEP_CHECKPOINTS + 1 + (recipe.validation.share > 0)
 
 
-def _estimate_disk(
-    recipe: Recipe, model: ModelConfig, length: RunLength, version_dtype: Literal["bf16", "fp32"]
-) -> dict[str, int]:
-    parameters, version_bytes = model.num_parameters, model.num_parameters * DTYPE_BYTES[version_dtype]
+def _estimate_disk(recipe: Recipe, model: ModelConfig, length: RunLength) -> dict[str, int]:
+    parameters = model.num_parameters
+    version_bytes = parameters * DTYPE_BYTES[recipe.model.version_dtype]
     windows = length.steps * length.global_batch_size
     epochs = 1.0 if math.isnan(length.epochs) else max(length.epochs, 1.0)
     has_parent = recipe.model.weights != "new"

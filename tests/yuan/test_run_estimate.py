@@ -122,8 +122,6 @@ def test_intervals_that_are_left_out_cost_at_most_a_twentieth_of_the_time(tmp_pa
 
 
 def test_estimate_without_data_of_a_recipe_in_steps_has_no_epochs(tmp_path):
-    result = estimate_run(
-        "demo", load_recipe(tmp_path, "demo"), tiny(), ONE_DEVICE, precision="fp32", version_dtype="fp32"
-    )
+    result = estimate_run("demo", load_recipe(tmp_path, "demo"), tiny(), ONE_DEVICE, precision="fp32")
     assert result.time.epochs is None and result.fits
     assert result.to_json()["time"]["epochs"] is None and not math.isnan(result.time.hours)
