@@ -1,5 +1,7 @@
 """Test the whole way of published weights on a stack: registered, served, reported, trained from by a round."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import httpx
 import pytest
 from safetensors.torch import load_file
@@ -53,5 +55,9 @@ def test_registered_weights_are_served_and_a_round_trains_from_them(stack, opera
     other = write_published_model(tmp_path / "other", CONFIG, seed=5)
     status, output = stack.cotrain("register", str(other), "--champion")
     assert status == 1 and "is the champion; register without it" in output and "Traceback" not in output
+    with ThreadPoolExecutor() as operators:
+        outputs = list(operators.map(lambda _: stack.cotrain("register", str(other), check=True)[1], range(2)))
+    assert sorted(output["registered"] for output in outputs) == [False, True]
+    assert {output["version"] for output in outputs} == {3}
     status, output = stack.cotrain("register", str(stack.home / "runs" / lineage.run_id / "export"), "--champion")
     assert status == 1 and "leave out --champion" in output

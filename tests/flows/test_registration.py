@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 from sqlalchemy import delete, select, update
 
@@ -132,6 +133,18 @@ def replace_field(folder, name, value):
     (folder / "config.json").write_text(json.dumps({**config, name: value}))
 
 
+class Code:
+    """An object whose pickle runs code when it is loaded without protection."""
+
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def replace_by_pickle_with_code(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({NORM: Code()}, folder / "pytorch_model.bin")
+
+
 NORM = "model.norm.weight"
 DAMAGES = {
     "model_type must be yuan": lambda folder: replace_field(folder, "model_type", "llama"),
@@ -149,6 +162,7 @@ DAMAGES = {
     ).save(folder),
     "model.safetensors is damaged": lambda folder: os.truncate(folder / "model.safetensors", 20_000),
     "has no config.json": lambda folder: (folder / "config.json").unlink(),
+    "pytorch_model.bin": lambda folder: replace_by_pickle_with_code(folder),
     "has no weights": lambda folder: (folder / "model.safetensors").unlink(),
 }
 
@@ -178,6 +192,18 @@ def test_files_that_change_meanwhile_are_refused(context, tmp_path, step):
     with pytest.raises(ValueError, match=r"config\.json was changed while it was read, so nothing is registered"):
         register_weights(context, make_request(folder), change)
     assert list_left_files(context) == []
+
+
+@pytest.mark.slow
+def test_weights_that_could_not_be_uploaded_stay_converted_and_are_no_version(context, tmp_path):
+    folder = write_published_model(tmp_path / "published", SMALL, seed=4)
+    settings = context.settings.model_copy(update={"mlflow_url": "http://127.0.0.1:9"})
+    with pytest.raises(MlflowException, match="Connection"):
+        register_weights(dataclasses.replace(context, settings=settings), make_request(folder), ignore)
+    (key,) = list_left_files(context)
+    weights.verify_folder(context.settings.home / REGISTRATIONS_FOLDER / key / "model")
+    with context.sessions() as session:
+        assert registrations.find_registered_version(session, key) is None
 
 
 def test_full_disk_is_named_with_the_bytes_that_are_needed(context, tmp_path):
