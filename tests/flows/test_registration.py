@@ -364,6 +364,27 @@ def test_champion_and_memory_are_checked_and_a_lost_version_is_restored_from_its
         assert weights.load(download).norm.weight.dtype == dtype
 
 
+@pytest.mark.slow
+def test_command_shows_each_step_and_says_which_version_the_weights_already_are(mlflow, stores, tmp_path):
+    folder = write_published_model(tmp_path / "published", SMALL, torch.float32, seed=6)
+
+    def cotrain(*arguments):
+        command = [sys.executable, "-m", "flows.cli.app", "register", *arguments]
+        env = {**os.environ, "COTRAIN_HOME": str(stores.home)}
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+    result = cotrain(str(folder), "--licence", "Apache-2.0", "--json")
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout)
+    assert record["registered"] and not record["champion"] and record["smoke_test"]["answer"] is not None
+    steps = [line.partition(":")[0] for line in result.stderr.splitlines() if "|" not in line]
+    assert [step for step in RegistrationStep if step in steps] == list(RegistrationStep)[:-1]
+    again = cotrain(str(folder)).stdout
+    assert f"v{record['version']} was registered before in bf16" in again and "rounded from fp32" in again
+    refused = cotrain(str(folder), "--version", str(record["version"]), "--licence", "x")
+    assert refused.returncode == 1 and "leave out --champion" in refused.stderr
+
+
 KILLS = [*RegistrationStep, "after convert", "after upload"]
 
 
