@@ -73,8 +73,7 @@ def make_training_inputs(parent: Path) -> tuple[Path, ModelConfig, list[Sample]]
     weights.save(parent, model, Yuan(model).state_dict(), tokenizer, {})
     rng = np.random.default_rng(0)
     samples = [
-        Sample(tuple(int(t) for t in rng.integers(6, 280, n)), (False,) * (n // 2) + (True,) * (n - n // 2))
-        for n in rng.integers(4, 60, 400)
+        Sample(rng.integers(6, 280, n).astype(np.int32), np.arange(n) >= n // 2) for n in rng.integers(4, 60, 400)
     ]
     return parent, model, samples
 

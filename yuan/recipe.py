@@ -94,6 +94,11 @@ class DataSection(Section):
     isolate_documents: bool = Field(
         default=True, description="documents of a window do not attend to each other; false: as in official training"
     )
+    target_answers: Literal["last", "all", "each"] = Field(
+        default="each",
+        description="answers of a conversation that are trained on: last; all, in one sample; each, in a sample of "
+        "its own with what comes before it, as in generation",
+    )
     fim_rate: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.0, description="share of documents rearranged for fill-in-the-middle; 0 for rows with answers"
     )

@@ -2,14 +2,19 @@
 
 import codecs
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import sentencepiece
 
 from yuan.safe_files import read_input_file
+from yuan.text_chunks import CHUNK_CHARS, TextCutter
 
+Int32Array = npt.NDArray[np.int32]
 EOD, SEP, PAD = "<eod>", "<sep>", "<pad>"
 FIM_SUFFIX, FIM_PREFIX, FIM_MIDDLE = "<FIM_SUFFIX>", "<FIM_PREFIX>", "<FIM_MIDDLE>"
 
@@ -23,8 +28,11 @@ SPACE_MARK = "\u2581"  # how SentencePiece writes a space within a piece
 REPLACEMENT_CHARACTER = "\ufffd"  # an incomplete UTF-8 character decodes to one for each of its bytes
 UNKNOWN_TEXT = " \u2047 "  # what SentencePiece decodes its unknown token to
 TOKENIZER_MODEL_FILE = "tokenizer.model"
+MAX_TRAINING_CHARS = 2**18  # of a text at once, from which a tokenizer is trained
 MAX_TOKENIZER_BYTES = 64 * 2**20  # the published one has 2 MB
 EMBEDDING_ROWS_MULTIPLE = 128  # the published vocabulary is padded to a multiple of this
+# Text that each normalization of SentencePiece would change: white space, width forms, composed characters, controls.
+NORMALIZATION_PROBE = "\n a  e\u0301 \uff21\u3000\u00b2\t\r\n\u200b "
 PieceKind = Literal["char", "bpe"]
 
 
@@ -90,6 +98,55 @@ class Tokenizer:
         for token_id in ids:
             safe_ids += self._spell(token_id) if token_id in self._special_ids else [token_id]
         return safe_ids
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of `encode`, and for each the characters it stands for, as (first, end).
+
+        The bytes of one character all stand for it, and so does the space before a text for its first character.
+        """
+        result = self._pieces.encode(text, return_type="offset_mapping")
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for token_id, (first, end) in zip(result["ids"], result["offsets"], strict=True):
+            token_ids = self._spell(token_id) if token_id in self._special_ids else [token_id]
+            ids += token_ids
+            spans += [(first, max(end, first + 1))] * len(token_ids)
+        return ids, spans
+
+    def encode_array(self, text: str) -> Int32Array:
+        """Return the ids of `encode` as an array (n,), of a text of any length, in linear time.
+
+        A long text is encoded in parts, at places where no piece is cut (`TextCutter`), if the model leaves text as it
+        is, as the published one does: SentencePiece would take 3 GB for 64 MiB of text.
+        """
+        cutter = self._text_cutter if len(text) > CHUNK_CHARS else None
+        if cutter is None:
+            return np.array(self.encode(text), np.int32)
+        return np.concatenate(list(self._encode_parts(cutter, text)))
+
+    def _encode_parts(self, cutter: TextCutter, text: str) -> Iterator[Int32Array]:
+        """Yield the ids of each part; a newline before it takes the space with which the model begins a text."""
+        num_prefix_ids = len(self.encode(self._part_prefix)) if self._part_prefix else 0
+        for number, part in enumerate(cutter.split(text)):
+            if number:
+                yield np.array(self.encode(self._part_prefix + part)[num_prefix_ids:], np.int32)
+            else:
+                yield np.array(self.encode(part), np.int32)
+
+    @cached_property
+    def _part_prefix(self) -> str:
+        return "\n" if self._pieces.normalize("a") != "a" else ""
+
+    @cached_property
+    def _text_cutter(self) -> TextCutter | None:
+        """Return what cuts long texts; None if the model changes text, or joins characters that have no piece."""
+        kept = NORMALIZATION_PROBE.replace(" ", SPACE_MARK)
+        if str(self._pieces.normalize(NORMALIZATION_PROBE)).removeprefix(SPACE_MARK) != kept.removeprefix(SPACE_MARK):
+            return None
+        if self._pieces.piece_to_id("<0x00>") == self._pieces.unk_id():
+            return None
+        pieces = map(self._pieces.id_to_piece, range(self.num_pieces))
+        return TextCutter(pieces, space_mark=SPACE_MARK, prefix=self._part_prefix)
 
     def _spell(self, token_id: int) -> list[int]:
         """Encode the name of a special token, found in text, by characters, and characters without a piece by bytes."""
@@ -240,7 +297,7 @@ def train(texts: Iterable[str], *, vocab_size: int, pieces: PieceKind = "char") 
         raise ValueError(f"vocab_size must exceed the {reserved} reserved pieces, got {vocab_size}; raise it")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
+        sentence_iterator=(part for text in texts for part in _split_training_text(text)),
         model_writer=model,
         model_type=pieces,
         vocab_size=vocab_size,
@@ -252,7 +309,16 @@ def train(texts: Iterable[str], *, vocab_size: int, pieces: PieceKind = "char") 
         remove_extra_whitespaces=False,
         add_dummy_prefix=False,
         num_threads=1,  # one thread, so that the same corpus always gives the same pieces
-        max_sentence_length=1 << 20,
+        max_sentence_length=4 * MAX_TRAINING_CHARS,
         minloglevel=2,
     )
     return Tokenizer(model.getvalue())
+
+
+def _split_training_text(text: str) -> Iterator[str]:
+    """Split a text that SentencePiece would leave out because of its length; behind a line end where there is one."""
+    while len(text) > MAX_TRAINING_CHARS:
+        end = text.rfind("\n", 0, MAX_TRAINING_CHARS) + 1 or MAX_TRAINING_CHARS
+        yield text[:end]
+        text = text[end:]
+    yield text

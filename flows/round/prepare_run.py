@@ -71,30 +71,31 @@ class RowEncoder:
         self.exclusion_reasons: dict[str, str] = {}
 
     def encode(self, rows: Iterable[Row | BadRow]) -> Iterator[Sample]:
-        """Yield the sample of each row that can be encoded; other rows are added to `exclusion_reasons`."""
+        """Yield the samples of each row that can be encoded; other rows are added to `exclusion_reasons`."""
         for row in rows:
             if isinstance(row, BadRow):
                 self.exclusion_reasons[f"line {row.row}"] = row.reason
                 continue
             try:
-                sample = self._encode_row(row)
+                samples = self._encode_row(row)
             except Exception as error:
                 if not is_item_error(error):
                     raise
                 self.exclusion_reasons[row.key] = f"it cannot be encoded: {describe_item_error(error)}"
             else:
-                yield sample
+                yield from samples
 
-    def _encode_row(self, row: Row) -> Sample:
+    def _encode_row(self, row: Row) -> list[Sample]:
         if row.prompt or not self._data.fim_rate:
-            return encode_row(row, self.tokenizer)
-        return encode_fill_in_middle(
+            return encode_row(row, self.tokenizer, target_answers=self._data.target_answers)
+        sample = encode_fill_in_middle(
             row.answer,
             self.tokenizer,
             fim_probability=self._data.fim_rate,
             spm_share=self._data.fim_spm_share,
             seed=(self._seed, row.key),
         )
+        return [sample]
 
 
 def prepare_run_folder(context: Context, round_id: str) -> PipelinePlan:
@@ -188,7 +189,8 @@ def _write_windows(
     parts, validation_parts = split_off_validation(shuffled, recipe.validation.share)
     sources = {name: encoder.encode(part_rows) for name, part_rows in parts.items()}
     seq_len, pad = recipe.data.seq_len, encoder.tokenizer.pad
-    num_windows = write_sources(folder.data, sources, seq_len=seq_len)
+    stats = write_sources(folder.data, sources, seq_len=seq_len)
+    num_windows = {name: part_stats.windows for name, part_stats in stats.items()}
     try:
         weights = resolve_part_weights(recipe, num_windows)
         length = resolve_length(recipe, count_epoch_windows(num_windows, weights))

@@ -59,7 +59,7 @@ def test_fault_of_a_checker_has_rule_value_and_advice(fields, rule):
         (ContributorIn, {"name": "a b"}, "name: must be letters, digits, and the signs . _ @ -, got 'a b'; correct it"),
         (ContributorIn, {"name": "a" * 81}, "name: must have at most 80 characters; shorten it"),
         (Row, {"prompt": None, "answer": "5"}, "prompt: must be text, got null; leave the key out, or give text"),
-        (Row, {"answer": None}, "answer: must be text, got null; give text"),
+        (Row, {"answer": None}, "answer: must be text, got null; leave the key out, or give text"),
         (Row, None, "line: must be a JSON object, got null; give a JSON object"),
         (
             Row,
@@ -72,7 +72,7 @@ def test_fault_of_a_checker_has_rule_value_and_advice(fields, rule):
             "checker.contains.values.1: must be text, got null; remove the item, or give text",
         ),
         (Row, {"promt": "p", "answer": "5"}, "promt: is unknown; did you mean 'prompt'?"),
-        (Row, {"question": "p", "answer": "5"}, "use one of prompt, answer, checker, capability, language, source"),
+        (Row, {"question": "p", "answer": "5"}, "use one of prompt, answer, messages, checker, capability, language"),
         (Row, {"answer": "5", "p" * 9999: 1}, "use one of prompt"),
         (Row, {"answer": "5", "checker": {"type": "exact", "value": "5", "valu": 1}}, "did you mean 'value'?"),
         (CompletionIn, {"prompt": "a", "temprature": 1}, "did you mean 'temperature'?"),

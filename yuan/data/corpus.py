@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from yuan.data.mixture import Mixture, compute_quotas
-from yuan.data.packing import PackedWindows
+from yuan.data.packing import PackedWindows, PackingStats
 from yuan.data.samples import Sample
 from yuan.data.shuffle import Int64Array
 from yuan.data.tokens import TOKEN_FILE_NAMES, TokenFiles, write_token_files
@@ -66,11 +66,11 @@ def write_corpus(
     return write_corpus_index(folder, list(sources), seq_len=seq_len, pad=pad, weights=weights)
 
 
-def write_sources(folder: Path, sources: Mapping[str, Iterable[Sample]], *, seq_len: int) -> dict[str, int]:
+def write_sources(folder: Path, sources: Mapping[str, Iterable[Sample]], *, seq_len: int) -> dict[str, PackingStats]:
     """Write every source's token files into a folder named by the source's number.
 
     Returns:
-        The number of windows of each source, from which the weights of the index may be decided.
+        The counts of each source; from its windows, the weights of the index may be decided.
 
     Raises:
         ValueError: if a source has no sample.

@@ -1,20 +1,21 @@
-"""Pack token sequences into constant-length windows; every function here is pure."""
+"""Pack token sequences into constant-length windows, deterministically and with memory for a few windows."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from yuan.data.samples import Sample
+from yuan.tokenizer import Int32Array
 
-Int32Array = npt.NDArray[np.int32]
+NUM_OPEN_WINDOWS = 16  # windows with room that wait for a sample that fits
 
 
 class SampleSegment(NamedTuple):
-    """A segment of a sample as arrays (n,): the whole sample, or a part of one that is longer than a window."""
+    """A segment of a sample as arrays (n,): the whole sample, or a part between the borders of windows."""
 
     tokens: Int32Array
     loss_mask: npt.NDArray[np.bool_]
@@ -39,43 +40,175 @@ class PackedWindows:
         return len(self.tokens)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PackingStats:
+    """Count what became of the tokens of samples; those of several sources, or shards, are added with `+`.
+
+    All but the first three are numbers of predictions: a window of S tokens has S, a sample of n tokens n - 1, since
+    nothing predicts its first token. `targets + masked + padding` is the size of all windows.
+
+    Attributes:
+        samples: samples that were packed, without those that have no target token.
+        cut_samples: samples among them that a border of a window cuts.
+        windows: number of windows.
+        targets: predictions that count in the loss.
+        masked: tokens of prompts and of other turns, which are read and do not count.
+        padding: places of windows without a token.
+        cut: predictions behind a border within their sample, which do not see what comes before it.
+        dropped: tokens of prompts that are left out, because no target follows in the same window.
+    """
+
+    samples: int = 0
+    cut_samples: int = 0
+    windows: int = 0
+    targets: int = 0
+    masked: int = 0
+    padding: int = 0
+    cut: int = 0
+    dropped: int = 0
+
+    def __add__(self, other: "PackingStats") -> "PackingStats":
+        counts = asdict(other)
+        return PackingStats(**{name: count + counts[name] for name, count in asdict(self).items()})
+
+    @property
+    def padding_share(self) -> float:
+        """Return the padding's share of all windows."""
+        return _divide(self.padding, self.targets + self.masked + self.padding)
+
+    @property
+    def masked_share(self) -> float:
+        """Return the share of the tokens in windows that do not count in the loss."""
+        return _divide(self.masked, self.targets + self.masked)
+
+    @property
+    def cut_share(self) -> float:
+        """Return the share of the tokens in windows that do not see the beginning of their sample."""
+        return _divide(self.cut, self.targets + self.masked)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _divide(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
+
+
 def pack_samples(samples: Iterable[Sample], *, seq_len: int, pad: int) -> PackedWindows:
     """Pack samples in memory; `yuan.data.tokens` does the same in files.
 
     Raises:
         ValueError: if there is no sample.
     """
-    windows = split_into_windows(samples, seq_len)
-    return build_windows([_convert_to_arrays(window) for window in windows], seq_len, pad)
+    return build_windows(list(WindowPacker(seq_len).pack(samples)), seq_len, pad)
 
 
-def _convert_to_arrays(window: Sequence[Sample]) -> list[SampleSegment]:
-    return [
-        SampleSegment(np.array(segment.tokens, np.int32), np.array(segment.loss_mask, np.bool_)) for segment in window
-    ]
+class _OpenWindow:
+    """A window that has room."""
+
+    def __init__(self, seq_len: int) -> None:
+        self.room = seq_len
+        self.segments: list[SampleSegment] = []
 
 
-def split_into_windows(samples: Iterable[Sample], seq_len: int) -> Iterator[list[Sample]]:
-    """Pack samples in order into windows of seq_len predictions.
+class WindowPacker:
+    """Pack samples into windows of `seq_len` predictions, so that each target token is predicted exactly once.
 
-    A sample that does not fit the remaining space starts a new window; a sample longer than a window is cut into
-    segments that each start a window.
+    A sample goes whole into the open window that it leaves the least room in. If it fits none, then
 
-    Raises:
-        ValueError: if there is no sample.
+    - a document (`Sample.can_be_cut`) fills the open window with the most room, and goes on in new ones;
+    - any other begins a new window, and is cut at its border only if it is longer than a window.
+
+    The segments of a sample on both sides of a cut share one token, so that no prediction is lost. Segments without a
+    target are left out, and so is the beginning of a prompt that does not fit a window with its answer. The first token
+    of a sample, before which there is nothing, is never predicted.
+
+    If more than `NUM_OPEN_WINDOWS` have room, the fullest is completed with padding. The windows depend on nothing but
+    the samples, in their order, and `seq_len`.
+
     """
-    window: list[Sample] = []
-    room = seq_len
-    for segment in chain.from_iterable(_cut_sample(sample, seq_len) for sample in samples):
-        num_predictions = len(segment.tokens) - 1
-        if num_predictions > room:
-            yield window
-            window, room = [], seq_len
-        window.append(segment)
-        room -= num_predictions
-    if not window:
-        raise ValueError("nothing to pack: no sample has target tokens; accept reports or datasets first")
-    yield window
+
+    def __init__(self, seq_len: int) -> None:
+        self.seq_len = seq_len
+        self._open: list[_OpenWindow] = []  # oldest first
+        self._counts = Counter[str]()
+
+    @property
+    def stats(self) -> PackingStats:
+        """Return the counts so far; they are complete after the last window."""
+        return PackingStats(**self._counts)
+
+    def pack(self, samples: Iterable[Sample]) -> Iterator[list[SampleSegment]]:
+        """Yield windows as lists of segments.
+
+        Raises:
+            ValueError: if there is no sample with a target token.
+        """
+        for sample in samples:
+            yield from self._add_sample(sample)
+        while self._open:
+            yield self._close(self._open[0])
+        if not self.stats.windows:
+            raise ValueError("nothing to pack: no sample has target tokens; accept reports or datasets first")
+
+    def _add_sample(self, sample: Sample) -> Iterator[list[SampleSegment]]:
+        num_predictions = len(sample.tokens) - 1
+        if not sample.loss_mask[1:].any():
+            self._counts["dropped"] += max(num_predictions, 0)
+            return
+
+        # Of a prompt that does not fit, the end stays with the answer, at most half a window of it.
+        first_target = int(sample.loss_mask[1:].argmax())
+        start = max(0, min(first_target - self.seq_len // 2, num_predictions - self.seq_len))
+        self._counts["dropped"] += start
+
+        num_cut = 0
+        while start < num_predictions:
+            window = self._choose_window(num_predictions - start, sample.can_be_cut and start == 0)
+            size = min(num_predictions - start, window.room if window else self.seq_len)
+            segment = _take_segment(sample, start, size)
+            start += size
+            if not segment.loss_mask[1:].any():
+                self._counts["dropped"] += size
+                continue
+            num_cut += size if start > size else 0
+            if window is None:
+                window = _OpenWindow(self.seq_len)
+                self._open.append(window)
+            window.segments.append(segment)
+            window.room -= size
+            if not window.room:
+                yield self._close(window)
+            elif len(self._open) > NUM_OPEN_WINDOWS:
+                yield self._close(min(self._open, key=lambda other: other.room))
+
+        self._counts["samples"] += 1
+        self._counts["cut_samples"] += num_cut > 0
+        self._counts["cut"] += num_cut
+
+    def _choose_window(self, num_predictions: int, can_be_cut: bool) -> _OpenWindow | None:
+        """Return the open window in which a sample begins; None for a new one."""
+        fitting = [window for window in self._open if window.room >= num_predictions]
+        if fitting:
+            return min(fitting, key=lambda window: window.room)
+        return max(self._open, key=lambda window: window.room, default=None) if can_be_cut else None
+
+    def _close(self, window: _OpenWindow) -> list[SampleSegment]:
+        self._open.remove(window)
+        num_targets = sum(int(segment.loss_mask[1:].sum()) for segment in window.segments)
+        self._counts["windows"] += 1
+        self._counts["targets"] += num_targets
+        self._counts["masked"] += self.seq_len - window.room - num_targets
+        self._counts["padding"] += window.room
+        return window.segments
+
+
+def _take_segment(sample: Sample, start: int, size: int) -> SampleSegment:
+    """Return the segment of `size` predictions behind token `start`; a part is copied, which frees the rest."""
+    part = slice(start, start + size + 1)
+    if size == len(sample.tokens) - 1:
+        return SampleSegment(sample.tokens, sample.loss_mask)
+    return SampleSegment(sample.tokens[part].copy(), sample.loss_mask[part].copy())
 
 
 def build_windows(windows: Sequence[Sequence[SampleSegment]], seq_len: int, pad: int) -> PackedWindows:
@@ -93,11 +226,3 @@ def build_windows(windows: Sequence[Sequence[SampleSegment]], seq_len: int, pad:
             documents[w, start:end] = number
             start = end
     return PackedWindows(tokens, labels, loss_masks, documents)
-
-
-def _cut_sample(sample: Sample, seq_len: int) -> list[Sample]:
-    """Cut a sample into segments of at most seq_len predictions; consecutive segments share one token."""
-    cuts = range(0, max(len(sample.tokens) - 1, 1), seq_len)
-    parts = [slice(cut, cut + seq_len + 1) for cut in cuts]
-    segments = [Sample(sample.tokens[part], sample.loss_mask[part]) for part in parts]
-    return [segment for segment in segments if any(segment.loss_mask[1:])]

@@ -1,16 +1,25 @@
-"""The row, the unit of training data: prompt, answer and checker; read and written as JSONL."""
+"""The row, the unit of training data: prompt and answer, conversation or document; read and written as JSONL."""
 
 import codecs
 import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, BinaryIO
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from yuan.data.checkers import EXACT_NUMBER_RULE, Checker, Numeric
+from yuan.data.conversation import MessageRole, Turn, join_turns
 from yuan.data.rule_text import describe_errors
 from yuan.data.text import (
     MAX_TEXT_CHARS,
@@ -23,23 +32,55 @@ from yuan.data.text import (
     parse_json,
 )
 
-# All fields of a row have about 81,000 characters at most, and JSON writes one in 12 bytes at most, as two `\uXXXX`.
-MAX_LINE_BYTES = 2**20
+MAX_DOCUMENT_BYTES = 64 * 2**20  # of UTF-8: a book has one or two MB
+# A window of 8,192 tokens, the longest of the published models, has at most 16 characters a token.
+MAX_CONVERSATION_CHARS = 8192 * 16
+MAX_MESSAGES = 200
+# JSON writes a character in 12 bytes at most, as two `\uXXXX`; with names and quotes for each of the messages.
+MAX_SHORT_LINE_BYTES = 2 * 2**20
+# A document's characters in two bytes for one of UTF-8, as `\uXXXX` for Chinese, and its row's other fields.
+MAX_LINE_BYTES = 2 * MAX_DOCUMENT_BYTES + MAX_SHORT_LINE_BYTES
+MAX_VALUES = 1000  # of JSON in a line
+SKIPPED_CHUNK_BYTES = 2**20
 
 
 # The version of the rule by which `Row.key` and `Row.prompt_key` are computed; records store the version of their keys.
 KEY_RULE = 3
 
 
-class Row(BaseModel):
-    """Hold one sample. Without a prompt the answer is a plain document, and all its tokens are targets."""
+class RowMessage(BaseModel):
+    """Hold one message of a conversation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    role: MessageRole = Field(description="system, user or assistant")
+    content: Annotated[str, TextRule(MAX_TEXT_CHARS)] = Field(description="its text")
+
+
+class Row(BaseModel):
+    """Hold one sample: a prompt with its answer, a conversation, or a document.
+
+    Without a prompt the answer is a document, and all its tokens are targets. A conversation has `messages` alone; its
+    `prompt` is then the text of all messages but the last (`join_turns`), and its `answer` the last one.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        json_schema_extra={"oneOf": [{"required": ["answer"]}, {"required": ["messages"]}]},
+    )
 
     prompt: Annotated[str, TextRule(MAX_TEXT_CHARS, allow="empty")] = Field(
         default="", description="what the model is asked; empty for a plain document"
     )
-    answer: Annotated[str, TextRule(MAX_TEXT_CHARS)] = Field(description="what it should answer")
+    answer: Annotated[str, TextRule(MAX_DOCUMENT_BYTES)] = Field(
+        default="",
+        description=f"what it should answer, at most {MAX_TEXT_CHARS:,} characters; or a document of at most 64 MiB",
+    )
+    messages: Annotated[tuple[RowMessage, ...], Field(max_length=MAX_MESSAGES)] | None = Field(
+        default=None,
+        description="a conversation instead of prompt and answer: system messages, then user and assistant in turn",
+    )
     checker: Checker | None = Field(default=None, description="how another answer to the prompt is judged")
     capability: Annotated[str, TextRule(100)] | None = Field(
         default=None, description="capability that the row trains, e.g. reverse"
@@ -48,19 +89,96 @@ class Row(BaseModel):
     source: Annotated[str, TextRule(200)] | None = Field(default=None, description="where the row comes from")
 
     @model_validator(mode="after")
-    def _check_own_answer(self) -> "Row":
+    def _check(self) -> "Row":
+        if self.messages is not None:
+            self._check_messages(self.messages)
+            # Derived and not validated, as all of a conversation may be longer than a prompt.
+            turns = [Turn(message.role, message.content) for message in self.messages]
+            self.__dict__.update(prompt=join_turns(turns[:-1]), answer=turns[-1].text)
+        elif "answer" not in self.model_fields_set:
+            raise make_rule_error("answer", "is missing; add it")
+        else:
+            self._check_length()
         if self.checker is not None and not self.checker.check(self.answer):
             raise make_rule_error("checker", "refuses the row's own answer; correct one of the two")
         return self
 
+    def _check_messages(self, messages: Sequence[RowMessage]) -> None:
+        if extra := self.model_fields_set & {"prompt", "answer"}:
+            name = min(extra)
+            raise make_rule_error(name, "must not be beside messages, which have it; leave one of the two out")
+        roles = [message.role for message in messages]
+        num_system = next((n for n, role in enumerate(roles) if role != "system"), len(roles))
+        expected = [*["system"] * num_system, *["user", "assistant"] * ((len(roles) - num_system) // 2)]
+        if roles != expected or num_system == len(roles):
+            wrong = (n for n, (role, rule) in enumerate(zip(roles, expected, strict=False)) if role != rule)
+            place = next(wrong, len(roles) - 1)
+            got = f"{roles[place]} at {place} of {len(roles)}" if roles else "no message"
+            raise make_rule_error(
+                "messages",
+                "must be system messages, if any, then user and assistant in turn, and end with assistant, got "
+                f"{got}; merge, move or remove messages",
+            )
+        num_chars = sum(len(message.content) for message in messages)
+        if num_chars > MAX_CONVERSATION_CHARS:
+            raise make_rule_error(
+                "messages",
+                f"must have at most {MAX_CONVERSATION_CHARS:,} characters together, got {num_chars:,}; split or "
+                "shorten the conversation",
+            )
+
+    def _check_length(self) -> None:
+        if len(self.answer) <= MAX_TEXT_CHARS:
+            return
+        if self.prompt:
+            raise make_rule_error(
+                "answer",
+                f"must have at most {MAX_TEXT_CHARS:,} characters in a row with a prompt, got {len(self.answer):,}; "
+                "shorten it",
+            )
+        num_bytes = len(self.answer) if self.answer.isascii() else len(self.answer.encode())
+        if num_bytes > MAX_DOCUMENT_BYTES:
+            raise make_rule_error(
+                "answer",
+                f"must have at most {MAX_DOCUMENT_BYTES:,} bytes of UTF-8 in a document, got {num_bytes:,}; make "
+                "several rows of it",
+            )
+
+    @model_serializer(mode="wrap")
+    def _leave_out_derived(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write a conversation as it is read, without the prompt and the answer that are derived."""
+        fields: dict[str, Any] = serialize(self)
+        if self.messages is None:
+            return fields
+        return {name: value for name, value in fields.items() if name not in ("prompt", "answer")}
+
     @property
     def key(self) -> str:
-        """Return the deduplication key; rows whose prompts and answers `normalize_text` folds alike have equal keys."""
-        return hash_texts(normalize_text(self.prompt), normalize_text(self.answer))
+        """Return the deduplication key; rows whose texts `normalize_text` folds alike have equal keys.
+
+        A conversation of one question and its answer has the key of that prompt and answer.
+        """
+        if self.messages is None or len(self.messages) == 2:
+            return hash_texts(normalize_text(self.prompt), normalize_text(self.answer))
+        texts = (text for message in self.messages for text in (message.role, normalize_text(message.content)))
+        return hash_texts("messages", *texts)
 
     @property
     def prompt_key(self) -> str:
         return make_prompt_key(self.prompt)
+
+    @property
+    def prompt_keys(self) -> frozenset[str]:
+        """Return the keys of all prompts that the row trains answers to; none for a document.
+
+        Those of a conversation are the prompt of each of its answers, with all that comes before, and each user's
+        message alone: a held-out prompt must be none of them.
+        """
+        if self.messages is None:
+            return frozenset([self.prompt_key] if self.prompt else [])
+        turns = [Turn(message.role, message.content) for message in self.messages]
+        prompts = [join_turns(turns[:number]) for number, turn in enumerate(turns) if turn.role == "assistant"]
+        return frozenset(map(make_prompt_key, [*prompts, *(turn.text for turn in turns if turn.role == "user")]))
 
     @property
     def split_key(self) -> str:
@@ -70,6 +188,9 @@ class Row(BaseModel):
 
 # Every key of a row and of a checker, as JSON writes it; an escape such as \\u0061 is another way to write one.
 _QUOTED_KEYS = tuple(f'"{name}"'.encode() for name in (*Row.model_fields, "type", "value", "values", "tolerance"))
+_QUOTED_MESSAGE_KEYS = tuple(f'"{name}"'.encode() for name in RowMessage.model_fields)
+# A string of JSON; possessive, so that one of 64 MiB takes no memory to match.
+_JSON_STRING_PATTERN = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 
 
 # What each JSON number with a point or an exponent matches that is the value of a key.
@@ -103,11 +224,15 @@ def parse_rows(data: bytes | BinaryIO) -> Iterator[Row | BadRow]:
     for number, line in enumerate(_read_lines(stream), start=1):
         if line is None:
             yield BadRow(
-                row=number, reason=f"line: has more than the {MAX_LINE_BYTES:,} bytes that a row can need; shorten it"
+                row=number,
+                reason=f"line: has more than the {MAX_LINE_BYTES:,} bytes that a row can need; shorten it, or write "
+                "its text in UTF-8 instead of escapes",
             )
             continue
         line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        if line.strip():
+        if len(line) > MAX_SHORT_LINE_BYTES and (fault := _find_long_line_fault(line)):
+            yield BadRow(row=number, reason=fault)
+        elif line.strip():
             yield _parse_row(number, line)
 
 
@@ -115,16 +240,46 @@ def _parse_row(number: int, line: bytes) -> Row | BadRow:
     try:
         row = Row.model_validate_json(line)
     except ValidationError as error:
-        return BadRow(
-            row=number, reason=_find_json_fault(line) or _find_inexact_number(line) or describe_errors(error, Row)
-        )
+        # A long line is parsed a second time only if that must find the place, for the sake of memory.
+        is_short = len(line) <= MAX_SHORT_LINE_BYTES
+        json_fault = _find_json_fault(line) if is_short or error.errors()[0]["type"] == "json_invalid" else None
+        return BadRow(row=number, reason=json_fault or _find_inexact_number(line) or describe_errors(error, Row))
     # pydantic takes the last value of a repeated key; the slow parser runs only where a key may be repeated.
-    has_repeated_key = b"\\u00" in line or any(line.count(name) > 1 for name in _QUOTED_KEYS)
+    num_messages = len(row.messages or ())
+    has_repeated_key = (
+        b"\\u00" in line
+        or any(line.count(name) > 1 for name in _QUOTED_KEYS)
+        or any(line.count(name) > num_messages for name in _QUOTED_MESSAGE_KEYS)
+    )
     if has_repeated_key and (fault := _find_json_fault(line)):
         return BadRow(row=number, reason=fault)
     if isinstance(row.checker, Numeric) and (fault := _find_inexact_number(line)):
         return BadRow(row=number, reason=fault)
     return row
+
+
+def _find_long_line_fault(line: bytes) -> str | None:
+    """Describe why a long line cannot be that of a document; None if it may be one.
+
+    Parsing it would otherwise take 30 times its bytes, as for a list of a hundred million numbers.
+    """
+    num_values, place = 0, 0
+    while num_values <= MAX_VALUES:
+        quote = line.find(b'"', place)
+        outside = line[place:] if quote < 0 else line[place:quote]
+        num_values += sum(map(outside.count, (b",", b"[", b"{")))
+        if quote < 0:
+            break
+        string = _JSON_STRING_PATTERN.match(line, quote)
+        if string is None:
+            return f"line: must be JSON, the string from byte {quote:,} has no end; correct it there"
+        place = string.end()
+    if num_values <= MAX_VALUES:
+        return None
+    return (
+        f"line: has {len(line):,} bytes and more than {MAX_VALUES:,} values, and only the text of a document may make "
+        f"a line longer than {MAX_SHORT_LINE_BYTES:,} bytes; shorten it"
+    )
 
 
 def _find_json_fault(line: bytes) -> str | None:
@@ -156,8 +311,10 @@ def _read_lines(stream: BinaryIO) -> Iterator[bytes | None]:
     """Yield lines split at \\n only; None for a line that is too long, which is skipped in chunks."""
     while piece := stream.readline(MAX_LINE_BYTES + 1):
         line: bytes | None = piece
-        while len(piece) > MAX_LINE_BYTES and not piece.endswith(b"\n"):
-            line, piece = None, stream.readline(MAX_LINE_BYTES + 1)
+        if len(piece) > MAX_LINE_BYTES and not piece.endswith(b"\n"):
+            line = None
+            while (piece := stream.readline(SKIPPED_CHUNK_BYTES)) and not piece.endswith(b"\n"):
+                pass
         yield line
 
 

@@ -20,6 +20,7 @@ _OBJECT_RULE = "must be a JSON object{got}; write it in braces"
 _INTEGER_RULE = "must be an integer{got}; write digits alone"
 _NUMBER_RULE = "must be a number{got}; write one such as -1.5"
 _BOOLEAN_RULE = "must be true or false{got}; write one of them"
+_LIST_RULE = "must be a list{got}; write it in brackets"
 _CHOICE_RULE = "must be {expected}{got}; choose one"
 _RULE_BY_TYPE = {
     "missing": "is missing; add it",
@@ -32,7 +33,8 @@ _RULE_BY_TYPE = {
     "union_tag_invalid": "{discriminator} must be one of {expected_tags}, got {tag}; choose one",
     "enum": _CHOICE_RULE,
     "literal_error": _CHOICE_RULE,
-    "list_type": "must be a list{got}; write it in brackets",
+    "list_type": _LIST_RULE,
+    "tuple_type": _LIST_RULE,
     "too_short": "must have at least {min_length} {items}, got {actual_length}; add some",
     "too_long": "must have at most {max_length} {items}; send fewer",
     "string_type": "must be text{got}; write it in quotes",

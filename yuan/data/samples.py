@@ -9,68 +9,95 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
+from yuan.data.conversation import Turn, encode_answer, encode_prompt, find_answer_spans, join_turns
 from yuan.data.rows import Row
-from yuan.tokenizer import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Tokenizer
+from yuan.tokenizer import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Int32Array, Tokenizer
 
-LossMaskMode = Literal["all", "last", "each"]
-TURN_SEPARATOR = "<n>"  # between turns, as text: the published chat template
+TargetAnswers = Literal["last", "all", "each"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
-    """Token ids and their loss mask, which is true for the target tokens."""
+    """Token ids (n,) and their loss mask (n,), which is true for the target tokens; sequences become arrays.
 
-    tokens: tuple[int, ...]
-    loss_mask: tuple[bool, ...]
-
-
-@dataclass(frozen=True)
-class ConversationTurn:
-    """One turn of a conversation."""
-
-    role: Literal["user", "assistant"]
-    text: str
-
-
-def encode_row(row: Row, tokenizer: Tokenizer) -> Sample:
-    """Encode `prompt <sep> answer <eod>`; the target tokens are the answer and `<eod>`.
-
-    A row without a prompt is a document: no separator, and every token is a target.
-    Source: Yuan 2.0 paper, section 3.5; the mask is computed for each sample before packing.
+    Attributes:
+        can_be_cut: it is a document, which a border of a window may cut; others are cut only if longer than a window.
     """
-    answer = [*tokenizer.encode(row.answer), tokenizer.eod]
-    if not row.prompt:
-        return _join_parts([(answer, True)])
-    return _join_parts([([*tokenizer.encode(row.prompt), tokenizer.sep], False), (answer, True)])
+
+    tokens: Int32Array
+    loss_mask: npt.NDArray[np.bool_]
+    can_be_cut: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", np.asarray(self.tokens, np.int32))
+        object.__setattr__(self, "loss_mask", np.asarray(self.loss_mask, np.bool_))
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Sample)
+            and np.array_equal(self.tokens, other.tokens)
+            and np.array_equal(self.loss_mask, other.loss_mask)
+        )
+
+
+def encode_row(row: Row, tokenizer: Tokenizer, *, target_answers: TargetAnswers = "each") -> list[Sample]:
+    """Encode a row as samples: one of a document or of a prompt with its answer, one or more of a conversation.
+
+    A document is its text and `<eod>`, and every token is a target. A prompt is followed by `<sep>` and its answer by
+    `<eod>`; the target tokens are the answer and `<eod>`. Source: Yuan 2.0 paper, section 3.5.
+
+    Args:
+        target_answers: see `encode_conversation`.
+    """
+    if row.messages is not None:
+        turns = [Turn(message.role, message.content) for message in row.messages]
+        return encode_conversation(turns, tokenizer, target_answers=target_answers)
+    if row.prompt:
+        return [
+            _join_parts([(encode_prompt(row.prompt, tokenizer), False), (encode_answer(row.answer, tokenizer), True)])
+        ]
+    return [_make_document(tokenizer.encode_array(row.answer), tokenizer)]
 
 
 def encode_conversation(
-    turns: Sequence[ConversationTurn], tokenizer: Tokenizer, *, learn: LossMaskMode = "each", system: str = ""
+    turns: Sequence[Turn], tokenizer: Tokenizer, *, target_answers: TargetAnswers = "each"
 ) -> list[Sample]:
-    """Encode a conversation: turns joined by `<n>`, the separator before the last answer, `<eod>` after it.
+    """Encode a conversation: the prompt of `join_turns`, the separator before the last answer, `<eod>` after it.
 
     Args:
-        learn: the answers that are targets. "last": the last answer; "all": every answer, in one sample; "each": every
-            answer, in a sample of its own with the turns before it, so that training and inference use the same format.
-
-    Raises:
-        ValueError: if turns do not alternate, starting with the user and ending with the assistant.
+        turns: with an answer of the assistant at the end.
+        target_answers: the answers that are targets. "last": the last answer; "all": every answer, in one sample;
+            "each": every answer, in a sample of its own with the turns before it, so that each follows the separator
+            and is ended by `<eod>`, as in generation.
     """
-    roles = [turn.role for turn in turns]
-    if not turns or roles != ["user", "assistant"] * (len(turns) // 2):
-        raise ValueError(f"turns must alternate from user to assistant, got {roles}; add or merge turns")
-    if learn == "each":
-        ends = range(2, len(turns) + 1, 2)
-        return [encode_conversation(turns[:end], tokenizer, learn="last", system=system)[0] for end in ends]
+    if target_answers == "each":
+        ends = [number + 1 for number, turn in enumerate(turns) if turn.role == "assistant"]
+        return [_encode_last_answer(turns[:end], tokenizer) for end in ends]
+    sample = _encode_last_answer(turns, tokenizer)
+    if target_answers == "all":
+        earlier_mask = _mask_answers(turns[:-1], tokenizer)
+        sample.loss_mask[: len(earlier_mask)] = earlier_mask
+    return [sample]
 
-    parts: list[tuple[list[int], bool]] = [(tokenizer.encode(f"{system}\n"), False)] if system else []
-    for turn in turns[:-1]:
-        is_last_question = turn is turns[-2]
-        is_target = learn == "all" and turn.role == "assistant"
-        parts.append((tokenizer.encode(turn.text), is_target))
-        parts.append(([tokenizer.sep] if is_last_question else tokenizer.encode(TURN_SEPARATOR), False))
-    parts.append(([*tokenizer.encode(turns[-1].text), tokenizer.eod], True))
-    return [_join_parts(parts)]
+
+def _encode_last_answer(turns: Sequence[Turn], tokenizer: Tokenizer) -> Sample:
+    prompt = join_turns(turns[:-1])
+    return _join_parts([(encode_prompt(prompt, tokenizer), False), (encode_answer(turns[-1].text, tokenizer), True)])
+
+
+def _mask_answers(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[bool]:
+    """Return the loss mask of a prompt's tokens in which those with a character of an earlier answer count."""
+    _, token_spans = tokenizer.encode_spans(join_turns(turns))
+    answer_spans = find_answer_spans(turns)
+    mask = []
+    for first, end in token_spans:
+        while answer_spans and answer_spans[0][1] <= first:
+            answer_spans.pop(0)
+        mask.append(bool(answer_spans) and answer_spans[0][0] < end)
+    return mask
 
 
 def encode_fill_in_middle(
@@ -96,22 +123,27 @@ def encode_fill_in_middle(
             raise ValueError(f"{name} must be between 0 and 1, got {value}; it is a probability")
     draw = random.Random(f"fill in the middle {seed!r}")
     if draw.random() >= fim_probability or not text:
-        return _join_parts([([*tokenizer.encode(text), tokenizer.eod], True)])
+        return _make_document(tokenizer.encode_array(text), tokenizer)
 
     first, second = sorted(draw.randint(0, len(text)) for _ in range(2))
-    prefix, middle, suffix = (
-        tokenizer.encode(part) if part else [] for part in (text[:first], text[first:second], text[second:])
-    )
+    prefix, middle, suffix = map(tokenizer.encode_array, (text[:first], text[first:second], text[second:]))
 
-    special = tokenizer.special
+    prefix_id, suffix_id, middle_id = ([tokenizer.special[name]] for name in (FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE))
     if draw.random() < spm_share:
-        tokens = [special[FIM_PREFIX], special[FIM_SUFFIX], *suffix, special[FIM_MIDDLE], *prefix, *middle]
+        parts = [prefix_id, suffix_id, suffix, middle_id, prefix, middle]
     else:
-        tokens = [special[FIM_PREFIX], *prefix, special[FIM_SUFFIX], *suffix, special[FIM_MIDDLE], *middle]
-    return _join_parts([([*tokens, tokenizer.eod], True)])
+        parts = [prefix_id, prefix, suffix_id, suffix, middle_id, middle]
+    tokens = np.concatenate([*parts, [tokenizer.eod]])
+    return Sample(tokens, np.ones(len(tokens), np.bool_))  # cut, the middle would lose what it is the middle of
+
+
+def _make_document(tokens: Int32Array, tokenizer: Tokenizer) -> Sample:
+    """Return the sample of a document's tokens, which are all targets, ended by `<eod>`."""
+    ids = np.append(tokens, np.int32(tokenizer.eod))
+    return Sample(ids, np.ones(len(ids), np.bool_), can_be_cut=True)
 
 
 def _join_parts(parts: Sequence[tuple[list[int], bool]]) -> Sample:
-    tokens = tuple(token for ids, _ in parts for token in ids)
-    loss_mask = tuple(is_target for ids, is_target in parts for _ in ids)
+    tokens = np.concatenate([np.asarray(ids, np.int32) for ids, _ in parts])
+    loss_mask = np.repeat([is_target for _, is_target in parts], [len(ids) for ids, _ in parts])
     return Sample(tokens, loss_mask)

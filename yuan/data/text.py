@@ -10,6 +10,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from itertools import groupby
@@ -267,6 +268,8 @@ DOUBLE_MARKS = {code: unicodedata.normalize("NFD", chr(code)) for code in (0x034
 _FOLDED_CHARS = {chr(code): char for code, char in (_WIDTH_FORMS | DOUBLE_MARKS).items()}
 # Faster than `str.translate`, which takes long for each character that stays.
 _FOLDED_CHAR_PATTERN = re.compile(f"[{''.join(_FOLDED_CHARS)}]")
+NORMALIZED_CHUNK_CHARS = 2**18
+_STARTER_PATTERN = re.compile("[\0-\x7f\u4e00-\u9fff]")
 MAX_COMPOSED_MARKS = 3  # combining marks into which one letter is decomposed
 # Characters without width: soft hyphen, zero-width spaces and joiners, marks of direction, word joiner, BOM.
 INVISIBLE_CHARS = (
@@ -306,11 +309,27 @@ def normalize_text(text: str) -> str:
     """
     is_ascii = text.isascii()
     if not is_ascii:
-        text = _FOLDED_CHAR_PATTERN.sub(_fold_char, text)
-        text = unicodedata.normalize("NFC", _limit_combining_marks(text))
+        text = "".join(map(_compose, _split_starters(text)))
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     return text.strip() if is_ascii else text.strip(_OUTER_CHARS)
+
+
+def _split_starters(text: str) -> Iterator[str]:
+    """Yield parts of a long text that can be composed (NFC) one by one, which takes less memory.
+
+    A part begins with a character of ASCII or an ideograph, which combine with nothing before them.
+    """
+    start = 0
+    while match := _STARTER_PATTERN.search(text, start + NORMALIZED_CHUNK_CHARS):
+        yield text[start : match.start()]
+        start = match.start()
+    yield text[start:]
+
+
+def _compose(text: str) -> str:
+    text = _FOLDED_CHAR_PATTERN.sub(_fold_char, text)
+    return unicodedata.normalize("NFC", _limit_combining_marks(text))
 
 
 def _fold_char(match: re.Match[str]) -> str:

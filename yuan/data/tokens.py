@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from yuan.data.packing import PackedWindows, SampleSegment, build_windows, split_into_windows
+from yuan.data.packing import PackedWindows, PackingStats, SampleSegment, WindowPacker, build_windows
 from yuan.data.samples import Sample
 
 TOKENS_FILE = "tokens.bin"
@@ -24,11 +24,11 @@ LOSS_MASK_BIT = 1 << 31
 BYTES_PER_TOKEN = 4
 
 
-def write_token_files(folder: Path, samples: Iterable[Sample], *, seq_len: int) -> int:
+def write_token_files(folder: Path, samples: Iterable[Sample], *, seq_len: int) -> PackingStats:
     """Pack samples in order into windows of seq_len predictions; only the index is held in memory.
 
     Returns:
-        The number of windows.
+        The number of windows, and the counts of cut, masked and padding tokens.
 
     Raises:
         ValueError: if there is no sample.
@@ -36,21 +36,22 @@ def write_token_files(folder: Path, samples: Iterable[Sample], *, seq_len: int) 
     folder.mkdir(parents=True)
     segments, windows, target_counts = array("q"), array("q", [0]), array("q")
     start = 0
+    packer = WindowPacker(seq_len)
     with (folder / TOKENS_FILE).open("wb") as file:
-        for window in split_into_windows(samples, seq_len):
+        for window in packer.pack(samples):
             for segment in window:
-                mask_bits = np.asarray(segment.loss_mask, np.uint32) * np.uint32(LOSS_MASK_BIT)
-                file.write((np.asarray(segment.tokens, np.uint32) | mask_bits).tobytes())
+                mask_bits = segment.loss_mask * np.uint32(LOSS_MASK_BIT)
+                file.write((segment.tokens.astype(np.uint32) | mask_bits).tobytes())
                 segments.extend((start, len(segment.tokens)))
                 start += len(segment.tokens)
             windows.append(len(segments) // 2)  # a segment is two numbers
             # Nothing predicts the first token of a segment.
-            target_counts.append(sum(sum(segment.loss_mask[1:]) for segment in window))
+            target_counts.append(sum(int(segment.loss_mask[1:].sum()) for segment in window))
 
     np.save(folder / SEGMENTS_FILE, np.frombuffer(segments, np.int64).reshape(-1, 2))
     np.save(folder / WINDOWS_FILE, np.frombuffer(windows, np.int64))
     np.save(folder / TARGET_COUNTS_FILE, np.frombuffer(target_counts, np.int64))
-    return len(target_counts)
+    return packer.stats
 
 
 class TokenFiles:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence as Prompts
 from dataclasses import dataclass
 
+from yuan.data.conversation import encode_prompt
 from yuan.generate.decoder import Decoder
 from yuan.generate.limits import Sampling
 from yuan.generate.sequence import DecodingSequence
@@ -80,6 +81,6 @@ def answer_each(
 
 def _make_sequence(model: Yuan, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> DecodingSequence | ValueError:
     try:
-        return DecodingSequence([*tokenizer.encode(prompt), tokenizer.sep], sampling, tokenizer, model.config.seq_len)
+        return DecodingSequence(encode_prompt(prompt, tokenizer), sampling, tokenizer, model.config.seq_len)
     except ValueError as error:
         return error

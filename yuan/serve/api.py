@@ -71,7 +71,7 @@ def make_api(token: str, service: ModelService) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(form: CompletionIn, call: Call) -> Response:
         listener = AnswerReceiver(service, build_sampling(form, form.logprobs), form, caller=get_caller(call))
-        listener.submit(lambda served: form.prompts(served.tokenizer))
+        listener.submit(lambda served: form.encode_prompts(served.tokenizer))
         formatter = CompletionFormatter(listener.version, listener.tokenizer, with_logprobs=form.logprobs is not None)
         return await respond(listener, formatter, form, call)
 
@@ -80,7 +80,7 @@ def make_api(token: str, service: ModelService) -> FastAPI:
         max_tokens = form.max_completion_tokens or form.max_tokens
         sampling = build_sampling(form, form.top_logprobs if form.logprobs else None, max_tokens=max_tokens)
         listener = AnswerReceiver(service, sampling, form, caller=get_caller(call))
-        listener.submit(lambda served: [[*served.tokenizer.encode(form.prompt()), served.tokenizer.sep]])
+        listener.submit(lambda served: form.encode_prompts(served.tokenizer))
         formatter = ChatFormatter(listener.version, listener.tokenizer, with_logprobs=form.logprobs)
         return await respond(listener, formatter, form, call)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from yuan.config import suggest_nearest_name
+from yuan.data.conversation import Turn, encode_prompt, join_turns
 from yuan.data.text import (
     BLANK_TEXT_RULE,
     TextRule,
@@ -232,7 +233,7 @@ class CompletionIn(DecodingFields):
         prompts = self.prompt if is_list_of_prompts else [self.prompt]
         return [prompt if isinstance(prompt, str) else json.dumps(prompt) for prompt in prompts]
 
-    def prompts(self, tokenizer: "Tokenizer") -> list[list[int]]:
+    def encode_prompts(self, tokenizer: "Tokenizer") -> list[list[int]]:
         """Return the token ids of each prompt; the separator is appended to text."""
         if isinstance(self.prompt, str):
             prompts: list[Any] = [self.prompt]
@@ -244,7 +245,7 @@ class CompletionIn(DecodingFields):
         token_ids: list[list[int]] = []
         for prompt in prompts:
             is_text = isinstance(prompt, str)
-            token_ids.append([*tokenizer.encode(prompt), tokenizer.sep] if is_text else list(prompt))
+            token_ids.append(encode_prompt(prompt, tokenizer) if is_text else list(prompt))
         return token_ids
 
 
@@ -322,11 +323,7 @@ class ChatIn(DecodingFields):
         """Return the last message as the only prompt."""
         return [self.messages[-1].text]
 
-    def prompt(self) -> str:
-        """Return the conversation as one text: turns joined by `<n>`, system texts each ended by a newline.
-
-        Source: the chat template of the published models (FastChat's yuan2).
-        """
-        system = "".join(f"{m.text}\n" for m in self.messages if m.role in ("system", "developer"))
-        turns = [m.text for m in self.messages if m.role in ("user", "assistant")]
-        return system + "<n>".join(turns)
+    def encode_prompts(self, tokenizer: "Tokenizer") -> list[list[int]]:
+        """Return the token ids of the conversation, as the only prompt."""
+        turns = [Turn(message.role, message.text) for message in self.messages]
+        return [encode_prompt(join_turns(turns), tokenizer)]
