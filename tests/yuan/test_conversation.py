@@ -1,17 +1,24 @@
 """Conversations: one way to token ids for training, evaluation, `/v1` and other software; the loss mask of answers."""
 
+import json
 import random
+import re
 
 import jinja2.sandbox
 import numpy as np
 import pytest
+import sentencepiece
 
 from tests.published_layout import generate_published_layout, load_published_layout
 from yuan import tokenizer as tokenizers
+from yuan.config import ModelConfig
 from yuan.data.conversation import CHAT_TEMPLATE, Turn, encode_prompt, find_answer_spans, join_turns
 from yuan.data.packing import pack_samples
 from yuan.data.rows import Row
 from yuan.data.samples import encode_row
+from yuan.model import weights
+from yuan.model.convert import export_hf
+from yuan.model.transformer import Yuan
 from yuan.serve.schemas import ChatIn, CompletionIn
 
 TOKENIZERS = {
@@ -80,6 +87,59 @@ def test_chat_template_renders_the_prompt_and_the_sample(trim):
         assert render(messages, add_generation_prompt=False, trim=trim) == f"{row.prompt}<sep>{row.answer}<eod>"
         joined = join_turns([Turn(message["role"], message["content"]) for message in messages])
         assert render(messages, add_generation_prompt=True, trim=trim) == joined + "<sep>"
+
+
+@pytest.fixture(scope="module")
+def exported(tokenizer, tmp_path_factory):
+    """Export a model with this tokenizer; return the folder."""
+    parent = tmp_path_factory.mktemp("exported")
+    config = ModelConfig(
+        name="t", num_layers=1, hidden_size=16, num_heads=2, vocab_size=tokenizer.padded_size, seq_len=64
+    )
+    weights.save(parent / "ours", config, Yuan(config).state_dict(), tokenizer, {})
+    export_hf(parent / "ours", parent / "hf")
+    return parent / "hf"
+
+
+def encode_as_transformers(text, folder):
+    """Encode by its rule for slow tokenizers with `legacy`: what is between special tokens is encoded by itself."""
+    fields = json.loads((folder / "tokenizer_config.json").read_text())
+    assert fields["legacy"] and not fields["add_bos_token"] and not fields["add_eos_token"]
+    special = {entry["content"]: int(token_id) for token_id, entry in fields["added_tokens_decoder"].items()}
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    parts = re.split("(" + "|".join(map(re.escape, special)) + ")", text)
+    return [i for part in parts for i in ([special[part]] if part in special else pieces.encode(part))]
+
+
+def test_rendered_template_of_an_export_has_the_ids_of_v1(tokenizer, exported):
+    template = json.loads((exported / "tokenizer_config.json").read_text())["chat_template"]
+    assert template == CHAT_TEMPLATE
+    for seed in range(40):
+        messages = draw_messages(seed, 1 + seed % 4)
+        if any(name in message["content"] for message in messages for name in tokenizers.SPECIAL_TOKENS):
+            continue  # to other software, a special token's name in a text is that token
+        (prompt,) = ChatIn(messages=messages[:-1]).encode_prompts(tokenizer)
+        text = render(messages[:-1], add_generation_prompt=True, trim=True)
+        assert encode_as_transformers(text, exported) == prompt
+        (sample,) = encode_row(Row(messages=messages), tokenizer, target_answers="last")
+        text = render(messages, add_generation_prompt=False, trim=True)
+        assert encode_as_transformers(text, exported) == sample.tokens.tolist()
+
+
+def test_export_names_the_ids_of_all_special_tokens(tokenizer, exported):
+    config, generation, fields = (
+        json.loads((exported / f"{name}.json").read_text())
+        for name in ("config", "generation_config", "tokenizer_config")
+    )
+    ids = {entry["content"]: int(token_id) for token_id, entry in fields["added_tokens_decoder"].items()}
+    assert ids == tokenizer.special
+    assert (config["eod_token"], config["sep_token"], config["sep_token_id"]) == (
+        ids["<eod>"],
+        ids["<sep>"],
+        ids["<sep>"],
+    )
+    for name in ("bos", "eos", "pad"):
+        assert ids[fields[f"{name}_token"]] == config[f"{name}_token_id"] == generation[f"{name}_token_id"]
 
 
 def decode_targets(sample, tokenizer):

@@ -196,7 +196,7 @@ def test_export_without_a_tokenizer_has_token_ids_within_its_vocabulary(write_pu
     export_hf(tmp_path / "ours", tmp_path / "again")
     data = json.loads((tmp_path / "again" / "config.json").read_text())
     ids = [value for name, value in data.items() if name.endswith(("_token_id", "_token"))]
-    assert len(ids) == 6 and all(0 <= token_id < data["vocab_size"] for token_id in ids)
+    assert len(ids) == 7 and all(0 <= token_id < data["vocab_size"] for token_id in ids)
 
 
 def test_export_into_a_non_empty_folder_is_refused(model_folder, published_folder):

@@ -15,14 +15,30 @@ from yuan.data.file_formats import HEAD_BYTES, describe_foreign_format
 from yuan.data.rows import BadRow, Row, dump_rows, parse_rows
 from yuan.data.text import BadJson, parse_json
 
-ROW_KEYS = st.sampled_from(["prompt", "answer", "checker", "capability", "language", "source", "x"])
+ROW_KEYS = st.sampled_from(["prompt", "answer", "checker", "capability", "language", "source", "x", "messages"])
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": ANY_TEXT | JSON_VALUES}
+    ),
+    max_size=4,
+)
+CONVERSATIONS = st.tuples(st.lists(ANY_TEXT, min_size=1, max_size=4), st.booleans()).map(
+    lambda case: (
+        [{"role": "system", "content": "x"}] * case[1]
+        + [{"role": role, "content": text} for text in case[0] for role in ("user", "assistant")]
+    )
+)
 
 
 @each_size
 def test_line_of_a_dataset_is_a_row_or_a_bad_row_with_a_reason(num_cases):
     fields = st.dictionaries(ROW_KEYS, st.one_of(JSON_VALUES, CHECKER_VALUES, st.just("5")))
+    conversations = st.fixed_dictionaries(
+        {"messages": MESSAGES | CONVERSATIONS}, optional={"checker": CHECKER_VALUES, "prompt": st.just("a")}
+    )
     lines = st.one_of(
-        st.binary(max_size=200), st.one_of(fields, JSON_VALUES).map(lambda value: json.dumps(value).encode())
+        st.binary(max_size=200),
+        st.one_of(fields, conversations, JSON_VALUES).map(lambda value: json.dumps(value).encode()),
     )
 
     def check(data):
@@ -33,6 +49,7 @@ def test_line_of_a_dataset_is_a_row_or_a_bad_row_with_a_reason(num_cases):
             else:
                 assert len(row.key) == len(row.prompt_key) == len(row.split_key) == 64
                 assert list(parse_rows(dump_rows([row]))) == [row]
+                assert (row.prompt_key in row.prompt_keys) == bool(row.prompt)
                 assert parse_json(data.strip().removeprefix(b"\xef\xbb\xbf")) is not None
 
     fuzz(num_cases, lines, check)

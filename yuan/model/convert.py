@@ -13,6 +13,7 @@ from torch import Tensor
 
 from yuan import tokenizer as tokenizers
 from yuan.config import MODEL_CONFIG_FILE, ModelConfig, Precision
+from yuan.data.conversation import CHAT_TEMPLATE
 from yuan.model import hf_layout
 from yuan.model.dtypes import DTYPES_BY_NAME, cast_tensor, format_dtype, name_dtype
 from yuan.model.hf_config import build_hf_config, read_config_fields, read_hf_config
@@ -74,7 +75,7 @@ def export_hf(
         json_files: dict[str, Any] = {MODEL_CONFIG_FILE: hf_config, GENERATION_CONFIG_FILE: generation_config}
         if tokenizer is not None:
             tokenizer.save(out)
-            json_files[TOKENIZER_CONFIG_FILE] = _build_tokenizer_config(config)
+            json_files[TOKENIZER_CONFIG_FILE] = _build_tokenizer_config(config, tokenizer)
             files.append(tokenizers.TOKENIZER_MODEL_FILE)
         for name, data in json_files.items():
             (out / name).write_text(json.dumps(data, indent=2))
@@ -299,8 +300,13 @@ def _list_dtypes(dtypes: dict[torch.dtype, str]) -> str:
     return " and ".join(f"{name} in {format_dtype(dtype)}" for dtype, name in dtypes.items())
 
 
-def _build_tokenizer_config(config: ModelConfig) -> dict[str, Any]:
-    """Build the tokenizer_config.json for transformers: as in the official code, with the legacy space rule."""
+def _build_tokenizer_config(config: ModelConfig, tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
+    """Build the tokenizer_config.json for transformers: as in the official code, with the legacy space rule.
+
+    It has the ids of all special tokens, those after the last piece among them, and the template of conversations.
+    """
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    ids = sorted(tokenizer.special.items(), key=lambda item: item[1])
     return {
         "tokenizer_class": "LlamaTokenizer",
         "legacy": True,
@@ -309,6 +315,10 @@ def _build_tokenizer_config(config: ModelConfig) -> dict[str, Any]:
         "bos_token": tokenizers.EOD,
         "eos_token": tokenizers.EOD,
         "pad_token": tokenizers.EOD,
+        "sep_token": tokenizers.SEP,
+        "additional_special_tokens": [name for name, _ in ids],
+        "added_tokens_decoder": {str(token_id): {"content": name, **flags} for name, token_id in ids},
+        "chat_template": CHAT_TEMPLATE,
         "model_max_length": config.seq_len,
         "clean_up_tokenization_spaces": False,
     }
