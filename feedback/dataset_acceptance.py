@@ -1,6 +1,7 @@
 """Accept checked datasets: find duplicates, choose the rows to hold out, and make cases of them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime
 
 from botocore.exceptions import ClientError
@@ -12,7 +13,7 @@ from feedback.cases import add_cases, compute_salted_fraction
 from feedback.datasets import UPLOADS_FOLDER, OpenObject
 from feedback.items import record_faulty_rows, record_item_fault
 from feedback.round_steps import ItemStep
-from feedback.row_staging import NumberedRows, StagedRow, stage_rows
+from feedback.row_staging import INSERT_CONVERSATION_PROMPTS, NumberedRows, StagedRow, stage_row, stage_rows
 from feedback.states import AccountRole, CaseRole, DatasetPurpose, DatasetState, RowRole
 from feedback.tables import Contributor, Dataset, DatasetRow, transaction_time
 from feedback.withdrawal import get_suite_name, lock_datasets
@@ -90,13 +91,13 @@ def accept_dataset(
 def _make_staged_rows(rows: NumberedRows, salt: str, held_out_share: float) -> Iterator[StagedRow]:
     """Compute the keys of rows, and the fractions of those that may be held out."""
     for number, row in rows:
-        staged = StagedRow(number, row.key, row.prompt_key)
+        staged = stage_row(number, row)
         if row.checker is not None and row.prompt:
             split_key = row.split_key
             fraction = compute_salted_fraction(split_key, salt)
             if fraction < held_out_share:
                 body = row.model_dump_json(exclude_none=True)
-                staged = StagedRow(number, staged.key, staged.prompt_key, split_key, fraction, body)
+                staged = replace(staged, split_key=split_key, fraction=fraction, body=body)
         yield staged
 
 
@@ -110,6 +111,7 @@ def _accept_staged_rows(session: Session, dataset: Dataset, rows: NumberedRows, 
     else:
         limits["max_rows"] = _compute_held_out_limit(session, dataset, max_cases)
     session.execute(INSERT_ROWS, {"dataset_id": dataset.id, **limits})
+    session.execute(INSERT_CONVERSATION_PROMPTS, {"dataset_id": dataset.id})
 
     bodies = session.execute(
         HELD_OUT_BODIES, {"dataset_id": dataset.id}, execution_options={"yield_per": CASE_BATCH_ROWS}

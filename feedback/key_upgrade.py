@@ -7,16 +7,16 @@ stay as they are, except of rows that the old rule took for duplicates.
 
 from collections.abc import Sequence
 
-from sqlalchemy import CursorResult, RowMapping, Table, bindparam, exists, func, select, text, update
+from sqlalchemy import CursorResult, RowMapping, Table, bindparam, delete, exists, func, select, text, update
 from sqlalchemy.orm import Session
 
 from feedback.datasets import UPLOADS_FOLDER, OpenObject
 from feedback.items import process_each, record_item_fault
 from feedback.reports import get_or_add_report_case, make_report_row
 from feedback.round_steps import ItemStep
-from feedback.row_staging import NumberedRows, StagedRow, stage_rows
+from feedback.row_staging import INSERT_CONVERSATION_PROMPTS, NumberedRows, stage_row, stage_rows
 from feedback.states import CaseRole, DatasetState, ReportState, RowRole
-from feedback.tables import REPORTS_SUITE, Case, Dataset, Feedback
+from feedback.tables import REPORTS_SUITE, Case, ConversationPrompt, Dataset, Feedback
 from feedback.withdrawal import get_suite_name, lock_datasets
 from yuan.data.rows import KEY_RULE, Row, make_prompt_key
 
@@ -65,7 +65,7 @@ def upgrade_dataset_keys(session: Session, dataset_id: str, open_object: OpenObj
     if not _is_outdated(dataset):
         return
     with open_object(f"{UPLOADS_FOLDER}/{dataset.sha256}") as stream:
-        staged = (StagedRow(number, row.key, row.prompt_key) for number, row in NumberedRows(stream))
+        staged = (stage_row(number, row) for number, row in NumberedRows(stream))
         with stage_rows(session, staged):
             lock_datasets(session)
             session.refresh(dataset, with_for_update=True)
@@ -86,6 +86,8 @@ def _upgrade_staged_rows(session: Session, dataset: Dataset) -> None:
     assert isinstance(trained, CursorResult), "an update has a number of rows"
     dataset.num_duplicates -= trained.rowcount
     session.execute(UPDATE_KEYS, parameters)
+    session.execute(delete(ConversationPrompt).where(ConversationPrompt.dataset_id == dataset.id))
+    session.execute(INSERT_CONVERSATION_PROMPTS, parameters)
     dataset.key_rule = KEY_RULE
 
 

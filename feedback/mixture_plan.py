@@ -29,12 +29,13 @@ from sqlalchemy import (
     literal_column,
     or_,
     select,
+    union,
 )
 from sqlalchemy.dialects.postgresql import aggregate_order_by
 from sqlalchemy.orm import Session
 
 from feedback.states import CaseRole, DatasetPurpose, DatasetState, ReportState, RowRole
-from feedback.tables import REPORTS_SUITE, Case, Dataset, DatasetRow, Feedback
+from feedback.tables import REPORTS_SUITE, Case, ConversationPrompt, Dataset, DatasetRow, Feedback
 from feedback.upload_segments import SegmentRange, count_segments, find_segments, make_whole_segment
 from yuan.data.row_shards import SHARD_TARGET_BYTES
 from yuan.data.rows import KEY_RULE, make_prompt_key
@@ -204,12 +205,12 @@ def plan_mixture(session: Session, scope: MixtureScope) -> MixturePlan:
 
 def read_selected_numbers(session: Session, plan: MixturePlan, shard: ShardPlan, item: ShardInput) -> "array[int]":
     """Return the numbers of the rows that an input selects; four bytes each, which a segment bounds."""
-    held_out = _select_held_out_prompts()
+    contaminated = _select_contaminated_rows()
     segment = item.segment
     query = (
-        _select_train_rows(held_out, DatasetRow.number)
+        _select_train_rows(contaminated, DatasetRow.number)
         .where(DatasetRow.dataset_id == item.dataset_id, DatasetRow.number >= segment.first_row)
-        .where(_is_kept(held_out, plan.scope, plan.replay_limit if shard.part == "base" else None))
+        .where(_is_kept(contaminated, plan.scope, plan.replay_limit if shard.part == "base" else None))
         .order_by(DatasetRow.number)
     )
     if segment.end_row is not None:
@@ -252,6 +253,16 @@ def _select_held_out_prompts() -> Subquery:
     return query.where(Case.prompt_key != BLANK_PROMPT_KEY).distinct().subquery("held_out")
 
 
+def _select_contaminated_rows() -> Subquery:
+    """Select the places of the rows of datasets that train an answer to a held-out prompt."""
+    held_out = _select_held_out_prompts()
+    rows = select(DatasetRow.dataset_id, DatasetRow.number)
+    rows = rows.join(held_out, held_out.c.prompt_key == DatasetRow.prompt_key)
+    conversations = select(ConversationPrompt.dataset_id, ConversationPrompt.number)
+    conversations = conversations.join(held_out, held_out.c.prompt_key == ConversationPrompt.prompt_key)
+    return union(rows, conversations).subquery("contaminated")
+
+
 def _group_cases(scope: MixtureScope) -> Subquery:
     """Select every train case of a report, withdrawn ones too, with the number of its group."""
     num_bytes = func.octet_length(Case.prompt) + func.octet_length(Case.expected)
@@ -287,15 +298,16 @@ def _plan_corrections(session: Session, scope: MixtureScope) -> tuple[list[Corre
     return groups, sum(count - kept for _, count, kept, _ in rows)
 
 
-def _select_train_rows(held_out: Subquery, *columns: Any) -> Select[Any]:
+def _select_train_rows(contaminated: Subquery, *columns: Any) -> Select[Any]:
+    place = contaminated.c.dataset_id, contaminated.c.number
     query = select(*columns).select_from(DatasetRow)
-    query = query.outerjoin(held_out, held_out.c.prompt_key == DatasetRow.prompt_key)
+    query = query.outerjoin(contaminated, (place[0] == DatasetRow.dataset_id) & (place[1] == DatasetRow.number))
     return query.where(DatasetRow.role == RowRole.TRAIN)
 
 
-def _is_kept(held_out: Subquery, scope: MixtureScope, replay_limit: bytes | None) -> ColumnElement[bool]:
+def _is_kept(contaminated: Subquery, scope: MixtureScope, replay_limit: bytes | None) -> ColumnElement[bool]:
     """Return the condition that a train row is in the mixture."""
-    is_clean = held_out.c.prompt_key.is_(None)
+    is_clean = contaminated.c.number.is_(None)
     return is_clean if replay_limit is None else is_clean & (_hash_for_replay(scope) <= replay_limit)
 
 
@@ -310,8 +322,8 @@ def _find_replay_limit(session: Session, scope: MixtureScope) -> bytes | None:
         return None
     if scope.max_replay_rows == 0:
         return b""  # below every hash
-    held_out, row_hash = _select_held_out_prompts(), _hash_for_replay(scope)
-    query = _select_train_rows(held_out, row_hash).where(held_out.c.prompt_key.is_(None))
+    contaminated, row_hash = _select_contaminated_rows(), _hash_for_replay(scope)
+    query = _select_train_rows(contaminated, row_hash).where(contaminated.c.number.is_(None))
     query = query.where(DatasetRow.dataset_id.in_(_select_usable(scope, DatasetPurpose.BASE)))
     limit: bytes | None = session.scalar(query.order_by(row_hash).offset(scope.max_replay_rows - 1).limit(1))
     return limit
@@ -389,14 +401,16 @@ def _count_rows(
     Args:
         segments: of the one dataset; without any, each dataset is one segment.
     """
-    held_out = _select_held_out_prompts()
+    contaminated = _select_contaminated_rows()
     segment: ColumnElement[int] = literal(0)
     if segments:
         first_rows = literal([segment.first_row for segment in segments], ARRAY(Integer))
         segment = func.width_bucket(DatasetRow.number, first_rows) - 1
-    is_clean, is_kept = held_out.c.prompt_key.is_(None), _is_kept(held_out, scope, replay_limit)
+    is_clean, is_kept = contaminated.c.number.is_(None), _is_kept(contaminated, scope, replay_limit)
     columns = (segment.label("segment"), is_clean.label("is_clean"), is_kept.label("is_kept"))
-    rows = _select_train_rows(held_out, DatasetRow.dataset_id, DatasetRow.number, *columns).where(condition).subquery()
+    rows = (
+        _select_train_rows(contaminated, DatasetRow.dataset_id, DatasetRow.number, *columns).where(condition).subquery()
+    )
 
     numbers = func.string_agg(func.int4send(rows.c.number), aggregate_order_by(NO_BYTES, rows.c.number))
     query = select(

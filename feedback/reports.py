@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from pydantic import ValidationError
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, func, select, union
 from sqlalchemy.orm import Session, joinedload
 
 from feedback.accounts import NotFound
@@ -17,7 +17,16 @@ from feedback.paging import read_page
 from feedback.promotion import find_champion
 from feedback.round_steps import ItemStep
 from feedback.states import CaseRole, DatasetPurpose, DatasetState, ReportState, RowRole, Screening
-from feedback.tables import REPORTS_SUITE, Case, Contributor, Dataset, DatasetRow, Feedback, transaction_time
+from feedback.tables import (
+    REPORTS_SUITE,
+    Case,
+    Contributor,
+    ConversationPrompt,
+    Dataset,
+    DatasetRow,
+    Feedback,
+    transaction_time,
+)
 from yuan.data.checkers import Checker
 from yuan.data.rows import Row
 from yuan.data.text import MAX_TEXT_CHARS
@@ -271,7 +280,15 @@ def _is_trained(session: Session, prompt_key: str) -> bool:
     A report about such a prompt becomes a train case: models have been trained on the prompt, so it cannot test them,
     and a held-out case would remove the dataset's row from training.
     """
-    rows = select(DatasetRow.number).join(Dataset).where(DatasetRow.prompt_key == prompt_key)
+    of_rows = select(DatasetRow.dataset_id, DatasetRow.number).where(DatasetRow.prompt_key == prompt_key)
+    of_conversations = select(ConversationPrompt.dataset_id, ConversationPrompt.number)
+    of_conversations = of_conversations.where(ConversationPrompt.prompt_key == prompt_key)
+    places = union(of_rows, of_conversations).subquery()
+    rows = (
+        select(DatasetRow.number)
+        .join(Dataset)
+        .join(places, (places.c.dataset_id == DatasetRow.dataset_id) & (places.c.number == DatasetRow.number))
+    )
     rows = rows.where(
         DatasetRow.role == RowRole.TRAIN,
         Dataset.state == DatasetState.ACCEPTED,

@@ -16,7 +16,13 @@ from yuan.data.rows import BadRow, Row, parse_rows
 
 # Memory of a sort or hash of the transaction; the default of 4 MB makes many passes over millions of keys.
 SORT_MEMORY = "64MB"
-STAGED_COLUMNS = "number, key, prompt_key, split_key, fraction, body"
+STAGED_COLUMNS = "number, key, prompt_key, split_key, fraction, body, other_prompt_keys"
+INSERT_CONVERSATION_PROMPTS = text("""
+    insert into conversation_prompt (dataset_id, number, prompt_key)
+    select dataset_id, number, unnest(other_prompt_keys)
+    from staged_row join dataset_row using (number) where dataset_id = :dataset_id
+    on conflict do nothing
+""")
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class StagedRow:
         split_key: coarser hash of its prompt; None if the row cannot be held out.
         fraction: number by which the held-out prompts are chosen; None if the row cannot be held out.
         body: the row as JSON; None if the row cannot be held out.
+        other_prompt_keys: hashes of the other prompts of a conversation; see `Row.prompt_keys`.
     """
 
     number: int
@@ -38,6 +45,14 @@ class StagedRow:
     split_key: str | None = None
     fraction: float | None = None
     body: str | None = None
+    other_prompt_keys: tuple[str, ...] = ()
+
+
+def stage_row(number: int, row: Row) -> StagedRow:
+    """Return a row with its keys, to be staged as one that cannot be held out."""
+    prompt_key = row.prompt_key
+    others = () if row.messages is None else tuple(sorted(row.prompt_keys - {prompt_key}))
+    return StagedRow(number, row.key, prompt_key, other_prompt_keys=others)
 
 
 class NumberedRows:
@@ -70,14 +85,15 @@ def stage_rows(session: Session, rows: Iterable[StagedRow]) -> Iterator[None]:
     session.execute(
         text(
             "create temporary table staged_row (number integer, key text, prompt_key text, split_key text, "
-            "fraction double precision, body text) on commit drop"
+            "fraction double precision, body text, other_prompt_keys text[]) on commit drop"
         )
     )
     connection = session.connection().connection.driver_connection
     assert connection is not None, "a session's connection is open"
     with connection.cursor().copy(f"copy staged_row ({STAGED_COLUMNS}) from stdin") as copy:
         for row in rows:
-            copy.write_row((row.number, row.key, row.prompt_key, row.split_key, row.fraction, row.body))
+            keys = (row.key, row.prompt_key, row.split_key)
+            copy.write_row((row.number, *keys, row.fraction, row.body, list(row.other_prompt_keys)))
     session.execute(text("analyze staged_row"))
     yield
     session.execute(text("drop table staged_row"))

@@ -8,7 +8,7 @@ import uuid
 from datetime import datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import BigInteger, ForeignKey, Index, UniqueConstraint, func, select, text
+from sqlalchemy import BigInteger, ForeignKey, ForeignKeyConstraint, Index, UniqueConstraint, func, select, text
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
@@ -178,6 +178,16 @@ class DatasetRow(Base):
     prompt_key: Mapped[str] = mapped_column(index=True)
     role: Mapped[str] = mapped_column(comment=list_values(RowRole))
     __table_args__ = (Index("held_out_rows", "dataset_id", postgresql_where=text(f"role = '{RowRole.HELD_OUT}'")),)
+
+
+class ConversationPrompt(Base):
+    """The key of a prompt that a conversation trains an answer to, besides the one of its row: an earlier question."""
+
+    __tablename__ = "conversation_prompt"
+    dataset_id: Mapped[str] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    prompt_key: Mapped[str] = mapped_column(primary_key=True, index=True)
+    __table_args__ = (ForeignKeyConstraint(["dataset_id", "number"], ["dataset_row.dataset_id", "dataset_row.number"]),)
 
 
 class Case(Created, Base):

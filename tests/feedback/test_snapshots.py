@@ -15,7 +15,7 @@ from feedback.shard_builder import make_shard_key
 from feedback.tables import Case, Dataset, Snapshot, StoredShard, new_id
 from feedback.upload_segments import SegmentCutter, cut_upload, make_whole_segment, read_segment_rows
 from feedback.withdrawal import withdraw_dataset
-from tests.feedback.loop import freeze_mixture, freeze_round, read_snapshot, start_round, upload
+from tests.feedback.loop import accept_all, freeze_mixture, freeze_round, read_snapshot, start_round, submit, upload
 from yuan.data.rows import Row, parse_rows
 
 TARGET_BYTES = 4000
@@ -103,6 +103,35 @@ def test_decontaminating_one_row_changes_its_shard_only(session, objects, report
     )
     after = freeze(session, objects)["datasets"]
     assert count_changes(before, after) == (1, 1) and len(before) == len(after)
+
+
+def make_conversation(*texts):
+    roles = ("user", "assistant")
+    messages = [{"role": roles[number % 2], "content": text} for number, text in enumerate(texts)]
+    return Row.model_validate({"messages": messages})
+
+
+def test_conversation_with_a_held_out_question_in_any_turn_is_left_out(session, objects, reporter, later):
+    conversations = [
+        make_conversation("Reverse: abc", "cba", "And: xyz", "zyx"),
+        make_conversation("Hello", "Hi", "Reverse: abc", "cba"),
+        make_conversation("Hello", "Hi", "Reverse: no", "on"),
+    ]
+    dataset = upload(session, objects, reporter, conversations)
+    submit(session, reporter, prompt="Reverse: no", expected="on")
+    submit(session, reporter, prompt="Reverse: new", expected="wen")
+    accept_all(session, later, share=1.0)
+    roles = dict(session.execute(select(Case.prompt, Case.role)).tuples().all())
+    assert roles == {"Reverse: no": "train", "Reverse: new": "held_out"}  # the model was trained on the first
+
+    held_out = Row(prompt="Reverse: abc", answer="cba")
+    values = {"prompt": "p", "expected": "e", "checker": {}, "role": "held_out"}
+    session.add(Case(suite="s", key="k", prompt_key=held_out.prompt_key, **values))
+    _, stored = freeze_mixture(session, objects)
+    [row] = [row for row in parse_rows(stored) if row.messages]
+    assert row == conversations[2]
+    texts = [event.text for event in find_faults_by_subject(session, [dataset.id])[dataset.id]]
+    assert any("rows left out, 2 of 3" in text for text in texts)
 
 
 def test_added_and_withdrawn_datasets_leave_the_other_shards_as_they_are(session, objects, reporter):
