@@ -72,6 +72,7 @@ def make_lines(
     """Yield the lines of one size in MB, from the results of its three freezes."""
     name = f"freeze {size:,} MB"
     yield make_line(name, round(num_rows / first["seconds"]), "rows/s")
+    yield make_line(f"{name}, processor", round(num_rows / first["cpu_seconds"]), "rows/s of one core")
     growth, goal = first["growth_mib"], f"at most {MAX_GROWTH_MIB}"
     yield make_line(f"{name}, memory", growth, "MiB", goal=goal, ok=growth <= MAX_GROWTH_MIB)
     yield make_line(f"{name}, shards", first["built"], "shards")
@@ -146,11 +147,11 @@ def run_freeze(home: Path, round_id: str, shard_bytes: int) -> None:
     objects.check()
     with sessions() as session:
         session.connection()
-    peak_kib, started_at = read_peak_kib(), time.monotonic()
+    peak_kib, started_at, cpu_started_at = read_peak_kib(), time.monotonic(), time.process_time()
     with tempfile.TemporaryDirectory(dir=home) as scratch:
         snapshots.freeze_mixture(sessions, objects, round_id, 0, Path(scratch), target_bytes=shard_bytes)
-    seconds = time.monotonic() - started_at
-    print(json.dumps({"seconds": seconds, "growth_mib": round((read_peak_kib() - peak_kib) / 1024, 1)}))
+    result = {"seconds": time.monotonic() - started_at, "cpu_seconds": time.process_time() - cpu_started_at}
+    print(json.dumps({**result, "growth_mib": round((read_peak_kib() - peak_kib) / 1024, 1)}))
 
 
 def read_peak_kib() -> int:

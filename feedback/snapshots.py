@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from feedback.states import CaseRole, DatasetState, ReportState, RowRole
 from feedback.tables import REPORTS_SUITE, Case, Dataset, DatasetRow, Feedback, Round, Snapshot
 from feedback.upload_segments import cut_upload, record_segments
 from feedback.withdrawal import lock_datasets
+from infra.error_text import SafeMessageError
 from infra.faults import is_item_error
 from infra.object_store import ObjectStore
 from yuan.data.row_shards import (
@@ -53,6 +54,12 @@ log = logging.getLogger(__name__)
 SNAPSHOTS_FOLDER = "snapshots"
 DECONTAMINATED_COUNT_SUFFIX = "_closed_out"  # after a part's name: the key in `Snapshot.counts`
 EXCLUDED_KEYS_PER_QUERY = 5000
+
+ProgressReport = Callable[[int, int], object]
+
+
+class SnapshotLostError(SafeMessageError, ValueError):
+    """A snapshot's manifest or one of its shards is lost, changed, or of an older release."""
 
 
 @dataclass
@@ -77,6 +84,7 @@ def freeze_mixture(
     *,
     replay_rows: int | None = None,
     target_bytes: int = SHARD_TARGET_BYTES,
+    report_progress: ProgressReport | None = None,
 ) -> str:
     """Freeze the round's mixture: train corrections, train rows, and a replay sample of the base; return its id.
 
@@ -100,6 +108,7 @@ def freeze_mixture(
         scratch: folder for the compressed shard that is being written.
         replay_rows: rows of the base at most, if there is a parent version; None: all.
         target_bytes: of the lines of a shard.
+        report_progress: called after each shard with the rows that are done and the rows in all; it may raise.
 
     Raises:
         ValueError: if the mixture is empty.
@@ -126,7 +135,7 @@ def freeze_mixture(
             _cut_uploads(sessions, objects, plan.uncut_uploads, state)
             continue
         try:
-            _build_shards(sessions, objects, scratch, plan, state)
+            _build_shards(sessions, objects, scratch, plan, state, report_progress)
         except InputFaultError as fault:
             state.failures[fault.dataset_id] = fault.error
             continue
@@ -163,19 +172,19 @@ def read_manifest(objects: ObjectStore, snapshot_id: str) -> SnapshotManifest:
     """Return the manifest of a snapshot.
 
     Raises:
-        ValueError: if it is missing or damaged, or an older release has frozen the snapshot; with what to do.
+        SnapshotLostError: if it is missing or damaged, or an older release has frozen the snapshot; with what to do.
     """
     key, fix = make_manifest_key(snapshot_id), "start a new round, which freezes a new one"
     if not objects.exists(key):
         if objects.exists(f"{SNAPSHOTS_FOLDER}/{snapshot_id}"):
-            raise ValueError(f"snapshot {snapshot_id} was frozen by an older release, as one object; {fix}")
-        raise ValueError(f"snapshot {snapshot_id} is missing in the object store; {fix}")
+            raise SnapshotLostError(f"snapshot {snapshot_id} was frozen by an older release, as one object; {fix}")
+        raise SnapshotLostError(f"snapshot {snapshot_id} is missing in the object store; {fix}")
     try:
         manifest = SnapshotManifest.parse(objects.get(key))
     except ValueError as error:
-        raise ValueError(f"the manifest of snapshot {snapshot_id} is damaged: {error}; {fix}") from None
+        raise SnapshotLostError(f"the manifest of snapshot {snapshot_id} is damaged: {error}; {fix}") from None
     if manifest.root != snapshot_id:
-        raise ValueError(f"the manifest of snapshot {snapshot_id} is that of {manifest.root}; {fix}")
+        raise SnapshotLostError(f"the manifest of snapshot {snapshot_id} is that of {manifest.root}; {fix}")
     return manifest
 
 
@@ -183,7 +192,7 @@ def fetch_shard(objects: ObjectStore, snapshot_id: str, part: str, shard: RowSha
     """Write the rows of a shard of a snapshot to a file, which exists only if they are verified; holds 10 MB at most.
 
     Raises:
-        ValueError: if the shard is lost or changed, with its place and what to do.
+        SnapshotLostError: if the shard is lost or changed, with its place and what to do.
     """
     place = f"shard {shard.sha256} of the part {part} of snapshot {snapshot_id}"
     fix = "start a new round, which freezes a new snapshot"
@@ -191,11 +200,11 @@ def fetch_shard(objects: ObjectStore, snapshot_id: str, part: str, shard: RowSha
         with objects.open_stream(make_shard_key(shard.sha256)) as stream:
             decompress_shard(stream, target, shard)
     except ShardDamageError as damage:
-        raise ValueError(f"{place} has changed in the object store: {damage}; {fix}") from None
+        raise SnapshotLostError(f"{place} has changed in the object store: {damage}; {fix}") from None
     except ClientError as error:
         if not is_item_error(error):
             raise
-        raise ValueError(f"{place} is missing in the object store; {fix}") from None
+        raise SnapshotLostError(f"{place} is missing in the object store; {fix}") from None
 
 
 def _cut_uploads(
@@ -217,7 +226,12 @@ def _cut_uploads(
 
 
 def _build_shards(
-    sessions: sessionmaker[Session], objects: ObjectStore, scratch: Path, plan: MixturePlan, state: _FreezeState
+    sessions: sessionmaker[Session],
+    objects: ObjectStore,
+    scratch: Path,
+    plan: MixturePlan,
+    state: _FreezeState,
+    report_progress: ProgressReport | None,
 ) -> None:
     """Build the shards of a plan, except those that this or an earlier attempt has built from the same inputs."""
     num_rows = sum(shard_plan.num_rows for shard_plan in plan.shards)
@@ -232,6 +246,8 @@ def _build_shards(
         action = "found" if state.built[digest].is_reused else "built"
         progress = (number, len(plan.shards), shard_plan.part, num_done, num_rows)
         log.info("%s shard %d of %d (%s), %d of %d rows", action, *progress)
+        if report_progress is not None:
+            report_progress(num_done, num_rows)
 
 
 def _build_shard(

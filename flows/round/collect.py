@@ -221,14 +221,20 @@ def _review_reports(context: Context, cut_off: datetime, subject: str) -> report
     return counts
 
 
-def freeze_snapshot(context: Context, round_id: str) -> str:
-    """Freeze the round's mixture and return its id."""
+def freeze_snapshot(context: Context, round_id: str, report_progress: snapshots.ProgressReport | None = None) -> str:
+    """Freeze the round's mixture and return its id; see `freeze_mixture` for the progress."""
     replay_rows = settle_recipe(context, round_id).data.replay_rows
     with context.sessions.begin() as session:
         rounds.begin_step(session, round_id, RoundStep.SNAPSHOT, context.attempt)
     with make_scratch_folder(context.runs / f".freeze-{round_id}") as scratch:
         snapshot_id = snapshots.freeze_mixture(
-            context.sessions, context.objects, round_id, context.attempt, scratch, replay_rows=replay_rows
+            context.sessions,
+            context.objects,
+            round_id,
+            context.attempt,
+            scratch,
+            replay_rows=replay_rows,
+            report_progress=report_progress,
         )
     with context.sessions.begin() as session:
         num_failed = snapshots.read_failed_count(session, snapshot_id)

@@ -16,7 +16,7 @@ from flows.allowed_flows import REPRODUCE_FLOW, ROUND_FLOW, ReproduceForm, Round
 from flows.context import Context, open_context
 from flows.round import collect, evaluate, prepare_run, promote
 from flows.round.artifacts import build_gate_rows, build_plan_rows, format_decision, format_plan, publish_table
-from flows.round.progress import RunCancelled, make_progress_callback
+from flows.round.progress import RunCancelled, make_freeze_callback, make_progress_callback
 from flows.round.tasks import StepUnrecoverable, hide_error_text, make_task
 from flows.supervisor import supervisor
 from infra.process_group import hold_file_lock
@@ -69,7 +69,7 @@ def run_steps(context: Context, round_id: str) -> str:
     """
     collected_counts = collect_task(context, round_id)
     publish_table("collected", [] if collected_counts is None else [asdict(collected_counts)])
-    snapshot_task(context, round_id)
+    snapshot_task(context, round_id, make_freeze_callback())
 
     plan = plan_task(context, round_id)
     publish_table("plan", build_plan_rows(plan))

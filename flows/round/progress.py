@@ -1,6 +1,7 @@
-"""Show a run's progress in Prefect, and poll Prefect for a cancellation."""
+"""Show the progress of a snapshot and of a run in Prefect, and poll Prefect for a cancellation."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -16,6 +17,30 @@ CANCEL_POLL_S = 5.0
 
 class RunCancelled(Exception):
     """An operator cancelled the flow run in Prefect."""
+
+
+def make_freeze_callback() -> Callable[[int, int], None]:
+    """Return a function that shows the number of frozen rows as a progress artifact and checks for a cancellation.
+
+    Raises:
+        RunCancelled: from the function, once an operator has cancelled.
+    """
+    artifact_id: Any = None
+    shown_at = 0.0
+
+    def show_rows(num_done: int, num_rows: int) -> None:
+        nonlocal artifact_id, shown_at
+        if time.monotonic() - shown_at < CANCEL_POLL_S and num_done < num_rows:
+            return
+        shown_at = time.monotonic()
+        raise_if_cancelled()
+        percent, line = 100.0 * num_done / num_rows, f"froze {num_done:,} of {num_rows:,} rows"
+        if artifact_id is None:
+            artifact_id = create_progress_artifact(percent, key="snapshot", description=line)
+        else:
+            update_progress_artifact(artifact_id, percent, description=line)
+
+    return show_rows
 
 
 def make_progress_callback() -> ProgressCallback:

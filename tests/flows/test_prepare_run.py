@@ -9,15 +9,18 @@ import pytest
 from sqlalchemy import update
 
 from feedback import rounds, snapshots
+from feedback.accounts import add_contributor
 from feedback.contracts import RoundParameters
 from feedback.shard_builder import make_shard_key
-from feedback.tables import Round, Snapshot, new_id
+from feedback.tables import Dataset, Round, Snapshot, new_id
 from flows.context import Context
 from flows.recipe_files import find_recipe_file, load_recipe
+from flows.round.collect import freeze_snapshot
 from flows.round.prepare_run import RowEncoder, choose_precision, prepare_run_folder, split_off_validation
 from flows.round.round_recipe import settle_recipe
 from flows.round.run_model import RoundUnfit, check_parent_shape, read_parent_model
 from infra.database import make_session_factory
+from tests.feedback.loop import upload
 from tests.records import store_snapshot
 from yuan import tokenizer as tokenizers
 from yuan.config import tiny, yuan_2b, yuan_51b
@@ -228,6 +231,28 @@ def test_a_run_on_gpus_is_prepared_in_bf16(context, start, tmp_path):
     pool.write_text('[[pool]]\nname = "gpus"\n[[pool.group]]\ndevice_class = "A100-80"\ncount = 2\n')
     on_gpus = dataclasses.replace(context, settings=context.settings.model_copy(update={"pool": str(pool)}))
     assert prepare_run_folder(on_gpus, start()).precision == "bf16"
+
+
+def test_frozen_mixture_is_prepared_from_its_shards(context, objects):
+    with context.sessions.begin() as session:
+        session.execute(update(Round).values(state="cancelled"))
+        account = add_contributor(session, new_id()).contributor
+        upload(session, objects, account, [*ROWS, Row(answer=new_id())])
+        round_id = rounds.request_round(session, "test", RoundParameters(max_steps=4), new_id()).id
+        rounds.find_round(session, round_id).parent_version = None
+    progress = []
+    try:
+        snapshot_id = freeze_snapshot(context, round_id, lambda *rows: progress.append(rows))
+        num_done, num_rows = progress[-1]
+        assert num_done == num_rows == snapshots.read_manifest(objects, snapshot_id).num_rows > len(ROWS)
+        prepare_run_folder(context, round_id)
+        assert read_spec(context, round_id).snapshot == snapshot_id
+        assert freeze_snapshot(context, round_id) == snapshot_id  # a restarted round
+        assert not [path for path in context.runs.iterdir() if path.name.startswith(".freeze")]
+    finally:
+        with context.sessions.begin() as session:
+            rounds.finish_round(session, round_id, "cancelled", "the test is over")
+            session.execute(update(Dataset).where(Dataset.contributor_id == account.id).values(state="withdrawn"))
 
 
 def replace_snapshot(context, round_id, snapshot_id):
