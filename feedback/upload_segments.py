@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
-from sqlalchemy import insert, select
+from sqlalchemy import select
+from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
 from feedback.tables import UploadSegment
@@ -72,7 +73,7 @@ def find_segments(session: Session, upload_sha256: str, num_segments: int) -> tu
 
 
 def record_segments(session: Session, upload_sha256: str, num_segments: int, segments: list[SegmentRange]) -> None:
-    """Record the segments of an upload that was cut into this number."""
+    """Record the segments of an upload that was cut into this number; do nothing if they are recorded."""
     values = [
         {
             "upload_sha256": upload_sha256,
@@ -87,7 +88,7 @@ def record_segments(session: Session, upload_sha256: str, num_segments: int, seg
         }
         for number, segment in enumerate(segments)
     ]
-    session.execute(insert(UploadSegment), values)
+    session.execute(upsert(UploadSegment).on_conflict_do_nothing(), values)
 
 
 class SegmentCutter:

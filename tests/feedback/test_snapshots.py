@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from sqlalchemy import func, select, text
 
 from feedback import datasets, rounds, snapshots
+from feedback.accounts import add_contributor
 from feedback.items import find_faults_by_subject
 from feedback.mixture_plan import MixtureScope, plan_mixture
 from feedback.shard_builder import make_shard_key
@@ -77,6 +78,14 @@ def test_large_upload_is_cut_into_shards_that_keep_the_rows_and_their_order(sess
     assert part.name == "datasets" and len(part.shards) == round(dataset.num_bytes / TARGET_BYTES)
     assert all(TARGET_BYTES / 2 <= shard.num_bytes <= 2 * TARGET_BYTES for shard in part.shards)
     assert session.get_one(Snapshot, snapshot_id).num_rows == 400
+
+
+def test_large_file_that_two_accounts_upload_is_in_the_snapshot_once(session, objects, reporter):
+    rows = make_rows("large", 150)
+    for account in (reporter, add_contributor(session, new_id()).contributor):
+        upload(session, objects, account, rows)
+    _, data = freeze_mixture(session, objects, target_bytes=TARGET_BYTES)
+    assert list(parse_rows(data)) == rows
 
 
 def test_same_records_give_the_same_snapshot_and_build_no_shard_again(session, objects, reporter):
