@@ -94,6 +94,7 @@ def stage_rows(session: Session, rows: Iterable[StagedRow]) -> Iterator[None]:
         for row in rows:
             keys = (row.key, row.prompt_key, row.split_key)
             copy.write_row((row.number, *keys, row.fraction, row.body, list(row.other_prompt_keys)))
+    session.execute(text("create unique index on staged_row (number)"))
     session.execute(text("analyze staged_row"))
     yield
     session.execute(text("drop table staged_row"))
