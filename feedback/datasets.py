@@ -29,7 +29,7 @@ from feedback.tables import (
 from feedback.withdrawal import find_withdrawal_events
 from yuan.config import format_byte_share, format_count
 from yuan.data.file_formats import find_file_fault
-from yuan.data.rows import BadRow, Row, parse_rows
+from yuan.data.rows import BadRow, parse_rows
 from yuan.data.rule_text import describe_errors
 from yuan.data.text import make_printable
 
@@ -44,7 +44,6 @@ RESERVED_SUITES = (REPORTS_SUITE, BASE_SUITE, DATASETS_SUITE)
 SUITE_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 SUITE_NAME_RULE = "letters a to z, digits, dots, dashes and underscores, with a letter or digit first"  # in words
 
-FetchObject = Callable[[str], bytes]
 OpenObject = Callable[[str], BinaryIO]
 UNCHECKED_STATES = (DatasetState.UPLOADING, DatasetState.CHECKING)
 
@@ -287,27 +286,3 @@ def read_bad_rows(dataset_id: str, stored: object) -> list[BadRow]:
         except ValidationError as error:
             log.warning("a stored bad row of dataset %s cannot be read: %s", dataset_id, describe_errors(error))
     return bad_rows
-
-
-@dataclass(frozen=True)
-class StoredRows:
-    """The rows of a stored file.
-
-    Attributes:
-        rows: valid rows, by row number, from 0.
-        bad_rows: rows that an older release accepted and today's rules refuse, by row number, from 0.
-    """
-
-    rows: dict[int, Row]
-    bad_rows: dict[int, BadRow]
-
-
-def parse_stored_rows(data: bytes) -> StoredRows:
-    """Parse a stored file of rows; numbers start at 0."""
-    stored = StoredRows({}, {})
-    for number, row in enumerate(parse_rows(data)):
-        if isinstance(row, Row):
-            stored.rows[number] = row
-        else:
-            stored.bad_rows[number] = row
-    return stored
