@@ -428,6 +428,13 @@ class RoundOut(BaseModel):
     )
     candidate_version: int | None
     snapshot_id: str | None
+    activity: str | None = Field(default=None, description="progress of the present step, in one line")
+    token_counts: dict[str, dict[str, int]] | None = Field(
+        default=None,
+        description="windows that the run trains on, by part of the mixture, and the predictions in them: `targets` "
+        "count in the loss, `masked` ones do not, `padding` has no token, `cut` ones are behind a border within "
+        "their sample, `dropped` ones are in no window",
+    )
     decision: DecisionField
     failed_items: dict[str, int] = Field(
         description="number of items that could not be processed, by step; the other items were processed"

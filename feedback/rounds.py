@@ -114,8 +114,25 @@ def begin_step(session: Session, round_id: str, step: RoundStep, attempt: int) -
     if steps.index(RoundStep(training_round.step)) > steps.index(step):
         return False
     training_round.step = step
+    training_round.activity = None
     audit(session, "round", STEP_BEGUN_ACTION, round_id, step=step)
     return True
+
+
+def record_activity(session: Session, round_id: str, activity: str, attempt: int) -> None:
+    """Record what the round's present step does, in one line.
+
+    Raises:
+        RoundOwnershipLost: if the round is not running, or not this attempt's.
+    """
+    training_round = session.get_one(Round, round_id)
+    check_attempt(training_round, attempt)
+    training_round.activity = activity
+
+
+def record_token_counts(session: Session, round_id: str, counts: Mapping[str, Mapping[str, int]]) -> None:
+    """Record the counts of the windows that the round trains on, by part of its mixture."""
+    session.get_one(Round, round_id).token_counts = {name: dict(values) for name, values in counts.items()}
 
 
 def increment_attempt(session: Session, round_id: str) -> int:
@@ -321,6 +338,8 @@ def describe_round(session: Session, training_round: Round) -> RoundOut:
         started_from=None if run is None else run.started_from,
         candidate_version=training_round.candidate_version,
         snapshot_id=training_round.snapshot_id,
+        activity=training_round.activity,
+        token_counts=training_round.token_counts,
         decision=read_decision(training_round),
         failed_items={get_item_step_name(step): count for step, count in training_round.failed_items.items()},
         status=None if run is None else run.status,

@@ -292,6 +292,8 @@ class Round(Created, Base):
     reason: Mapped[str | None]
     parent_version: Mapped[int | None]
     snapshot_id: Mapped[str | None] = mapped_column(ForeignKey("snapshot.id"))
+    activity: Mapped[str | None] = mapped_column(comment="progress of the present step, in one line")
+    token_counts: Mapped[JsonbObject | None] = mapped_column(comment="of the windows trained on, by part")
     candidate_version: Mapped[int | None]
     decision: Mapped[JsonbObject | None]
     failed_items: Mapped[JsonbObject] = mapped_column(server_default="{}", comment="items that failed alone, by step")

@@ -1,5 +1,7 @@
 """Measure this machine's hardware: bf16 support, free disk, available memory."""
 
+import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,15 @@ def has_fast_bf16() -> bool:
         return False
     flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
     return bool(FAST_BF16_FLAGS & set(flags.split()))
+
+
+def count_available_cpus() -> int:
+    """Return the CPUs that this process may use: the minimum of its affinity and of its cgroup's limit."""
+    count = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError, IndexError):  # no such group, or "max"
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, -(-int(quota) // int(period)))
+    return max(count, 1)
 
 
 def has_free_disk(folder: Path) -> bool:

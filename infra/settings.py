@@ -159,6 +159,8 @@ class FlowSettings(RecordsAccess, StoreAccess, PrefectAccess, ModelServerAccess)
     split_salt: SecretStr
     held_out_share: float = Field(default=0.1, gt=0, lt=1)
     max_account_cases: int = Field(default=5000, ge=0)
+    max_token_cache_bytes: int = Field(default=50 * 2**30, ge=0)
+    token_workers: int = Field(default=0, ge=0, le=1024)
     mlflow_reader_password: SecretStr
 
 

@@ -96,7 +96,20 @@ def count_epoch_windows(windows: Mapping[str, int], weights: Mapping[str, float]
     return sum(windows[part] for part in new) / share
 
 
-def resolve_length(recipe: Recipe, epoch_windows: float) -> RunLength:
+def count_epochs_read(windows: Mapping[str, int], mean_epochs: Mapping[str, float]) -> float:
+    """Return how often a window of the new data was read on average in earlier rounds.
+
+    Args:
+        mean_epochs: times that a window of each part was read on average.
+
+    >>> count_epochs_read({"fixes": 10, "datasets": 30, "base": 500}, {"fixes": 0, "datasets": 2, "base": 9})
+    1.5
+    """
+    new = [part for part in windows if part != REPLAY_PART] or [REPLAY_PART]
+    return sum(windows[part] * mean_epochs[part] for part in new) / sum(windows[part] for part in new)
+
+
+def resolve_length(recipe: Recipe, epoch_windows: float, *, epochs_read: float = 0.0) -> RunLength:
     """Return steps and batch of a run on data of a size.
 
     The batch of a recipe that leaves it out is the largest power of two within the recipe's bounds that gives at least
@@ -104,6 +117,7 @@ def resolve_length(recipe: Recipe, epoch_windows: float) -> RunLength:
 
     Args:
         epoch_windows: see `count_epoch_windows`.
+        epochs_read: see `count_epochs_read`; they count for a recipe that continues.
 
     Raises:
         RecipeUnfit: if the run would have too few steps or too many epochs.
@@ -120,11 +134,14 @@ def resolve_length(recipe: Recipe, epoch_windows: float) -> RunLength:
             f"batch.{'global_batch_size' if batch.global_batch_size else 'min_global_batch_size'} to {smaller}, or "
             "lower data.seq_len"
         )
-    if epochs > length.max_epochs:
-        fitting = int(length.max_epochs * epoch_windows / size)
+    earlier = epochs_read if recipe.run.kind == "continue" else 0.0
+    if epochs + earlier > length.max_epochs:
+        fitting = int((length.max_epochs - earlier) * epoch_windows / size)
+        before = f" after {earlier:,.1f} times in earlier rounds" if earlier else ""
+        way_out = f"lower the length to {fitting:,} steps" if fitting > 0 else "raise length.max_epochs"
         raise RecipeUnfit(
-            f"the run would read the new data {epochs:,.1f} times, length.max_epochs is {length.max_epochs:g}: an "
-            f"epoch has {epoch_windows:,.0f} windows; add data, or lower the length to {fitting:,} steps"
+            f"the run would read the new data {epochs:,.1f} times{before}, length.max_epochs is {length.max_epochs:g}: "
+            f"an epoch has {epoch_windows:,.0f} windows; add data, or {way_out}"
         )
     return RunLength(steps, size, epochs)
 

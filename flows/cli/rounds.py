@@ -99,7 +99,7 @@ def follow_round(client: Client, round_id: str) -> RoundOut:
             training_round = client.round(round_id)
             if training_round.state != RoundState.RUNNING:
                 return training_round
-            facts = ""
+            facts = training_round.activity or ""
             if training_round.step == RoundStep.TRAIN and training_round.status:
                 run_status = training_round.status
                 progress.update(bar, total=run_status.max_steps, completed=run_status.step)

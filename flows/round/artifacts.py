@@ -7,6 +7,8 @@ from prefect.artifacts import create_table_artifact
 from feedback import rounds
 from feedback.promotion_decision import PromotionDecision
 from flows.context import Context
+from yuan.data.packing import PackingStats
+from yuan.data.shard_tokens import describe_shares
 from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.table import format_plan_table
 
@@ -25,6 +27,19 @@ def build_plan_rows(plan: PipelinePlan) -> list[TableRow]:
         {"stage": number, "layers": stage.layers, "bytes": stage.memory_bytes}
         for number, stage in enumerate(plan.stages, 1)
     ]
+
+
+def build_token_rows(context: Context, round_id: str) -> list[TableRow]:
+    """Build table rows of the windows that a round trains on, by part of its mixture."""
+    with context.sessions() as session:
+        counts_by_part = rounds.find_round(session, round_id).token_counts or {}
+    rows: list[TableRow] = []
+    for name, stored in counts_by_part.items():
+        counts = PackingStats(**stored)
+        shares = {share: f"{value:.2%}" for share, value in describe_shares(counts).items()}
+        row: dict[str, str | int] = {"part": name, "samples": counts.samples, "windows": counts.windows}
+        rows.append({**row, "tokens": counts.targets + counts.masked, "targets": counts.targets, **shares})
+    return rows
 
 
 def build_gate_rows(decision: PromotionDecision) -> list[TableRow]:

@@ -14,6 +14,7 @@ from feedback import promotion, rounds
 from feedback.round_steps import ItemStep, RoundStep
 from feedback.tables import Case
 from flows.context import Context
+from flows.round.consumed_record import store_consumed
 from flows.round.masters import keep_masters
 from flows.round.versions import copy_export, copy_lost_version, make_scratch_folder
 from infra.confinement import Confinement, build_confined_environment
@@ -50,6 +51,7 @@ def register_version(context: Context, round_id: str) -> int:
         manifest = copy_export(context.runs / run_id, scratch)
         version = context.tracker.register_version(mlflow_run_id, scratch, tags, earlier_version)
     context.tracker.end_run(mlflow_run_id)
+    store_consumed(context, round_id)
 
     with context.sessions.begin() as session:
         rounds.add_version(session, round_id, version, manifest)

@@ -15,7 +15,14 @@ from feedback.tables import new_id
 from flows.allowed_flows import REPRODUCE_FLOW, ROUND_FLOW, ReproduceForm, RoundForm
 from flows.context import Context, open_context
 from flows.round import collect, evaluate, prepare_run, promote
-from flows.round.artifacts import build_gate_rows, build_plan_rows, format_decision, format_plan, publish_table
+from flows.round.artifacts import (
+    build_gate_rows,
+    build_plan_rows,
+    build_token_rows,
+    format_decision,
+    format_plan,
+    publish_table,
+)
 from flows.round.progress import RunCancelled, make_freeze_callback, make_progress_callback
 from flows.round.tasks import StepUnrecoverable, hide_error_text, make_task
 from flows.supervisor import supervisor
@@ -72,6 +79,7 @@ def run_steps(context: Context, round_id: str) -> str:
     snapshot_task(context, round_id, make_freeze_callback())
 
     plan = plan_task(context, round_id)
+    publish_table("tokens", build_token_rows(context, round_id))
     publish_table("plan", build_plan_rows(plan))
     create_markdown_artifact(key="plan-explained", markdown=format_plan(context, round_id, plan))
 

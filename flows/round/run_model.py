@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,6 @@ from flows.round.versions import fetch_version
 from infra.error_text import SafeMessageError
 from yuan import tokenizer as tokenizers
 from yuan.config import MODEL_CONFIG_FILE, MODEL_PRESETS, ModelConfig
-from yuan.data.rows import BadRow, Row
 from yuan.recipe import TRAINED_TOKENIZER, Recipe
 from yuan.recipe_resolution import pad_vocab_size
 from yuan.train.run_folder import RunFolder
@@ -52,9 +51,12 @@ def prepare_model(
     folder: RunFolder,
     recipe: Recipe,
     parent_version: int | None,
-    snapshot_rows: Sequence[Row | BadRow],
+    texts: Iterable[str],
 ) -> RunModel:
     """Return config and tokenizer of the parent, whose model folder is copied into the run folder, or of new weights.
+
+    Args:
+        texts: of the rows, for a tokenizer that is trained here; read only then.
 
     Raises:
         RoundUnfit: if the parent is not of the recipe's shape, the tokenizer does not fit, or windows are longer than
@@ -66,7 +68,7 @@ def prepare_model(
         shutil.rmtree(download)
         model = read_parent_model(folder.parent, recipe, parent_version)
     else:
-        model = _make_new_model(recipe, context.settings.home / CUSTOM_RECIPES_FOLDER, snapshot_rows)
+        model = _make_new_model(recipe, context.settings.home / CUSTOM_RECIPES_FOLDER, texts)
     if recipe.data.seq_len > model.config.seq_len:
         raise RoundUnfit(
             f"data.seq_len must not be above the {model.config.seq_len:,} positions of {model.config.name}, got "
@@ -109,8 +111,8 @@ def check_parent_shape(recipe: Recipe, config: ModelConfig, version: int) -> Non
             )
 
 
-def _make_new_model(recipe: Recipe, recipes: Path, snapshot_rows: Sequence[Row | BadRow]) -> RunModel:
-    """Return the recipe's preset, with a tokenizer trained on the rows or read from a folder of the recipes.
+def _make_new_model(recipe: Recipe, recipes: Path, texts: Iterable[str]) -> RunModel:
+    """Return the recipe's preset, with a tokenizer trained on the texts or read from a folder of the recipes.
 
     Raises:
         RoundUnfit: if there is no tokenizer, or it has more tokens than the preset.
@@ -118,7 +120,6 @@ def _make_new_model(recipe: Recipe, recipes: Path, snapshot_rows: Sequence[Row |
     make_config = MODEL_PRESETS[recipe.model.preset]
     if recipe.model.tokenizer == TRAINED_TOKENIZER:
         assert recipe.model.tokenizer_vocab_size is not None, "the recipe's rule"
-        texts = (f"{row.prompt}\n{row.answer}" for row in snapshot_rows if isinstance(row, Row))
         tokenizer = tokenizers.train(texts, vocab_size=recipe.model.tokenizer_vocab_size)
         return RunModel(dataclasses.replace(make_config(), vocab_size=pad_vocab_size(len(tokenizer))), tokenizer)
     config = make_config()

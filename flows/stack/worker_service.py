@@ -21,7 +21,7 @@ WORKER_HANG_TIMEOUT_S = 120.0  # heartbeat age for a restart
 def make_worker_service(home: Path, settings: Settings) -> ManagedService:
     """Describe the worker, whose flows write the run folders, and may connect to every address."""
     work, flow_log = home / "worker", home / "logs" / "flows.log"
-    folders = tuple(home / name for name in ("runs", "eval", "work"))
+    folders = tuple(home / name for name in ("runs", "eval", "work", "cache"))
     heartbeat_file = home / WORKER_HEARTBEAT_FILE
 
     def before() -> None:

@@ -17,6 +17,8 @@ from infra.error_text import describe_error
 from infra.faults import DATABASE_ERRORS
 from infra.tracker import RUN_TAG, StepMetrics
 from yuan.config import RUN_SPEC_FILE
+from yuan.data.packing import PackingStats
+from yuan.data.shard_tokens import describe_shares
 from yuan.data.text import make_printable
 from yuan.safe_files import NotRegularFileError, read_file, replace_file_below
 from yuan.train.events import (
@@ -176,13 +178,17 @@ class RunReporter:
             run_id = rounds.get_or_create_training_run(session, self._round_id).id
             training_round = rounds.find_round(session, self._round_id)
             number = training_round.number
+            stored_counts = training_round.token_counts or {}
             recipe_name = None if training_round.recipe is None else rounds.read_recipe(training_round)[0]
             started_from = rounds.get_or_create_training_run(session, self._round_id).started_from
         mlflow_run_id = tracker.start_run(f"round-{number}-{run_id[:8]}", {RUN_TAG: run_id})
 
         provenance = {"snapshot": spec.snapshot, "parent": spec.parent, "kind": spec.kind, "recipe": recipe_name}
         provenance |= {"started_from": started_from}
-        tracker.log(mlflow_run_id, [], {**dataclasses.asdict(spec.train_config), **provenance})
+        counts = sum((PackingStats(**part_counts) for part_counts in stored_counts.values()), PackingStats())
+        data = {**dataclasses.asdict(counts), **describe_shares(counts)} if stored_counts else {}
+        settings = dataclasses.asdict(spec.train_config)
+        tracker.log(mlflow_run_id, [], {**settings, **provenance, **{f"data_{name}": n for name, n in data.items()}})
         self._log_plan(mlflow_run_id)
 
         with self._context.sessions.begin() as session:

@@ -11,22 +11,27 @@ from sqlalchemy import update
 from feedback import rounds, snapshots
 from feedback.accounts import add_contributor
 from feedback.contracts import RoundParameters
+from feedback.round_steps import RoundStep
 from feedback.shard_builder import make_shard_key
 from feedback.tables import Dataset, Round, Snapshot, new_id
 from flows.context import Context
 from flows.recipe_files import find_recipe_file, load_recipe
+from flows.round.artifacts import build_token_rows
 from flows.round.collect import freeze_snapshot
-from flows.round.prepare_run import RowEncoder, choose_precision, prepare_run_folder, split_off_validation
+from flows.round.consumed_record import fetch_consumed, make_consumed_key, store_consumed
+from flows.round.prepare_run import prepare_run_folder
 from flows.round.round_recipe import settle_recipe
 from flows.round.run_model import RoundUnfit, check_parent_shape, read_parent_model
+from flows.round.token_cache import TOKEN_CACHE_FOLDER
+from flows.supervisor.pool_launcher import choose_precision
 from infra.database import make_session_factory
 from tests.feedback.loop import upload
 from tests.records import store_snapshot
 from yuan import tokenizer as tokenizers
 from yuan.config import tiny, yuan_2b, yuan_51b
 from yuan.data.rows import Row, dump_rows
+from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
 from yuan.plan.pool import Pool, make_cpu_pool, parse_pool
-from yuan.recipe import DataSection
 from yuan.train.run_folder import RunFolder
 
 ROWS = [Row(prompt=f"Reverse: {n}", answer=str(n)[::-1]) for n in range(100, 160)]
@@ -140,15 +145,78 @@ def test_share_of_the_rows_validates_and_is_not_trained_on(context, start):
         folder.check_inputs()
 
 
-def test_a_row_validates_in_every_round_or_in_none():
-    rows = {"base": ROWS, "corrections": ROWS, "datasets": ROWS[:1]}
-    training, validation = split_off_validation(rows, 0.3)
-    assert list(validation) == ["base"] and training["corrections"] == ROWS and training["datasets"] == ROWS[:1]
-    assert 8 <= len(validation["base"]) <= 28
-    assert {row.key for row in training["base"]}.isdisjoint(row.key for row in validation["base"])
-    again = split_off_validation({"base": ROWS[::-1]}, 0.3)[1]
-    assert {row.key for row in again["base"]} == {row.key for row in validation["base"]}
-    assert split_off_validation(rows, 0.0) == (rows, {})
+def test_counts_of_the_windows_are_in_the_record_of_the_round(context, start):
+    round_id = start()
+    prepare_run_folder(context, round_id)
+    with context.sessions() as session:
+        public = rounds.describe_round(session, rounds.find_round(session, round_id))
+    sources = RunFolder(context.runs / find_run_id(context, round_id)).open_corpus(0).sources
+    assert public.token_counts.keys() == {source.name for source in sources} == {"corrections", "base"}
+    for source in sources:
+        counts = public.token_counts[source.name]
+        assert (counts["windows"], counts["targets"]) == (source.windows, source.target_tokens)
+    assert public.token_counts["corrections"]["samples"] == 40
+    rows = build_token_rows(context, round_id)
+    assert {row["part"] for row in rows} == {"corrections", "base"} and rows[0]["masked_share"].endswith("%")
+
+
+def find_run_id(context, round_id):
+    with context.sessions() as session:
+        return rounds.get_or_create_training_run(session, round_id).id
+
+
+def test_damaged_file_of_the_cache_is_made_again(context, start):
+    prepare_run_folder(context, start())
+    cache = context.settings.home / TOKEN_CACHE_FOLDER
+    files = list(cache.glob("*/training/tokens.bin"))
+    assert len(files) == 2
+    before = files[0].read_bytes()
+    files[0].chmod(0o600)
+    files[0].write_bytes(bytes([before[0] ^ 1]) + before[1:])
+    round_id = start()
+    prepare_run_folder(context, round_id)
+    folder = RunFolder(context.runs / find_run_id(context, round_id))
+    folder.check_inputs()
+    assert before in [(folder.data / str(n) / "0" / "tokens.bin").read_bytes() for n in (0, 1)]
+
+
+def test_activity_of_a_step_is_replaced_by_the_next_step(context, start):
+    round_id = start(overrides={"data": {"seq_len": 48}})
+    prepare_run_folder(context, round_id)
+    with context.sessions.begin() as session:
+        activity = rounds.find_round(session, round_id).activity
+        assert re.fullmatch(r"tokenizing: 2 of 2 shards, [\d,]+ rows/s, 0 s remaining", activity)
+        rounds.begin_step(session, round_id, RoundStep.TRAIN, 0)
+        assert rounds.find_round(session, round_id).activity is None
+
+
+def test_samples_of_a_version_are_recorded_and_found_by_the_next_round(context, start, caplog):
+    round_id = start()
+    prepare_run_folder(context, round_id)
+    run_id = find_run_id(context, round_id)
+    folder = RunFolder(context.runs / run_id)
+    folder.export.mkdir()
+    manifest = ModelManifest({"config.json": "0" * 64}, {"step": 3})
+    (folder.export / MODEL_MANIFEST_FILE).write_text(json.dumps(manifest.to_json()))
+    store_consumed(context, round_id)
+    with context.sessions.begin() as session:
+        version = 1000 + rounds.find_round(session, round_id).number
+        rounds.add_version(session, round_id, version, manifest)
+
+    consumed = fetch_consumed(context, version)
+    corpus = folder.open_corpus(folder.read_spec().seed)
+    num_reads = sum(shard.history.mean_epochs * shard.windows for shard in consumed.shards)
+    assert num_reads == pytest.approx(3 * folder.read_spec().train_config.global_batch_size)
+    for source in corpus.sources:
+        assert all(consumed.find(source.name, shard.digest, shard.sha256) for shard in source.shards)
+    store_consumed(context, round_id)
+    assert fetch_consumed(context, version).dump() == consumed.dump()
+
+    assert fetch_consumed(context, None).shards == ()
+    context.objects.put(make_consumed_key(run_id), b"{}")
+    assert fetch_consumed(context, version).shards == () and "is damaged, all count as unread" in caplog.text
+    context.objects.delete(make_consumed_key(run_id))
+    assert fetch_consumed(context, version).shards == () and "has no record of the samples" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -196,17 +264,6 @@ def test_parent_whose_tokenizer_does_not_fit_is_refused(tmp_path):
         else:
             with pytest.raises(RoundUnfit, match=r"the tokenizer of v3: .*; "):
                 read_parent_model(tmp_path, recipe, 3)
-
-
-def test_documents_are_rearranged_for_fill_in_the_middle_at_the_rate_of_the_recipe():
-    tokenizer = tokenizers.train(["abcdefgh" * 20], vocab_size=300)
-    rows = [Row(answer="abcdefgh" * 5 + str(n)) for n in range(200)] + [Row(prompt="abc", answer="def")]
-    for rate, least, greatest in ((0.0, 0, 0), (0.5, 60, 140), (1.0, 200, 200)):
-        encoder = RowEncoder(tokenizer, DataSection(seq_len=64, fim_rate=rate), seed=1)
-        samples = list(encoder.encode(rows))
-        num_rearranged = sum(tokenizer.special["<FIM_MIDDLE>"] in sample.tokens for sample in samples)
-        assert least <= num_rearranged <= greatest and not encoder.exclusion_reasons
-        assert samples == list(RowEncoder(tokenizer, DataSection(seq_len=64, fim_rate=rate), seed=1).encode(rows))
 
 
 def test_precision_auto_is_that_of_the_devices_of_the_pool():

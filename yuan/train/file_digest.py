@@ -33,6 +33,63 @@ class FileDigest:
         return cls(num_bytes=num_bytes, sha256=sha256)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SealedFile:
+    """The digest of a file, and the inode and times that the file had when it was verified.
+
+    Attributes:
+        identity: inode, and times in nanoseconds of the last changes of content and inode; none if it is not known.
+            The last one cannot be set, so an edit that restores the first ones is noticed as well.
+    """
+
+    digest: FileDigest
+    identity: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, object]:
+        identity = {"identity": list(self.identity)} if self.identity else {}
+        return {**self.digest.to_json(), **identity}
+
+    @classmethod
+    def from_json(cls, data: object) -> "SealedFile":
+        """Read a stored entry; one of an earlier release has no identity.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
+        digest = FileDigest.from_json(data)
+        identity = data.get("identity", []) if isinstance(data, Mapping) else []
+        if not isinstance(identity, list) or not all(type(number) is int for number in identity):
+            raise ValueError("the identity of a file must be numbers")
+        return cls(digest=digest, identity=tuple(identity))
+
+
+def seal_file(file: Path, digest: FileDigest | None = None) -> SealedFile:
+    """Return the seal of a file.
+
+    Args:
+        digest: of its content, if it is known; else the file is read.
+
+    Raises:
+        OSError: if it cannot be read, or is not a regular file.
+    """
+    identity = read_identity(file.parent, file.name)[1]
+    return SealedFile(digest=digest or compute_digest(file), identity=identity)
+
+
+def read_identity(folder: Path, name: str) -> tuple[int, tuple[int, ...]]:
+    """Return the size of a file below a trusted folder, and what `SealedFile.identity` has of it.
+
+    Raises:
+        OSError: if it does not exist, or is not a regular file.
+    """
+    descriptor = open_file(folder, name)
+    try:
+        facts = os.fstat(descriptor)
+    finally:
+        os.close(descriptor)
+    return facts.st_size, (facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns)
+
+
 def digest_content(content: bytes) -> FileDigest:
     """Return the digest of a file with this content."""
     return FileDigest(num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())

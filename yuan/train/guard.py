@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 GUARD_WINDOW_STEPS = 128  # good steps that a step is compared with; the value of OLMo-core
 MIN_GOOD_STEPS = 16  # good steps needed before a finite value can be faulty
+GUARD_DECISIONS_FILE = "guard.json"
 FAULT_MEMORY_STEPS = 256  # steps without a fault after which earlier faults no longer count
 # Ratios to the median that are always accepted, however small the recent variation. One run had gradient norms of 35
 # times the median (clipped) at step after step of its first hundred steps and then converged without intervention.

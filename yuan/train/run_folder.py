@@ -25,7 +25,16 @@ from yuan.train.checkpoint_manifest import (
     read_manifest,
 )
 from yuan.train.events import RunEvent, parse_event
-from yuan.train.file_digest import FileDigest, compute_digest, digest_content, find_difference, find_file_size
+from yuan.train.file_digest import (
+    FileDigest,
+    SealedFile,
+    compute_digest,
+    digest_content,
+    find_difference,
+    find_file_size,
+    read_identity,
+    seal_file,
+)
 from yuan.train.log_tail import LogTail
 from yuan.train.metrics_row import MetricsRow, parse_metrics_rows
 from yuan.train.rank_json import get_count, parse_rank_object
@@ -96,7 +105,8 @@ class RunFolder:
         except NotRegularFileError as error:
             raise ValueError(f"{self.path / RUN_SPEC_FILE} {error.strerror}; prepare a new run") from None
         seal = self._read_seal()
-        if digest_content(text) not in (seal.get(RUN_SPEC_FILE), seal.get(PREVIOUS_SPEC_KEY)):
+        accepted = [seal[name].digest for name in (RUN_SPEC_FILE, PREVIOUS_SPEC_KEY) if name in seal]
+        if digest_content(text) not in accepted:
             raise ValueError(
                 f"{self.path / RUN_SPEC_FILE} differs from its seal: it was edited manually; restore it, or prepare "
                 "a new run with the new settings"
@@ -125,36 +135,52 @@ class RunFolder:
         self.seal_inputs()
         self.write_spec(spec)
 
-    def seal_inputs(self) -> None:
-        """Record the digests of corpus and tokenizer; the caller completes the folder with `write_spec`."""
+    def seal_inputs(self, digests: Mapping[Path, FileDigest] | None = None) -> None:
+        """Record the digests of corpus and tokenizer; the caller completes the folder with `write_spec`.
+
+        Args:
+            digests: of files that were verified as they were written; the others are read.
+        """
         corpora = [folder for folder in (self.data, self.validation) if folder.is_dir()]
         files = [*(file for folder in corpora for file in list_corpus_files(folder)), self.path / TOKENIZER_MODEL_FILE]
-        self._write_seal({str(file.relative_to(self.path)): compute_digest(file) for file in files})
+        digests = digests or {}
+        self._write_seal({str(file.relative_to(self.path)): seal_file(file, digests.get(file)) for file in files})
 
     def write_spec(self, spec: RunSpec) -> None:
         """Replace run.json, for another plan; the seal accepts both, so a kill between the two writes does no harm."""
         file, content = self.path / RUN_SPEC_FILE, json.dumps(spec.to_json(), indent=2).encode()
         seal = self._read_seal()
         if file.exists():
-            seal[PREVIOUS_SPEC_KEY] = compute_digest(file)
-        seal[RUN_SPEC_FILE] = digest_content(content)
+            seal[PREVIOUS_SPEC_KEY] = SealedFile(digest=compute_digest(file))
+        seal[RUN_SPEC_FILE] = SealedFile(digest=digest_content(content))
         self._write_seal(seal)
         replace_file_below(self.path, RUN_SPEC_FILE, content)
 
     def check_inputs(self) -> RunSpec:
-        """Read every input and compare it with the seal; call this before devices are allocated.
+        """Compare every input with the seal; call this before devices are allocated.
+
+        A file whose size, inode and times are those of its last verification is not read again.
 
         Raises:
             ValueError: if files are missing or differ; the message names each of them.
         """
         spec = self.read_spec()
         problems = []
-        for name, expected in self._read_seal().items():
+        seal = self._read_seal()
+        verified = {}
+        for name, sealed in seal.items():
             if name in (RUN_SPEC_FILE, PREVIOUS_SPEC_KEY):  # verified by read_spec
                 continue
-            difference = find_difference(self.path, name, expected)
+            identity = self._read_identity(name, sealed.digest.num_bytes)
+            if identity and identity == sealed.identity:
+                continue
+            difference = find_difference(self.path, name, sealed.digest)
             if difference:
                 problems.append(f"{name} {difference if difference.startswith('cannot') else 'differs from its seal'}")
+            else:
+                verified[name] = SealedFile(digest=sealed.digest, identity=identity)
+        if verified:
+            self._write_seal({**seal, **verified})
         problems += self._find_foreign_checkpoints(spec)
         # The operator may have linked parent/ to a model folder; nothing of it is read here.
         if spec.parent is not None and not (self.parent / MODEL_MANIFEST_FILE).is_file():
@@ -164,6 +190,14 @@ class RunFolder:
         if problems:
             raise ValueError(f"the run folder {self.path} has changed: {'; '.join(problems)}; prepare a new run")
         return spec
+
+    def _read_identity(self, name: str, num_bytes: int) -> tuple[int, ...]:
+        """Return the identity of an input of a size; empty if it has another size or cannot be opened."""
+        try:
+            size, identity = read_identity(self.path, name)
+        except OSError:
+            return ()
+        return identity if size == num_bytes else ()
 
     def read_parent_manifest(self, state: ParentState) -> CheckpointManifest:
         """Read the manifest of the checkpoint in parent_state/.
@@ -214,16 +248,16 @@ class RunFolder:
         """Return the windows that validate; their order does not matter, and is that of one seed."""
         return Corpus(self.validation, seed=0)
 
-    def _read_seal(self) -> dict[str, FileDigest]:
+    def _read_seal(self) -> dict[str, SealedFile]:
         """Return the digests of the inputs by file name; none if the seal is missing or not valid."""
         try:
             stored = parse_rank_object(read_file(self.path, SEAL_FILE))
-            return {name: FileDigest.from_json(digest) for name, digest in stored.items()}
+            return {name: SealedFile.from_json(entry) for name, entry in stored.items()}
         except (FileNotFoundError, NotRegularFileError, ValueError, TypeError):
             return {}
 
-    def _write_seal(self, files: Mapping[str, FileDigest]) -> None:
-        write_json(self.path / SEAL_FILE, {name: digest.to_json() for name, digest in files.items()})
+    def _write_seal(self, files: Mapping[str, SealedFile]) -> None:
+        write_json(self.path / SEAL_FILE, {name: sealed.to_json() for name, sealed in files.items()})
 
     def read_status(self) -> RunStatus | None:
         """Read status.json; return None before the first step, and if the file is not valid."""

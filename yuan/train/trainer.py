@@ -33,7 +33,15 @@ from yuan.train.events import (
     SkipEvent,
     StopEvent,
 )
-from yuan.train.guard import GUARD_WINDOW_STEPS, GuardAction, GuardDecisions, NumericalError, StepJudge, merge_spans
+from yuan.train.guard import (
+    GUARD_DECISIONS_FILE,
+    GUARD_WINDOW_STEPS,
+    GuardAction,
+    GuardDecisions,
+    NumericalError,
+    StepJudge,
+    merge_spans,
+)
 from yuan.train.heartbeat import HeartbeatWriter
 from yuan.train.metrics_row import GRAD_NORM_METRIC, LOSS_METRIC, VALIDATION_LOSS_METRIC, MetricsRow
 from yuan.train.run_folder import EVENTS_FILE, RunFolder
@@ -49,7 +57,6 @@ from yuan.train.zero.validation import Validator
 
 log = logging.getLogger(__name__)
 
-GUARD_DECISIONS_FILE = "guard.json"
 MAX_LISTED_SAMPLES = 64  # samples listed in an event; the others can be derived from its positions
 
 

@@ -1,0 +1,229 @@
+"""Tokenize shards in child processes: `with TokenWorkers(2) as workers: workers.run(job)`, called from several threads.
+
+A process that dies, as the kernel kills the largest one when memory is out, costs its shard a second try, and never the
+calling process. The processes exit when the calling process does, however it does.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from yuan import tokenizer as tokenizers
+from yuan.data.shard_tokens import SampleRules, write_shard_tokens
+from yuan.data.text import make_printable
+from yuan.tokenizer import TOKENIZER_MODEL_FILE
+
+MAX_TOKENIZE_TRIES = 2
+MAX_IN_PROCESS_BYTES = 2**20  # of rows that this process tokenizes itself, since starting another one takes longer
+EXIT_PARENT_GONE = 75
+MAX_WORKER_REASON_CHARACTERS = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenJob:
+    """A shard to tokenize.
+
+    Attributes:
+        rows_file: its lines.
+        shard_sha256: of its lines.
+        folder: an existing folder, empty, for the token files.
+        tokenizer_folder: the folder of tokenizer.model.
+    """
+
+    rows_file: Path
+    shard_sha256: str
+    folder: Path
+    tokenizer_folder: Path
+    rules: SampleRules
+
+    def run(self) -> None:
+        """Tokenize the shard in this process.
+
+        Raises:
+            OSError: if a file cannot be read or written.
+        """
+        write_shard_tokens(
+            self.rows_file,
+            self.folder,
+            shard_sha256=self.shard_sha256,
+            tokenizer=_load_tokenizer(
+                self.tokenizer_folder, (self.tokenizer_folder / TOKENIZER_MODEL_FILE).stat().st_mtime_ns
+            ),
+            rules=self.rules,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "TokenJob":
+        return cls(
+            rows_file=Path(data["rows_file"]),
+            shard_sha256=data["shard_sha256"],
+            folder=Path(data["folder"]),
+            tokenizer_folder=Path(data["tokenizer_folder"]),
+            rules=SampleRules(**data["rules"]),
+        )
+
+
+@lru_cache(maxsize=1)
+def _load_tokenizer(folder: Path, written_at_ns: int) -> tokenizers.Tokenizer:
+    """Load a tokenizer, once for all shards, and again if its file was replaced."""
+    return tokenizers.load(folder)
+
+
+class TokenizingFailed(RuntimeError):
+    """A shard cannot be tokenized; another try would fail as well."""
+
+
+class TokenWorkers:
+    """Child processes, started when they are needed, each of which tokenizes one shard at a time.
+
+    Args:
+        count: processes at most.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._idle: queue.LifoQueue[subprocess.Popen[str] | None] = queue.LifoQueue()
+        for _ in range(count):
+            self._idle.put(None)  # a place of a process that is not started
+        self._processes: set[subprocess.Popen[str]] = set()
+        self._lock = threading.Lock()
+        self._is_closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._lock:
+            self._is_closed = True
+            processes = list(self._processes)
+        for process in processes:
+            self._end(process)
+
+    @property
+    def pids(self) -> list[int]:
+        """Return the ids of the processes that run."""
+        with self._lock:
+            return sorted(process.pid for process in self._processes)
+
+    def run(self, job: TokenJob) -> None:
+        """Tokenize a shard, once there is a free process; a process that dies is replaced, and the shard tried again.
+
+        Raises:
+            TokenizingFailed: if two processes died of the shard, or it fails for another reason.
+            OSError: if a file cannot be read or written.
+        """
+        if job.rows_file.stat().st_size <= MAX_IN_PROCESS_BYTES:
+            return job.run()
+        process = self._idle.get()
+        try:
+            for _ in range(MAX_TOKENIZE_TRIES):
+                process = process or self._start()
+                reply = _exchange(process, job)
+                if reply is not None:
+                    return _raise_reported_error(job, reply)
+                status = self._end(process)
+                process = None
+                if self._is_closed:
+                    break
+                shutil.rmtree(job.folder)
+                job.folder.mkdir()
+            raise TokenizingFailed(
+                f"the process that tokenizes shard {job.shard_sha256[:12]} {_describe_exit(status)}, "
+                f"{MAX_TOKENIZE_TRIES} times; if memory is out, free some or set COTRAIN_TOKEN_WORKERS lower"
+            )
+        finally:
+            self._idle.put(process)
+
+    def _start(self) -> subprocess.Popen[str]:
+        with self._lock:
+            if self._is_closed:
+                raise TokenizingFailed("the processes that tokenize shards are ended; start the round again")
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "yuan.data.token_workers"],
+                env={"LC_ALL": "C.UTF-8"},  # none of the caller's credentials
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            self._processes.add(process)
+        return process
+
+    def _end(self, process: subprocess.Popen[str]) -> int:
+        process.kill()
+        status = process.wait()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None, "opened with pipes"
+            with contextlib.suppress(BrokenPipeError):  # of a job that was not flushed
+                pipe.close()
+        with self._lock:
+            self._processes.discard(process)
+        return status
+
+
+def _exchange(process: subprocess.Popen[str], job: TokenJob) -> dict[str, Any] | None:
+    """Send a job and wait for the reply; None if the process died."""
+    assert process.stdin is not None and process.stdout is not None, "opened with pipes"
+    try:
+        process.stdin.write(json.dumps(job.to_json()) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+    except BrokenPipeError:
+        return None
+    return dict(json.loads(line)) if line.endswith("\n") else None
+
+
+def _raise_reported_error(job: TokenJob, reply: dict[str, Any]) -> None:
+    if reply["error"] is None:
+        return
+    if reply["errno"] is not None:
+        raise OSError(reply["errno"], reply["error"])
+    raise TokenizingFailed(f"shard {job.shard_sha256[:12]} cannot be tokenized: {reply['error']}; see the flow's log")
+
+
+def _describe_exit(status: int) -> str:
+    if status >= 0:
+        return f"ended with status {status}"
+    return f"was killed by {signal.Signals(-status).name}"
+
+
+def main() -> None:
+    """Tokenize the shards that arrive on standard input, one JSON object a line, until end of file."""
+    threading.Thread(target=exit_with_caller, daemon=True, name="caller-watch").start()
+    for line in sys.stdin:
+        reply: dict[str, Any] = {"error": None, "errno": None}
+        try:
+            TokenJob.from_json(json.loads(line)).run()
+        except Exception as error:  # reported to the caller, which decides
+            text = make_printable(f"{type(error).__name__}: {error}")[:MAX_WORKER_REASON_CHARACTERS]
+            number = error.errno if isinstance(error, OSError) else None
+            reply = {"error": text, "errno": number}
+        print(json.dumps(reply), flush=True)
+
+
+def exit_with_caller() -> None:
+    """Exit when the other end of standard input closes, also in the middle of a shard."""
+    poll = select.poll()
+    poll.register(sys.stdin.fileno(), select.POLLHUP)
+    poll.poll()
+    os._exit(EXIT_PARENT_GONE)
+
+
+if __name__ == "__main__":
+    main()
