@@ -54,7 +54,7 @@ class RegistrationStep(StrEnum):
     PROMOTE = "promote"
 
 
-class ReportProgress(Protocol):
+class ReportRegistration(Protocol):
     """Take the progress of a step in bytes; a `total_bytes` of 0 is not known."""
 
     def __call__(self, step: RegistrationStep, done_bytes: int = 0, total_bytes: int = 0) -> None: ...
@@ -116,7 +116,7 @@ def find_recorded_versions(context: Context, folder: Path) -> list[int]:
         return [record.version for record in records]
 
 
-def register_weights(context: Context, request: RegistrationRequest, report: ReportProgress) -> RegistrationResult:
+def register_weights(context: Context, request: RegistrationRequest, report: ReportRegistration) -> RegistrationResult:
     """Convert weights, upload them, record the version, let it answer a prompt and evaluate it on existing cases.
 
     Every step can be repeated: a registration that was killed continues with the step it was in. The version is
@@ -142,7 +142,7 @@ class Registration:
         folder: the converted model is its folder `model`, until the smoke test has passed.
     """
 
-    def __init__(self, context: Context, request: RegistrationRequest, report: ReportProgress) -> None:
+    def __init__(self, context: Context, request: RegistrationRequest, report: ReportRegistration) -> None:
         from yuan.model.convert import check_weights  # torch takes seconds to import
 
         self._context, self._request, self._report = context, request, report
@@ -353,7 +353,7 @@ def generate_smoke_answer(context: Context, version: int, model: str) -> SmokeTe
     return SmokeTest(answer=make_storable_text(result.answer, MAX_SMOKE_ANSWER_CHARACTERS))
 
 
-def read_source_files(folder: Path, names: Iterable[str], report: ReportProgress) -> list[SourceFile]:
+def read_source_files(folder: Path, names: Iterable[str], report: ReportRegistration) -> list[SourceFile]:
     """Read and hash the files of the weights; links, as those of a download cache, are followed."""
     total_bytes = sum((folder / name).stat().st_size for name in names)
     files, done_bytes = [], 0

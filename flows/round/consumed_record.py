@@ -31,6 +31,8 @@ def fetch_consumed(context: Context, version: int | None) -> ConsumedSamples:
         return ConsumedSamples()
     with context.sessions() as session:
         run_id = rounds.find_version(session, version).run_id
+    if run_id is None:  # weights from elsewhere
+        return ConsumedSamples()
     try:
         return ConsumedSamples.parse(context.objects.get(make_consumed_key(run_id)))
     except ClientError as error:
