@@ -11,7 +11,9 @@ from infra.database import make_session_factory, open_engine
 from infra.object_store import ObjectStore, open_object_store
 from infra.settings import DispatcherSettings, FlowSettings, RecordsAccess, Settings, load_settings
 from infra.tracker import Tracker
+from infra.version_cache import VersionCache
 from yuan.data.text import make_printable
+from yuan.model.model_manifest import MODEL_MANIFEST_FILE, parse_digests
 
 SERVER_CHECK_TIMEOUT_S = 5.0
 
@@ -26,6 +28,12 @@ class RecordsContext:
     @cached_property
     def tracker(self) -> Tracker:
         return Tracker(self.settings)
+
+    @cached_property
+    def versions(self) -> VersionCache:
+        """Return the cache of versions, which this process may fill."""
+        settings = self.settings
+        return VersionCache(settings.home, settings.max_cache_bytes, self.tracker, MODEL_MANIFEST_FILE, parse_digests)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class Duty(StrEnum):
     RECLAIM_LEASES = "reclaim leases of exited processes"
     DELETE_CHECKPOINTS = "delete checkpoints that no round needs"
     UPDATE_ALIASES = "update aliases"
+    CACHE_CHAMPION = "cache the champion"
     REGISTER_DEPLOYMENTS = "register deployments"
     END_LOST_FLOW_RUNS = "end lost flow runs"
     ADVANCE_ROUND = "advance the round"

@@ -1,11 +1,9 @@
 """Find the model folder of a version: on this machine, or in the registry."""
 
-from pathlib import Path
-
 from flows.context import Context
-from flows.round.versions import require_registered
+from flows.round.versions import open_version
+from infra.folder_cache import CachedFolder
 from infra.tracker import Tracker
-from yuan.model.model_manifest import MODEL_MANIFEST_FILE
 from yuan.version_names import is_version_number, parse_version_number
 
 
@@ -27,15 +25,14 @@ def resolve_version(tracker: Tracker, version: str) -> int:
     return aliases[version]
 
 
-def fetch_model_folder(context: Context, version: str) -> Path:
-    """Download a version's model folder from this installation's registry below the home folder; return its path.
+def open_model_folder(context: Context, version: str) -> CachedFolder:
+    """Return a version's model folder in the cache, locked for use; fetch it from the registry if it is not there.
 
     Args:
         version: 7, v7 or an alias.
 
     Raises:
         ValueError: if there is no such alias, there never was such a version, or it was deleted from the registry.
+        OSError: if the disk has too little room; the message has the bytes.
     """
-    number = resolve_version(context.tracker, version)
-    require_registered(context, number)
-    return context.tracker.download(number, context.settings.home / "generate" / f"v{number}", (MODEL_MANIFEST_FILE,))
+    return open_version(context, resolve_version(context.tracker, version), use_export=False)

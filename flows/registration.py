@@ -25,6 +25,7 @@ from flows.round.versions import (
     describe_manifest_differences,
     make_provenance_tags,
     make_weights_run_name,
+    open_version,
     read_provenance,
 )
 from infra.machine import MIN_FREE_DISK_BYTES
@@ -321,8 +322,7 @@ class Registration:
             self._store_smoke_test(version, smoke_test)
             return smoke_test
 
-        model = self.folder / "model"
-        smoke_test = generate_smoke_answer(self._context, version, str(model) if model.is_dir() else f"v{version}")
+        smoke_test = generate_smoke_answer(self._context, version)
         self._store_smoke_test(version, smoke_test)
         if smoke_test.answer is None:
             raise RuntimeError(
@@ -336,15 +336,11 @@ class Registration:
             registrations.record_smoke_test(session, version, smoke_test)
 
 
-def generate_smoke_answer(context: Context, version: int, model: str) -> SmokeTest:
-    """Let a model answer one prompt in the confined process of evaluations.
-
-    Args:
-        model: its folder, or the version as v7, which the process fetches from the registry.
-    """
-    with make_evaluation_folder(version, None) as folder:
+def generate_smoke_answer(context: Context, version: int) -> SmokeTest:
+    """Let a version answer one prompt in the confined process of evaluations, with its files from the registry."""
+    with open_version(context, version, use_export=False) as model, make_evaluation_folder(version, None) as folder:
         try:
-            (result,) = run_evaluation(context, folder, model, [json.dumps(SMOKE_CASE).encode()])
+            (result,) = run_evaluation(context, folder, model.path, [json.dumps(SMOKE_CASE).encode()])
         except (RuntimeError, ValueError) as error:
             log_tail = read_log_tail(folder / EVAL_LOG_FILE)
             return SmokeTest(reason=make_storable_text(f"{error}; its log ends with: {log_tail}"))

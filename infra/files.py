@@ -5,6 +5,7 @@ So no function here follows a link, blocks, or reads more than a limit.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 MAX_REGULAR_FILE_BYTES = 1 << 20
 COPY_CHUNK_BYTES = 1 << 20
 LOG_LINE_BYTES = 2000  # bytes read from the end of a log per requested line
+MIN_DISK_RESERVE_BYTES = 64 * 2**20  # left free beside files of any size that are written
 MAX_LOG_TAIL_BYTES = 64 * 2**20  # for any number of lines
 
 
@@ -137,3 +139,20 @@ def write_private(file: Path, text: str) -> None:
         out.flush()
         os.fsync(out.fileno())  # without it, a power cut may leave the new name with an empty file
     os.replace(scratch, file)
+
+
+def check_free_disk(folder: Path, subject: str, num_bytes: int) -> None:
+    """Check that so many bytes fit on the disk of a folder.
+
+    Raises:
+        OSError: if they do not (ENOSPC); the message has the subject and the bytes.
+    """
+    status = os.statvfs(folder)
+    free = status.f_bavail * status.f_frsize
+    if num_bytes > 0 and num_bytes + MIN_DISK_RESERVE_BYTES > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{subject} needs {num_bytes:,} bytes, and the disk has {free:,} free, of which {MIN_DISK_RESERVE_BYTES:,} "
+            "stay free; make room",
+            str(folder),
+        )

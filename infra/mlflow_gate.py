@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from infra.artifact_streamer import ArtifactStreamer
 from infra.mlflow_requests import (
     MlflowRequestRefused,
     check_graphql,
@@ -103,7 +104,9 @@ def create_app() -> AsgiApp:
     # Imported here, since the keeper imports this module's names, and MLflow's server takes seconds to import.
     from mlflow.server.auth import create_app as create_mlflow
 
-    return MlflowGate(create_mlflow(), os.environ[ADMINISTRATOR_VARIABLE], os.environ[DIGESTS_VARIABLE].split())
+    return MlflowGate(
+        ArtifactStreamer(create_mlflow()), os.environ[ADMINISTRATOR_VARIABLE], os.environ[DIGESTS_VARIABLE].split()
+    )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import os
 import zoneinfo
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from dotenv.parser import Binding, parse_stream
@@ -58,6 +58,8 @@ class TrackerAccess(ProcessSettings):
     mlflow_url: str
     mlflow_username: str = "cotrain-admin"
     mlflow_password: SecretStr
+    registry_transfer: Literal["direct", "streamed"] = "direct"
+    max_cache_bytes: int = Field(default=64 * 1024**3, ge=0)
 
 
 class PrefectAccess(ProcessSettings):

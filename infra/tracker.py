@@ -8,17 +8,20 @@ platform's numbers; only this module converts them to MLflow's.
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 import httpx
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
+from infra.artifact_transfer import ArtifactSource, ArtifactTransfer
 from infra.error_text import SafeMessageError
+from infra.files import open_regular
 from infra.settings import TrackerAccess
 
 REGISTERED_MODEL_NAME = "yuan"
@@ -30,6 +33,9 @@ MLFLOW_ADMIN_TIMEOUT_S = 30  # of a request that creates or changes accounts and
 MAX_METRICS_PER_REQUEST = 1000  # the server's limit
 VERSION_TAG = "cotrain.version"  # on a version that was registered again: the platform's number
 ROUND_TAG = "cotrain.round"  # on a version: the id of the round that produced it
+ARTIFACT_FOLDER = "model"  # of a version's files, in the artifacts of MLflow's run
+ARTIFACT_URI_SCHEME = "mlflow-artifacts:"
+UPLOAD_RECORDS_FOLDER = "work/uploads"  # below the home folder: records of uploads that were interrupted
 # On a version of weights that no round trained: what the operator named, and the sha256 over the files that were read.
 SOURCE_TAG = "cotrain.source"
 LICENCE_TAG = "cotrain.licence"
@@ -49,6 +55,31 @@ class VersionLost(SafeMessageError, ValueError):
     """Report that a version was deleted from the registry, or its files from the registry's store."""
 
 
+@dataclass(frozen=True)
+class VersionFiles:
+    """The stored files of a version.
+
+    Attributes:
+        sizes: bytes by the file's name.
+    """
+
+    folder: str
+    sizes: Mapping[str, int]
+    transfer: ArtifactTransfer
+
+    def fetch(self, name: str, target: Path, sha256: str | None) -> None:
+        """Fetch a file; an interrupted fetch is resumed by the next call, and a complete target is kept.
+
+        Raises:
+            ValueError: if there is no such file, or its sha256 differs.
+            OSError: if the disk has too little room; the message has the bytes.
+            httpx.HTTPError: if the server or the store fails.
+        """
+        if name not in self.sizes:
+            raise ValueError(f"{name} is missing in the registry's store")
+        self.transfer.download(f"{self.folder}/{name}", target, self.sizes[name], sha256)
+
+
 class Tracker:
     """Call the tracking server; every method can be repeated.
 
@@ -65,6 +96,9 @@ class Tracker:
         # Retries belong to the calling step; the library would retry for minutes, and block the process meanwhile.
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "2"
         self.client = MlflowClient(settings.mlflow_url)
+        self.transfer = ArtifactTransfer(
+            settings.mlflow_url, self._auth, settings.registry_transfer, settings.home / UPLOAD_RECORDS_FOLDER
+        )
         self._versions: dict[int, int] = {}  # by MLflow's number; neither ever changes
 
     @contextlib.contextmanager
@@ -116,13 +150,28 @@ class Tracker:
     def register_version(
         self, mlflow_run_id: str, folder: Path, tags: Mapping[str, str], version: int | None = None
     ) -> int:
-        """Upload a model folder to MLflow's run and register it; a repeated call for the run returns the same version.
+        """Upload the files of a folder and register them; see `register_files`."""
+        return self.register_files(mlflow_run_id, list_sources(folder), tags, version)
+
+    def register_files(
+        self,
+        mlflow_run_id: str,
+        sources: Sequence[ArtifactSource],
+        tags: Mapping[str, str],
+        version: int | None = None,
+    ) -> int:
+        """Upload files to MLflow's run and register them; a repeated call for the run returns the same version.
+
+        After an interruption, a repeated call sends only the missing parts of the files.
 
         Args:
             version: the number of a lost version that is registered again; it keeps this number.
 
         Returns:
             `version` if it is given, else the number that MLflow assigns.
+
+        Raises:
+            DamagedArtifact: if a file does not have its source's sha256; nothing is registered.
         """
         registered = self.client.search_model_versions(
             f"name = '{REGISTERED_MODEL_NAME}' and run_id = '{mlflow_run_id}'"
@@ -131,13 +180,16 @@ class Tracker:
             return self._get_version(int(registered[0].version))
         if self.client.get_run(mlflow_run_id).info.lifecycle_stage == "deleted":
             self.client.restore_run(mlflow_run_id)
-        self.client.log_artifacts(mlflow_run_id, str(folder), "model")
+        artifact_folder = self._find_artifact_folder(mlflow_run_id)
+        for source in sources:
+            self.transfer.upload(artifact_folder, source)
         # The run's artifact URI and not `runs:/...`: the server cannot show artifacts of a version with the latter.
-        source = f"{self.client.get_run(mlflow_run_id).info.artifact_uri}/model"
+        artifact_uri = f"{self.client.get_run(mlflow_run_id).info.artifact_uri}/{ARTIFACT_FOLDER}"
         version_tag = {} if version is None else {VERSION_TAG: str(version)}
         created = self.client.create_model_version(
-            REGISTERED_MODEL_NAME, source, mlflow_run_id, tags={**tags, **version_tag}
+            REGISTERED_MODEL_NAME, artifact_uri, mlflow_run_id, tags={**tags, **version_tag}
         )
+        self.transfer.forget_uploads([f"{artifact_folder}/{source.name}" for source in sources])
         return int(created.version) if version is None else version
 
     def has_version(self, version: int) -> bool:
@@ -151,7 +203,11 @@ class Tracker:
             VersionLost: if the version is not in the registry.
         """
         mlflow_run_id = self._find_mlflow_run_id(version)
-        stored = {Path(file.path).name for file in self.client.list_artifacts(mlflow_run_id, "model") if file.file_size}
+        stored = {
+            Path(file.path).name
+            for file in self.client.list_artifacts(mlflow_run_id, ARTIFACT_FOLDER)
+            if file.file_size
+        }
         return sorted(set(names) - stored)
 
     def require_files(self, version: int, names: Iterable[str]) -> None:
@@ -163,10 +219,26 @@ class Tracker:
         if self.find_missing_files(version, names):
             raise VersionLost(f"the files of v{version} are missing; `cotrain doctor` says how to register it again")
 
-    def upload_version(self, version: int, folder: Path) -> None:
+    def upload_files(self, version: int, sources: Sequence[ArtifactSource]) -> None:
         """Upload a version's files again; replace existing ones."""
-        mlflow_run_id = self._find_mlflow_run_id(version)
-        self.client.log_artifacts(mlflow_run_id, str(folder), "model")
+        artifact_folder = self._find_artifact_folder(self._find_mlflow_run_id(version))
+        for source in sources:
+            self.transfer.upload(artifact_folder, source)
+        self.transfer.forget_uploads([f"{artifact_folder}/{source.name}" for source in sources])
+
+    def _find_artifact_folder(self, mlflow_run_id: str) -> str:
+        """Return the path of a run's model folder in the artifact store.
+
+        Raises:
+            ValueError: if the run's artifacts do not pass through the tracking server.
+        """
+        uri = str(self.client.get_run(mlflow_run_id).info.artifact_uri)
+        if not uri.startswith(ARTIFACT_URI_SCHEME):
+            raise ValueError(
+                f"the artifacts of MLflow's run {mlflow_run_id} must be at {ARTIFACT_URI_SCHEME}/..., got {uri}; start "
+                "MLflow with --serve-artifacts and --artifacts-destination"
+            )
+        return f"{urlsplit(uri).path.strip('/')}/{ARTIFACT_FOLDER}"
 
     def _find_mlflow_run_id(self, version: int) -> str:
         """Return the id of MLflow's run that has a version's files.
@@ -227,8 +299,8 @@ class Tracker:
         else:
             self.client.set_registered_model_alias(REGISTERED_MODEL_NAME, alias, str(self.require_number(version)))
 
-    def download(self, version: int, folder: Path, required: Iterable[str]) -> Path:
-        """Download a version's model folder into a folder, and return its path.
+    def open_files(self, version: int, required: Iterable[str]) -> VersionFiles:
+        """Return the stored files of a version, which can then be fetched one by one.
 
         Args:
             required: names of files without which the version counts as lost.
@@ -238,8 +310,9 @@ class Tracker:
         """
         self.require_files(version, required)
         mlflow_run_id = self._find_mlflow_run_id(version)
-        folder.mkdir(parents=True, exist_ok=True)
-        return Path(self.client.download_artifacts(mlflow_run_id, "model", str(folder)))
+        entries = self.client.list_artifacts(mlflow_run_id, ARTIFACT_FOLDER)
+        sizes = {Path(entry.path).name: int(entry.file_size) for entry in entries if not entry.is_dir}
+        return VersionFiles(self._find_artifact_folder(mlflow_run_id), sizes, self.transfer)
 
     def set_up(self, readers: Mapping[str, str]) -> None:
         """Create the experiment, the registered model, and the accounts that may read both, each with the role.
@@ -290,3 +363,15 @@ class Tracker:
         response = httpx.post(f"{self._url}/api/{path}", json=body, auth=self._auth, timeout=MLFLOW_ADMIN_TIMEOUT_S)
         if not (response.status_code == 400 and "ALREADY_EXISTS" in response.text):
             response.raise_for_status()
+
+
+def list_sources(folder: Path) -> list[ArtifactSource]:
+    """List the regular files of a folder as sources, in the order of their names."""
+
+    def make_source(file: Path) -> ArtifactSource:
+        def open_source() -> BinaryIO:
+            return os.fdopen(open_regular(file), "rb")
+
+        return ArtifactSource(file.name, open_source)
+
+    return [make_source(file) for file in sorted(folder.iterdir()) if file.is_file()]

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from flows.cli.output import JsonOption, check_text_option, check_version, name_options, note_alias, parse_path, show
+from infra.folder_cache import CachedFolder
 from yuan.config import MAX_MODEL_SIZE, MAX_SEED, Precision, format_count
 from yuan.generate.limits import Sampling
 
@@ -40,13 +41,15 @@ def generate(
             stop=tuple(stop or ()),
             seed=seed,
         )
-    folder = _find_model_folder(version)
+    model_folder = _open_model_folder(version)
     # Imported here, as in the other commands: torch takes seconds, and no model may be there.
     from yuan.generate.answers import generate as generate_answers
     from yuan.model.weights import load, load_tokenizer
 
     text = prompt or sys.stdin.read().strip()
-    completion = generate_answers(load(folder), load_tokenizer(folder), [text], sampling)[0]
+    with model_folder as model:
+        weights = load(model.path, is_verified=model.is_verified)
+        completion = generate_answers(weights, load_tokenizer(model.path), [text], sampling)[0]
     show({"text": completion.text, "finish_reason": completion.finish_reason}, completion.text, as_json)
 
 
@@ -58,10 +61,11 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write a model in a format that other tools read. A model folder needs no running stack."""
-    folder = _find_model_folder(version)
+    model_folder = _open_model_folder(version)
     from yuan.model.convert import export_hf
 
-    manifest = export_hf(folder, out, dtype=dtype)
+    with model_folder as model:
+        manifest = export_hf(model.path, out, dtype=dtype)
     show(
         {"out": str(out), **manifest.to_json()},
         f"wrote {format_count(len(manifest.files), 'file')} and their manifest to {out}",
@@ -88,11 +92,11 @@ def import_(
     show({"out": str(out), **manifest.to_json()}, text, as_json)
 
 
-def _find_model_folder(version: str) -> Path:
-    """Return a model folder unchanged, or fetch a version from the registry."""
+def _open_model_folder(version: str) -> CachedFolder:
+    """Return a model folder as it is, or that of a version, which stays in the cache until it is closed."""
     folder = Path(version)
     if folder.is_dir():
-        return folder
+        return CachedFolder(folder, None)
     if folder.exists():
         raise ValueError(f"{version} is a file; give the model folder itself, a version as 7 or v7, or an alias")
     if os.sep in version or version.startswith((".", "~")):
@@ -104,7 +108,7 @@ def _find_model_folder(version: str) -> Path:
     with note_alias(version):
         # Imported here, since a model folder needs no registry, and the import of MLflow takes a second.
         from flows.context import open_operator_context
-        from flows.model_folders import fetch_model_folder
+        from flows.model_folders import open_model_folder
 
         context = open_operator_context()
-    return fetch_model_folder(context, version)
+    return open_model_folder(context, version)

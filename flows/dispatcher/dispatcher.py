@@ -21,6 +21,7 @@ from feedback.states import RoundState
 from feedback.tables import new_id
 from flows.context import DispatcherContext, open_dispatcher_context
 from flows.dispatcher.attempts import continue_round, end_if_lost, end_lost_flow_runs, find_newest_flow_run
+from flows.dispatcher.champion_cacher import ChampionCacher
 from flows.dispatcher.checkpoint_cleanup import delete_unneeded_checkpoints
 from flows.dispatcher.deployments import CHECK_DATASETS_DEPLOYMENT, REPRODUCE_DEPLOYMENT, register_deployments
 from flows.duties import DISPATCHER_HEARTBEAT_FILE, Duties, Duty, compute_age_s, get_duty_status_file
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 REGISTER_EVERY_S = 300.0
 END_LOST_EVERY_S = 10.0
 DELETE_CHECKPOINTS_EVERY_S = 60.0
+CACHE_CHECK_EVERY_S = 2.0
 IDLE_POLL_S = 10.0
 BUSY_POLL_S = 2.0
 # Reports are processed in batches: REPORT_BATCH_WAIT_S after the first arrived, or at once from REPORT_BATCH_SIZE on.
@@ -98,6 +100,7 @@ def make_duties(context: DispatcherContext, client: SyncPrefectClient) -> dict[s
             DELETE_CHECKPOINTS_EVERY_S, lambda: delete_unneeded_checkpoints(context)
         ),
         Duty.UPDATE_ALIASES: lambda: sync_champion_aliases(context),
+        Duty.CACHE_CHAMPION: make_periodic(CACHE_CHECK_EVERY_S, ChampionCacher(context).ensure_cached),
         Duty.REGISTER_DEPLOYMENTS: registrar.ensure_registered,
         Duty.END_LOST_FLOW_RUNS: make_periodic(END_LOST_EVERY_S, lambda: end_lost_flow_runs(client)),
         Duty.ADVANCE_ROUND: lambda: registrar.run_with_deployments(continue_running_round),

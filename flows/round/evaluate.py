@@ -16,16 +16,14 @@ from feedback.tables import Case
 from flows.context import Context
 from flows.round.consumed_record import store_consumed
 from flows.round.masters import keep_masters
-from flows.round.versions import copy_export, copy_lost_version, make_scratch_folder
+from flows.round.versions import list_manifest_sources, open_version, read_export_manifest
 from infra.confinement import Confinement, build_confined_environment
 from infra.files import read_regular, read_tail
 from infra.keeper import STACK_ID_VARIABLE
-from infra.mlflow_rules import READER_ACCOUNT
 from infra.process_group import run_child
 from infra.telemetry import NO_TELEMETRY_VARIABLES
-from infra.tracker import ROUND_TAG, RUN_TAG, VersionLost
+from infra.tracker import ROUND_TAG, RUN_TAG
 from yuan.eval.results import EvalResult, parse_results
-from yuan.model.model_manifest import MODEL_MANIFEST_FILE
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +44,10 @@ def register_version(context: Context, round_id: str) -> int:
     earlier_version = None if earlier_record is None else earlier_record.version
 
     tags = {ROUND_TAG: round_id, RUN_TAG: run_id}
-    # Ranks can write the folder and consumers read the registry, so only verified copies of manifest files go there.
-    with make_scratch_folder(context.runs / f".register-{run_id}") as scratch:
-        manifest = copy_export(context.runs / run_id, scratch)
-        version = context.tracker.register_version(mlflow_run_id, scratch, tags, earlier_version)
+    # Ranks can write the folder and consumers read the registry, so only bytes that the manifest promises go there.
+    manifest = read_export_manifest(context.runs / run_id)
+    sources = list_manifest_sources(context.runs / run_id / "export", manifest)
+    version = context.tracker.register_files(mlflow_run_id, sources, tags, earlier_version)
     context.tracker.end_run(mlflow_run_id)
     store_consumed(context, round_id)
 
@@ -111,18 +109,12 @@ def evaluate_version(context: Context, version: int, scratch_parent: Path | None
     if not case_lines:
         return EvaluationCounts(version)
 
-    is_lost = False
-    try:
-        context.tracker.require_files(version, (MODEL_MANIFEST_FILE,))
-    except VersionLost:
-        if scratch_parent is None:
-            raise
-        is_lost = True
-
-    with make_evaluation_folder(version, scratch_parent) as folder:
+    with (
+        open_version(context, version, use_export=scratch_parent is not None) as model,
+        make_evaluation_folder(version, scratch_parent) as folder,
+    ):
         try:
-            model = str(copy_lost_version(context, version, folder)) if is_lost else f"v{version}"
-            results = run_evaluation(context, folder, model, case_lines)
+            results = run_evaluation(context, folder, model.path, case_lines)
         except RuntimeError as error:
             log_file = folder / EVAL_LOG_FILE
             # Without a parent folder, the scratch folder and its log are about to be removed.
@@ -170,11 +162,13 @@ def read_log_tail(log_file: Path) -> str:
         return ""
 
 
-def run_evaluation(context: Context, folder: Path, model: str, case_lines: Sequence[bytes]) -> list[EvalResult]:
+def run_evaluation(context: Context, folder: Path, model: Path, case_lines: Sequence[bytes]) -> list[EvalResult]:
     """Run the evaluation in a separate confined process, which imports torch and can be killed.
 
-    `model` is a version such as v7, which the process fetches with the read-only account, or a model folder; the
-    process can access only that and its own folder.
+    The process can read the model folder and write its own folder, and nothing else.
+
+    Args:
+        model: a model folder whose files are verified.
 
     Raises:
         RuntimeError: if it fails, or writes no results file; its log may contain text of the cases.
@@ -182,10 +176,8 @@ def run_evaluation(context: Context, folder: Path, model: str, case_lines: Seque
     cases_file = folder / "cases.jsonl"
     results_file = folder / "results.jsonl"
     cases_file.write_bytes(b"".join(line + b"\n" for line in case_lines))
-    confinement = Confinement(read=(Path(model),), write=(folder,), accelerators="process", signal="SIGKILL")
-    command = confinement.command(
-        sys.executable, "-m", "yuan.eval.run", model, str(folder / "model"), str(cases_file), str(results_file)
-    )
+    confinement = Confinement(read=(model,), write=(folder,), accelerators="process", signal="SIGKILL")
+    command = confinement.command(sys.executable, "-m", "yuan.eval.run", str(model), str(cases_file), str(results_file))
 
     for _ in range(MAX_EVAL_ATTEMPTS):
         environment = build_evaluation_environment(context, folder)
@@ -204,13 +196,7 @@ def run_evaluation(context: Context, folder: Path, model: str, case_lines: Seque
 
 
 def build_evaluation_environment(context: Context, folder: Path) -> dict[str, str]:
-    """Build the environment of an evaluation: the tracker's URL and its read-only account."""
-    settings = context.settings
+    """Build the environment of an evaluation, which has no account."""
     return build_confined_environment(
-        folder,
-        **NO_TELEMETRY_VARIABLES,
-        **{STACK_ID_VARIABLE: settings.stack_id},
-        COTRAIN_MLFLOW_URL=settings.mlflow_url,
-        COTRAIN_MLFLOW_USERNAME=READER_ACCOUNT,
-        COTRAIN_MLFLOW_PASSWORD=settings.mlflow_reader_password.get_secret_value(),
+        folder, **NO_TELEMETRY_VARIABLES, **{STACK_ID_VARIABLE: context.settings.stack_id}
     )

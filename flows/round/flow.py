@@ -14,7 +14,7 @@ from feedback.states import RoundState
 from feedback.tables import new_id
 from flows.allowed_flows import REPRODUCE_FLOW, ROUND_FLOW, ReproduceForm, RoundForm
 from flows.context import Context, open_context
-from flows.round import collect, evaluate, prepare_run, promote
+from flows.round import collect, evaluate, prepare_run, promote, train
 from flows.round.artifacts import (
     build_gate_rows,
     build_plan_rows,
@@ -25,14 +25,13 @@ from flows.round.artifacts import (
 )
 from flows.round.progress import RunCancelled, make_freeze_callback, make_progress_callback
 from flows.round.tasks import StepUnrecoverable, hide_error_text, make_task
-from flows.supervisor import supervisor
 from infra.process_group import hold_file_lock
 
 # Operators see these names in Prefect, which stores them with every task run.
 collect_task = make_task(collect.collect_reports_and_datasets, RoundStep.COLLECT)
 snapshot_task = make_task(collect.freeze_snapshot, RoundStep.SNAPSHOT)
 plan_task = make_task(prepare_run.prepare_run_folder, RoundStep.PLAN)
-train_task = make_task(supervisor.train_candidate, RoundStep.TRAIN)
+train_task = make_task(train.train_round, RoundStep.TRAIN)
 register_task = make_task(evaluate.register_version, "register")
 evaluate_task = make_task(evaluate.evaluate_round_versions, RoundStep.EVALUATE)
 decide_task = make_task(promote.decide_round, RoundStep.DECIDE)

@@ -1,21 +1,23 @@
 """The model that a round's run trains: the parent's, or new weights of the recipe's preset."""
 
+import contextlib
 import dataclasses
 import json
-import shutil
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from flows.context import Context
 from flows.recipe_files import CUSTOM_RECIPES_FOLDER
-from flows.round.versions import fetch_version
+from flows.round.versions import open_version
 from infra.error_text import SafeMessageError
 from yuan import tokenizer as tokenizers
 from yuan.config import MODEL_CONFIG_FILE, MODEL_PRESETS, ModelConfig
 from yuan.recipe import TRAINED_TOKENIZER, Recipe
 from yuan.recipe_resolution import pad_vocab_size
 from yuan.train.run_folder import RunFolder
+from yuan.version_names import parse_version_number
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def prepare_model(
     parent_version: int | None,
     texts: Iterable[str],
 ) -> RunModel:
-    """Return config and tokenizer of the parent, whose model folder is copied into the run folder, or of new weights.
+    """Return config and tokenizer of the parent, to whose folder in the cache `parent/` links, or of new weights.
 
     Args:
         texts: of the rows, for a tokenizer that is trained here; read only then.
@@ -63,10 +65,10 @@ def prepare_model(
             the model's positions.
     """
     if parent_version is not None:
-        download = folder.path / ".download"
-        fetch_version(context, parent_version, download).rename(folder.parent)
-        shutil.rmtree(download)
-        model = read_parent_model(folder.parent, recipe, parent_version)
+        # Not closed: the later steps of the round use it as well, and its lock ends with this process.
+        parent = open_version(context, parent_version)
+        link_parent(folder, parent.path)
+        model = read_parent_model(parent.path, recipe, parent_version)
     else:
         model = _make_new_model(recipe, context.settings.home / CUSTOM_RECIPES_FOLDER, texts)
     if recipe.data.seq_len > model.config.seq_len:
@@ -75,6 +77,33 @@ def prepare_model(
             f"{recipe.data.seq_len:,}; lower it"
         )
     return model
+
+
+def link_parent(folder: RunFolder, model: Path) -> None:
+    """Make `parent/` of a run a link to a model folder in the cache, relative, so that the home folder can be moved."""
+    with contextlib.suppress(FileNotFoundError):
+        folder.parent.unlink()
+    folder.parent.symlink_to(os.path.relpath(model, folder.path))
+
+
+@contextlib.contextmanager
+def hold_parent(context: Context, folder: RunFolder) -> Iterator[tuple[Path, ...]]:
+    """Keep the parent of a run in the cache while the block runs, and yield the folders that its ranks must read.
+
+    A parent that the cache has lost is fetched again. A folder that an earlier version of the platform copied into the
+    run folder, or an operator put there, is used as it is.
+
+    Raises:
+        ValueError: if run.json cannot be read, or as `open_version`.
+    """
+    parent = None if folder.is_finished else folder.read_spec().parent
+    if parent is None or (folder.parent.is_dir() and not folder.parent.is_symlink()):
+        yield ()
+        return
+    # By the version's number and never by the link, which ranks can change.
+    with open_version(context, parse_version_number(parent)) as model:
+        link_parent(folder, model.path)
+        yield (model.path,)
 
 
 def read_parent_model(model_folder: Path, recipe: Recipe, version: int) -> RunModel:

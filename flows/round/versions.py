@@ -7,7 +7,9 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 from sqlalchemy.orm import Session
 
@@ -15,16 +17,17 @@ from feedback import rounds
 from feedback.contracts import WeightsProvenance
 from feedback.tables import ModelVersion
 from flows.context import Context
+from infra.artifact_transfer import ArtifactSource
 from infra.files import copy_descriptor
+from infra.folder_cache import CONTENT_FOLDER, CachedFolder, measure_folder
 from infra.tracker import DIGEST_TAG, LICENCE_TAG, ROUND_TAG, RUN_TAG, SOURCE_TAG, VersionLost
+from infra.version_cache import VERSIONS_FOLDER
 from yuan.data.text import make_printable
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
 from yuan.safe_files import open_file, read_file
 from yuan.train.checkpoint_manifest import list_committed_checkpoints
 
 log = logging.getLogger(__name__)
-
-VERSION_COPY_FOLDERS = ("serve", "generate")  # folders of copies: the model server's, and the command line's
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,11 @@ def restore_version(context: Context, folder: Path, version: int | None = None) 
             return RestoredVersion(record.version, was_missing=False)
 
         tags = make_version_tags(record)
-        with make_scratch_folder(context.settings.home / f".register-v{record.version}") as scratch:
-            copy_manifest_files(folder, scratch, recorded_manifest)
-            if is_registered:
-                context.tracker.upload_version(record.version, scratch)
-            else:
-                context.tracker.register_version(mlflow_run_id, scratch, tags, record.version)
+        sources = list_manifest_sources(folder, recorded_manifest)
+        if is_registered:
+            context.tracker.upload_files(record.version, sources)
+        else:
+            context.tracker.register_files(mlflow_run_id, sources, tags, record.version)
     log.info("registered v%d again from %s", record.version, folder)
     return RestoredVersion(record.version, was_missing=True)
 
@@ -113,58 +115,60 @@ def make_provenance_tags(provenance: WeightsProvenance) -> dict[str, str]:
     return {name: value for name, value in tags.items() if value is not None}
 
 
-def require_registered(context: Context, version: int) -> None:
-    """Check that a version can be fetched from the registry.
+def open_version(context: Context, version: int, *, use_export: bool = True) -> CachedFolder:
+    """Return a version's model folder in the cache, locked for use; fetch it if it is not there.
+
+    Args:
+        use_export: copy a version that the registry has lost from its run's export.
 
     Raises:
         VersionNotRegistered: if there never was such a version.
-        VersionLost: if it, or its files, are lost from the registry.
-    """
-    with context.sessions() as session:
-        rounds.find_version(session, version)
-    context.tracker.require_files(version, (MODEL_MANIFEST_FILE,))
-
-
-def fetch_version(context: Context, version: int, target: Path) -> Path:
-    """Fetch a version's model folder and return its path; a lost version is copied from its run's export.
-
-    Args:
-        target: parent folder of the model folder; created if missing.
-
-    Raises:
         VersionLost: if the registry has lost it and the export is not as recorded; the message says what to do.
-    """
-    try:
-        return context.tracker.download(version, target, (MODEL_MANIFEST_FILE,))
-    except VersionLost:
-        return copy_lost_version(context, version, target)
-
-
-def copy_lost_version(context: Context, version: int, target: Path) -> Path:
-    """Copy a version that the registry has lost from its run's export, and verify every byte.
-
-    Raises:
-        VersionLost: if the export is not as recorded; the message says what to do.
+        OSError: if the disk has too little room; the message has the bytes.
     """
     with context.sessions() as session:
         record = rounds.find_version(session, version)
         run_id = record.run_id
         recorded_manifest = ModelManifest.from_json(record.manifest)
         provenance = read_provenance(record)
+    try:
+        return context.versions.open(version, recorded_manifest.files)
+    except VersionLost:
+        if not use_export:
+            raise
+    return _open_lost_version(context, version, run_id, provenance, recorded_manifest)
+
+
+def _open_lost_version(
+    context: Context,
+    version: int,
+    run_id: str | None,
+    provenance: WeightsProvenance | None,
+    recorded: ModelManifest,
+) -> CachedFolder:
+    """Copy a version that the registry has lost from its run's export into the cache, and verify every byte.
+
+    Raises:
+        VersionLost: if the export is not as recorded; the message says what to do.
+    """
     fix = describe_registration(context.settings.home, version, run_id, provenance)
     if run_id is None:
         raise VersionLost(f"v{version} is missing from the registry; {fix}, then start another round")
+    export = context.runs / run_id / "export"
 
-    copy = target / "model"
-    shutil.rmtree(copy, ignore_errors=True)
-    copy.mkdir(parents=True)
+    def fetch(target: Path) -> dict[str, str]:
+        for file in target.iterdir():
+            file.unlink()
+        copy_manifest_files(export, target, recorded)
+        return {**recorded.files, MODEL_MANIFEST_FILE: ""}
+
     try:
-        copy_manifest_files(context.runs / run_id / "export", copy, recorded_manifest)
+        folder = context.versions.fill(version, measure_folder(export), fetch, recorded.files)
     except ValueError as error:
         log.warning("v%d is missing from the registry, and its run's export is not usable: %s", version, error)
         raise VersionLost(f"v{version} is missing from the registry; {fix}, then start another round") from None
     log.warning("v%d is missing from the registry, and its run's export is used; %s", version, fix)
-    return copy
+    return folder
 
 
 @contextlib.contextmanager
@@ -181,21 +185,43 @@ def make_scratch_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def copy_export(run: Path, target: Path) -> ModelManifest:
-    """Copy the files that the manifest of a run's exported weights lists, and return the manifest.
+def read_export_manifest(run: Path) -> ModelManifest:
+    """Read the manifest of a run's exported weights.
 
     Raises:
-        ValueError: if the files differ from the manifest, or are not regular files in the run's own folder.
+        ValueError: if it is missing or not valid.
     """
     try:
-        manifest = ModelManifest.parse(read_file(run, f"export/{MODEL_MANIFEST_FILE}"))
+        return ModelManifest.parse(read_file(run, f"export/{MODEL_MANIFEST_FILE}"))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the weights of {run} cannot be registered: {error}; "
             f"write them again: python -m yuan.train.checkpoint.export {run}"
         ) from None
-    copy_manifest_files(run / "export", target, manifest)
-    return manifest
+
+
+def list_manifest_sources(folder: Path, manifest: ModelManifest) -> list[ArtifactSource]:
+    """List the files of a manifest, and the manifest, as sources of an upload, which sends no other bytes.
+
+    The folder may be one that services write, so no link is followed, not even in place of the folder.
+    """
+
+    def make_source(name: str, sha256: str) -> ArtifactSource:
+        def open_source() -> BinaryIO:
+            try:
+                stream = os.fdopen(open_file(folder.parent, f"{folder.name}/{name}"), "rb")
+                if os.fstat(stream.fileno()).st_size > shutil.disk_usage(folder).total:
+                    stream.close()
+                    raise OSError("it has holes: it is larger than its disk")
+                return stream
+            except OSError as error:
+                raise ValueError(f"{name} of {folder} cannot be read: {error.strerror or error}") from None
+
+        return ArtifactSource(name, open_source, sha256)
+
+    content = json.dumps(manifest.to_json()).encode()
+    sources = [make_source(name, sha256) for name, sha256 in manifest.files.items()]
+    return [*sources, ArtifactSource(MODEL_MANIFEST_FILE, lambda: BytesIO(content))]
 
 
 def copy_manifest_files(folder: Path, target: Path, manifest: ModelManifest) -> None:
@@ -235,8 +261,8 @@ def describe_registration(
         run_id: None for a version of weights from elsewhere, which has a provenance.
     """
     run = None if run_id is None else home / "runs" / run_id
-    copies = [home / name / f"v{version}" / "model" for name in VERSION_COPY_FOLDERS]
-    for copy in copies if run is None else [run / "export", *copies]:
+    cached = home / VERSIONS_FOLDER / f"v{version}" / CONTENT_FOLDER
+    for copy in [cached] if run is None else [run / "export", cached]:
         if (copy / MODEL_MANIFEST_FILE).exists():
             return f"register it again: cotrain register {copy} --version {version}"
     if run is None:

@@ -53,6 +53,7 @@ DUTY_BY_SERVER = {
 DUTY_FIXES: dict[str, str] = {
     Duty.DELETE_CHECKPOINTS: "see `cotrain logs s3`",
     Duty.UPDATE_ALIASES: "if a version is missing from the registry, register it again; else see `cotrain logs mlflow`",
+    Duty.CACHE_CHAMPION: "if it is missing from the registry, register it again; if the disk is full, make room",
     Duty.REGISTER_DEPLOYMENTS: "see `cotrain logs prefect`",
     Duty.END_LOST_FLOW_RUNS: "see `cotrain logs prefect`",
     Duty.ADVANCE_ROUND: "see `cotrain logs prefect`; `cotrain round cancel` ends the round",

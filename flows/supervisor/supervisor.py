@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from feedback import leases, rounds
 from feedback.round_steps import RoundStep
@@ -44,8 +45,13 @@ MAX_LOGGED_CHARACTERS = 300
 MAX_DEVICE_REASON_CHARACTERS = 300  # of the reason that a device is out of use
 
 
-def train_candidate(context: Context, round_id: str, progress: ProgressCallback) -> None:
+def train_candidate(
+    context: Context, round_id: str, progress: ProgressCallback, input_folders: tuple[Path, ...] = ()
+) -> None:
     """Run a round's training until its weights are exported.
+
+    Args:
+        input_folders: folders outside the run's own that its ranks read.
 
     Raises:
         RoundOwnershipLost: if the round ended or a later attempt took over; the processes have exited.
@@ -63,7 +69,7 @@ def train_candidate(context: Context, round_id: str, progress: ProgressCallback)
     exports_best = train_config.validate_every is not None
     uploader = CheckpointUploader(context.objects, run_id, folder, train_config.store_every, exports_best=exports_best)
     with upload_in_background(uploader):
-        Supervisor(context, round_id, run_id, folder, reporter, priority).run()
+        Supervisor(context, round_id, run_id, folder, reporter, priority, input_folders).run()
     shutil.rmtree(folder.parent_state, ignore_errors=True)  # as large as a checkpoint, and read at the first start only
     reporter.report()
     reporter.finish()
@@ -80,12 +86,14 @@ class Supervisor:
         folder: RunFolder,
         reporter: RunReporter,
         priority: int = 0,
+        input_folders: tuple[Path, ...] = (),
     ) -> None:
         self.context = context
         self.run_id = run_id
         self.folder = folder
         self.reporter = reporter
         self.priority = priority
+        self.input_folders = input_folders
         self.pool = load_configured_pool(context.settings)
         self.launcher = make_launcher(self.pool)
         self.planner = RunPlanner(context, round_id, folder, reporter)
@@ -185,6 +193,7 @@ class Supervisor:
             name=make_job_name(lease.id),
             module="yuan.train.run",
             folder=self.folder.path,
+            input_folders=self.input_folders,
             num_processes=len(rank_devices),
             processes_per_node=self._compute_processes_per_node(plan),
             environment=environment,

@@ -26,6 +26,7 @@ class Job:
         environment: variables of the processes.
         log_name: name of the file in the folder to which output goes.
         excluded_hosts: hosts on which no process is started.
+        input_folders: folders outside of `folder` that the processes read, shared by all nodes.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Job:
     environment: Mapping[str, str]
     log_name: str
     excluded_hosts: tuple[str, ...] = ()
+    input_folders: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_processes % self.num_nodes:

@@ -51,8 +51,10 @@ class LocalLauncher:
         # torchrun as well as each rank: it needs rights for all ranks, and a rank only those for itself. The ranks
         # exchange memory handles through abstract sockets (NCCL), within the confinement of torchrun.
         folders = (job.folder, Path(SHARED_MEMORY_FOLDER))
-        rank = Confinement(write=folders, accelerators="process", scope_sockets=False, signal="SIGKILL")
-        torchrun = Confinement(write=folders, accelerators="descendants", signal="SIGKILL")
+        rank = Confinement(
+            read=job.input_folders, write=folders, accelerators="process", scope_sockets=False, signal="SIGKILL"
+        )
+        torchrun = Confinement(read=job.input_folders, write=folders, accelerators="descendants", signal="SIGKILL")
         rank_command = rank.command(sys.executable, *program)
         return torchrun.command(*build_torchrun_command(job.num_processes, "--no-python", *rank_command))
 

@@ -4,7 +4,6 @@ import os
 from types import SimpleNamespace
 
 import pytest
-from pydantic import SecretStr
 
 from flows.round import evaluate as evaluation
 from yuan.eval.results import EvalResult, dump_results
@@ -20,10 +19,7 @@ ATTACKS = {
 
 @pytest.fixture
 def context():
-    settings = SimpleNamespace(
-        stack_id="s", mlflow_url="http://127.0.0.1:9", mlflow_reader_password=SecretStr("password")
-    )
-    return SimpleNamespace(settings=settings)
+    return SimpleNamespace(settings=SimpleNamespace(stack_id="s"))
 
 
 @pytest.fixture
@@ -33,7 +29,7 @@ def evaluate(context, tmp_path, monkeypatch):
     def run_text(text):
         folder = tmp_path / "folder"
         folder.mkdir()
-        (tmp_path / "program.py").write_text(f"import os, sys\nresults, log = sys.argv[4], 'eval.log'\n{text}\n")
+        (tmp_path / "program.py").write_text(f"import os, sys\nresults, log = sys.argv[3], 'eval.log'\n{text}\n")
         command = evaluation.Confinement.command
 
         def run_program_instead(self, program, *arguments):
@@ -42,7 +38,7 @@ def evaluate(context, tmp_path, monkeypatch):
             return command(readable, program, str(tmp_path / "program.py"), *arguments[2:])
 
         monkeypatch.setattr(evaluation.Confinement, "command", run_program_instead)
-        return evaluation.run_evaluation(context, folder, "v1", CASE_LINES)
+        return evaluation.run_evaluation(context, folder, tmp_path / "model", CASE_LINES)
 
     return run_text
 

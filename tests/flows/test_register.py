@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from flows.round.versions import copy_export, copy_manifest_files
+from flows.round.versions import copy_manifest_files, list_manifest_sources, read_export_manifest
 from yuan.model.model_manifest import ModelManifest
 
 
@@ -52,18 +52,26 @@ def test_file_that_differs_from_its_recorded_digest_is_refused(folders):
 
 
 def test_only_files_of_the_manifest_are_registered_and_no_symlinks(folders, tmp_path):
-    export, target, manifest = folders
+    export, _, manifest = folders
     (tmp_path / "env").write_text("secret")
     (export / "notes.txt").symlink_to(tmp_path / "env")
     (export / "manifest.json").write_text(json.dumps(manifest.to_json()))
-    assert copy_export(tmp_path, target) == manifest
-    assert sorted(path.name for path in target.iterdir()) == ["config.json", "manifest.json"]
+    assert read_sources(tmp_path) == {"config.json": b"{}", "manifest.json": json.dumps(manifest.to_json()).encode()}
+
+
+def read_sources(run):
+    """Return the content of what is registered of a run's export."""
+    contents = {}
+    for source in list_manifest_sources(run / "export", read_export_manifest(run)):
+        with source.open() as stream:
+            contents[source.name] = stream.read()
+    return contents
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("attack", ["file", "fifo", "sparse", "folder", "manifest", "manifest fifo", "no manifest"])
 def test_symlinks_fifos_and_sparse_files_are_not_registered(folders, tmp_path, attack):
-    export, target, manifest = folders
+    export, _, manifest = folders
     (export / "manifest.json").write_text(json.dumps(manifest.to_json()))
     place = export / ("manifest.json" if "manifest" in attack else "config.json")
     place.rename(tmp_path / "elsewhere")
@@ -79,4 +87,4 @@ def test_symlinks_fifos_and_sparse_files_are_not_registered(folders, tmp_path, a
     elif attack != "no manifest":
         os.mkfifo(place)
     with pytest.raises(ValueError, match="cannot be"):
-        copy_export(tmp_path, target)
+        read_sources(tmp_path)

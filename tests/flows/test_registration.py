@@ -30,7 +30,7 @@ from flows.registration import (
     register_weights,
 )
 from flows.round.prepare_run import prepare_run_folder
-from flows.round.versions import describe_registration
+from flows.round.versions import describe_registration, open_version
 from flows.stack.stack_config import load_config
 from infra.database import make_session_factory
 from tests.conftest import start
@@ -307,7 +307,7 @@ def test_published_weights_become_the_champion_and_the_parent_of_a_round(mlflow,
     assert again.was_registered and again.version == version and again.num_cases == 0
     assert again.provenance.source == SOURCE  # of the first registration
 
-    downloaded = context.tracker.download(version, tmp_path / "download", ("manifest.json",))
+    downloaded = open_version(context, version).path
     assert find_recorded_versions(context, downloaded) == [version]
     manifest = export_hf(downloaded, tmp_path / "again")
     assert manifest.about["provenance"]["licence"] == "Apache-2.0" and manifest.about["dtype"] == "bf16"
@@ -360,8 +360,8 @@ def test_champion_and_memory_are_checked_and_a_lost_version_is_restored_from_its
     assert fp32.provenance.digest == bf16.provenance.digest and fp32.version != bf16.version
     assert (bf16.provenance.stored_dtype, bf16.provenance.dtype) == ("fp32", "bf16")
     for registered, dtype in ((fp32, torch.float32), (bf16, torch.bfloat16)):
-        download = tracker.download(registered.version, tmp_path / str(dtype), ("manifest.json",))
-        assert weights.load(download).norm.weight.dtype == dtype
+        with open_version(context, registered.version) as model_folder:
+            assert weights.load(model_folder.path).norm.weight.dtype == dtype
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from feedback.rounds import VersionNotRegistered
 from feedback.tables import ModelVersion, Round, new_id
 from flows.context import Context
 from flows.round import evaluate
-from flows.round.versions import copy_lost_version, fetch_version, require_registered
+from flows.round.versions import open_version
 from flows.stack.stack_config import load_config
 from infra.database import make_session_factory
 from infra.tracker import VersionLost
@@ -72,20 +72,9 @@ def add_case(context):
 
 @pytest.mark.parametrize("version", [987_654, 2**40])
 def test_unknown_version_is_reported_without_querying_the_registry(context, version):
-    for ask in (require_registered, evaluate.evaluate_version):
+    for ask in (open_version, evaluate.evaluate_version):
         with pytest.raises(VersionNotRegistered, match=f"v{version} was never registered here"):
             ask(context, version)
-
-
-def test_lost_version_is_copied_only_from_an_export_that_matches_its_record(context, record_version, tmp_path):
-    run_id = record_version(765_001)
-    copy = copy_lost_version(context, 765_001, tmp_path / "target")
-    export = context.runs / run_id / "export"
-    assert {file.name for file in copy.iterdir()} == {file.name for file in export.iterdir()}
-    weights = export / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    with pytest.raises(VersionLost, match=rf"cotrain register {export} --version 765001, then start another round"):
-        copy_lost_version(context, 765_001, tmp_path / "target")
 
 
 @pytest.fixture(scope="module")
@@ -96,35 +85,101 @@ def mlflow(stores):
     process.wait()
 
 
-@pytest.mark.slow
-def test_evaluation_of_a_lost_version_fails_fast_and_a_round_uses_its_export(mlflow, context, record_version, tmp_path):
-    folder = tmp_path / "registered"
-    folder.mkdir()
-    (folder / "manifest.json").write_text("{}")
-    version = context.tracker.register_version(context.tracker.start_run("lost", {}), folder, {}, 765_002)
-    run_id = record_version(version)
-    add_case(context)
+@pytest.fixture
+def register_version(mlflow, context, record_version):
+    """Return a function that records a version, registers its export, and returns its run's id."""
+
+    def register(version):
+        run_id = record_version(version)
+        mlflow_run_id = context.tracker.start_run(f"run of v{version}", {})
+        context.tracker.register_version(mlflow_run_id, context.runs / run_id / "export", {}, version)
+        return run_id
+
+    return register
+
+
+def list_cached(tmp_path):
+    return sorted(path.name for path in (tmp_path / "cache" / "versions").glob("v*"))
+
+
+def delete_version(context, version):
     context.tracker.client.delete_model_version("yuan", str(context.tracker.require_number(version)))
-    start_time = time.monotonic()
-    with pytest.raises(VersionLost, match=f"v{version} is missing from the registry; `cotrain doctor` says how"):
-        evaluate.evaluate_version(context, version)
-    assert time.monotonic() - start_time < 5 and list((tmp_path / "scratch").iterdir()) == []
-    assert fetch_version(context, version, tmp_path / "target").name == "model"
-    (tmp_path / "eval").mkdir()
-    evaluation = evaluate.evaluate_version(context, version, tmp_path / "eval")
-    assert evaluation.cases > 0 and list((tmp_path / "eval").iterdir()) == []
-    assert (context.runs / run_id / "export").is_dir()
 
 
 @pytest.mark.slow
-def test_failed_evaluation_command_shows_its_log_tail_and_leaves_no_files(mlflow, context, record_version, tmp_path):
-    folder = tmp_path / "broken"
-    folder.mkdir()
-    (folder / "manifest.json").write_text("{}")
-    version = context.tracker.register_version(context.tracker.start_run("broken", {}), folder, {}, 765_003)
-    record_version(version)
+def test_lost_version_is_copied_only_from_an_export_that_matches_its_record(context, register_version, tmp_path):
+    export = context.runs / register_version(765_001) / "export"
+    delete_version(context, 765_001)
+    with open_version(context, 765_001) as model:
+        assert {file.name for file in model.path.iterdir()} == {file.name for file in export.iterdir()}
+    assert context.versions.folders.evict(10**15) and list_cached(tmp_path) == []
+    weights = export / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(VersionLost, match=rf"cotrain register {export} --version 765001, then start another round"):
+        open_version(context, 765_001)
+    assert list_cached(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_evaluation_of_a_lost_version_fails_fast_and_a_round_uses_its_export(context, register_version, tmp_path):
+    run_id = register_version(765_002)
     add_case(context)
-    message = rf"evaluation of v{version} ended with status 1, 3 times; .*its log ends with: .*Error"
+    delete_version(context, 765_002)
+    start_time = time.monotonic()
+    with pytest.raises(VersionLost, match="v765002 is missing from the registry; `cotrain doctor` says how"):
+        evaluate.evaluate_version(context, 765_002)
+    assert time.monotonic() - start_time < 5 and list((tmp_path / "scratch").iterdir()) == []
+    (tmp_path / "eval").mkdir()
+    evaluation = evaluate.evaluate_version(context, 765_002, tmp_path / "eval")
+    assert evaluation.cases > 0 and list((tmp_path / "eval").iterdir()) == []
+    assert (context.runs / run_id / "export").is_dir() and list_cached(tmp_path) == ["v765002"]
+
+
+@pytest.mark.slow
+def test_failed_evaluation_command_shows_its_log_tail_and_leaves_no_files(context, register_version, tmp_path):
+    register_version(765_003)
+    with open_version(context, 765_003) as model:
+        (model.path / "config.json").write_text("{}")
+        describe_as_whole(model.path.parent)
+    add_case(context)
+    message = r"evaluation of .*v765003/model ended with status 1, 3 times; .*its log ends with: .*Error"
     with pytest.raises(RuntimeError, match=message):
-        evaluate.evaluate_version(context, version)
+        evaluate.evaluate_version(context, 765_003)
     assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def describe_as_whole(entry):
+    """Make a changed entry of the cache look unchanged, as a fault of its file system would."""
+    record = json.loads((entry / "entry.json").read_text())
+    for name, fields in record["files"].items():
+        status = (entry / "model" / name).stat()
+        fields |= {"bytes": status.st_size, "inode": status.st_ino, "mtime_ns": status.st_mtime_ns}
+    (entry / "entry.json").write_text(json.dumps(record))
+
+
+@pytest.mark.slow
+def test_version_that_is_other_than_recorded_in_the_registry_or_the_cache_is_not_used(
+    context, register_version, tmp_path
+):
+    run_id = register_version(765_004)
+    export = context.runs / run_id / "export"
+    open_version(context, 765_004).close()
+    other = json.loads((export / "manifest.json").read_text())
+    other["files"]["config.json"] = "0" * 64
+    cached = tmp_path / "cache" / "versions" / "v765004"
+    (cached / "model" / "manifest.json").write_text(json.dumps(other))
+    describe_as_whole(cached)
+    with open_version(context, 765_004) as model:
+        assert (model.path / "manifest.json").read_bytes() == (export / "manifest.json").read_bytes()
+
+    context.versions.folders.evict(10**15)
+    file = tmp_path / "manifest.json"
+    file.write_text(json.dumps(other))
+    mlflow_run_id = context.tracker.client.get_model_version(
+        "yuan", str(context.tracker.require_number(765_004))
+    ).run_id
+    context.tracker.client.log_artifact(mlflow_run_id, str(file), "model")
+    with pytest.raises(VersionLost, match="the registry has other files under v765004 than were registered"):
+        open_version(context, 765_004, use_export=False)
+    with open_version(context, 765_004) as model:  # of the export
+        assert (model.path / "config.json").read_bytes() == (export / "config.json").read_bytes()

@@ -10,11 +10,12 @@ import sys
 import httpx
 import pytest
 
+from infra.folder_cache import FolderCache
 from tests.yuan.model_server import make_served_model
 from yuan.config import ModelConfig
 from yuan.model.transformer import Yuan
-from yuan.model.weights import save
-from yuan.serve.follower import NO_VERSION_MESSAGE, AliasFollower, VersionCache
+from yuan.model.weights import save, verify_folder
+from yuan.serve.follower import NO_VERSION_MESSAGE, AliasFollower, LastVersion, VersionNotReady
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.request import NoModelInService
 from yuan.serve.service import ModelService
@@ -39,7 +40,7 @@ class Registry:
         self.downloads.append(version)
         if self.is_away:
             raise ConnectionError("refused")
-        shutil.copytree(self.folder / str(version), folder / "model")
+        shutil.copytree(self.folder / str(version), folder, dirs_exist_ok=True)
 
 
 @pytest.fixture
@@ -53,13 +54,22 @@ def registry(tmp_path):
 @pytest.fixture
 def start_server(registry, tmp_path):
     """Return a function that starts a server on the same cache and returns its service and follower."""
+    cache = FolderCache(tmp_path / "cache", 1)
+
+    def open_version(version):
+        def fetch(folder):
+            registry.download(version, folder)
+            return dict(verify_folder(folder).files)
+
+        return cache.fill(f"v{version}", 1, fetch)
 
     def start():
         service = ModelService(ModelServerMetrics())
         follower = AliasFollower(
             registry.aliases,
             "champion",
-            VersionCache(tmp_path / "cache", lambda *call: registry.download(*call)),
+            open_version,
+            LastVersion(tmp_path / "model-server" / "last.json"),
             service,
         )
         follower.resume()
@@ -114,13 +124,33 @@ def test_failed_load_keeps_the_previous_version_and_registry_outage_is_logged_on
     assert [r.message.split(":")[0] for r in caplog.records] == ["the registry does not respond; v1 stays in service"]
 
 
-def test_cache_folder_of_the_version_in_service_is_kept_regardless_of_its_age(registry, start_server, tmp_path):
+def test_only_the_version_in_service_stays_in_a_cache_without_room(registry, start_server, tmp_path):
     _, follower = start_server()
     for version in (2, 3, 1, 4):
         registry.add(version)
         registry.alias = version
         follower.check_alias()
-    assert {path.name for path in (tmp_path / "cache").glob("v*")} == {"v1", "v3", "v4"}
+        assert (tmp_path / "cache" / f"v{version}").is_dir()
+    FolderCache(tmp_path / "cache", 1).evict()
+    assert {path.name for path in (tmp_path / "cache").glob("v*")} == {"v4"}
+
+
+def test_version_that_another_process_fetches_is_served_as_soon_as_it_is_cached(registry, start_server, monkeypatch):
+    service, follower = start_server()
+    registry.add(2)
+    registry.alias = 2
+    download = registry.download
+
+    def refuse(version, folder):
+        raise VersionNotReady("v2 is not in the cache")
+
+    monkeypatch.setattr(registry, "download", refuse)
+    for _ in range(2):
+        follower.check_alias()
+    assert service.served.version == 1
+    monkeypatch.setattr(registry, "download", download)
+    follower.check_alias()
+    assert service.served.version == 2
 
 
 @pytest.fixture
@@ -157,9 +187,14 @@ def test_request_during_startup_waits_for_the_last_served_version(start_process,
     config = ModelConfig(
         name="test", num_layers=4, hidden_size=1024, num_heads=4, vocab_size=small.model.config.vocab_size, seq_len=64
     )
-    cache = tmp_path / "home" / "serve"
-    save(cache / "v1" / "model", config, Yuan(config).state_dict(), small.tokenizer, {})
-    (cache / "last.json").write_text('{"version": 1}')
+    home = tmp_path / "home"
+
+    def fetch(folder):
+        save(folder, config, Yuan(config).state_dict(), small.tokenizer, {})
+        return dict(verify_folder(folder).files)
+
+    FolderCache(home / "cache" / "versions", 1).fill("v1", 1, fetch).close()
+    LastVersion(home / "model-server" / "last.json").record(1)
     with start_process(is_registry_silent=True) as http:
         response = http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
     assert (response.status_code, response.json().get("model")) == (200, "yuan-v1")

@@ -1,8 +1,8 @@
-"""Entry point of an evaluation: `python -m yuan.eval.run MODEL FOLDER CASES.jsonl RESULTS.jsonl`.
+"""Entry point of an evaluation: `python -m yuan.eval.run MODEL CASES.jsonl RESULTS.jsonl`.
 
-MODEL is a model folder, or a version such as v7, which is downloaded from the tracker into FOLDER with the credentials
-in the environment. Cases are rows with an id; a result has the case's answer and the checker's verdict. A case that
-cannot be read, answered or judged fails with the reason; the other cases are not affected.
+MODEL is a model folder whose files the caller has verified. Cases are rows with an id; a result has the case's answer
+and the checker's verdict. A case that cannot be read, answered or judged fails with the reason; the other cases are not
+affected.
 """
 
 import json
@@ -16,19 +16,15 @@ from pydantic import BaseModel, ValidationError
 
 from infra.logs import configure_logging
 from infra.process_group import exit_with_parent
-from infra.settings import TrackerAccess, load_settings
-from infra.tracker import Tracker
 from yuan.data.checkers import Checker, Exact
 from yuan.data.judge import AnswerJudge, CheckFailed
 from yuan.data.rule_text import describe_errors
 from yuan.eval.results import EvalResult, dump_results
 from yuan.generate.answers import Completion, answer_each
 from yuan.generate.limits import Sampling
-from yuan.model.model_manifest import MODEL_MANIFEST_FILE
 from yuan.model.weights import load, load_tokenizer
 from yuan.safe_files import replace_file_below
 from yuan.tokenizer import Tokenizer
-from yuan.version_names import parse_version_number
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +44,7 @@ class EvalCase(BaseModel):
 
 def evaluate(model_dir: Path, cases: list[EvalCase], judge: AnswerJudge) -> list[EvalResult]:
     """Answer every case with greedy decoding, up to the case's own number of tokens, and judge the answers."""
-    model, tokenizer = load(model_dir), load_tokenizer(model_dir)
+    model, tokenizer = load(model_dir, is_verified=True), load_tokenizer(model_dir)
     samplings = [make_sampling(case, tokenizer) for case in cases]
     answers = answer_each(model, tokenizer, [case.prompt for case in cases], samplings)
     return [judge_answer(case, answer, judge) for case, answer in zip(cases, answers, strict=True)]
@@ -109,11 +105,7 @@ def main() -> int:
     configure_logging()
     exit_with_parent()
     torch.set_num_threads(os.cpu_count() or 1)
-    folder, cases_file, results_file = map(Path, sys.argv[2:5])
-    model_dir = Path(sys.argv[1])
-    if not model_dir.is_dir():
-        version = parse_version_number(sys.argv[1])
-        model_dir = Tracker(load_settings(TrackerAccess)).download(version, folder, (MODEL_MANIFEST_FILE,))
+    model_dir, cases_file, results_file = map(Path, sys.argv[1:4])
     cases, results = read_cases(cases_file)
     with AnswerJudge() as judge:
         results += evaluate(model_dir, cases, judge)

@@ -58,3 +58,12 @@ class ModelManifest:
             ValueError: if it is not JSON with finite numbers and storable texts, or has no valid `files`.
         """
         return cls.from_json(parse_json(text))
+
+
+def parse_digests(text: bytes) -> Mapping[str, str]:
+    """Return the sha256 of each file that a manifest lists.
+
+    Raises:
+        ValueError: as `ModelManifest.parse`.
+    """
+    return ModelManifest.parse(text).files

@@ -48,10 +48,15 @@ def write_manifest(folder: Path, files: Iterable[str], about: Mapping[str, Any])
     return manifest
 
 
-def load(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Yuan:
+def load(
+    folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None = None, is_verified: bool = False
+) -> Yuan:
     """Load a model folder into a module in evaluation mode, every file checked against the manifest.
 
     Tensors keep their stored dtype, or are cast to `dtype` one at a time, so peak memory stays near the model's size.
+
+    Args:
+        is_verified: the caller knows that the files are unchanged, as the cache of versions does; they are read once.
 
     Raises:
         ValueError: if a file is missing or damaged, the tensors do not fit the configuration, a number would become
@@ -59,7 +64,8 @@ def load(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None =
     """
     folder = Path(folder)
     check_folder_kind(folder, "model")
-    verify_folder(folder)
+    if not is_verified:
+        verify_folder(folder)
     config, source = read_config(folder), TensorReader(folder)
     source.check_num_layers(config.num_layers)
     with torch.device("meta"):

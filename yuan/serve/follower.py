@@ -1,16 +1,15 @@
-"""Serve the version of a registry alias, from a local cache if the registry is down or has lost the version."""
+"""Serve the version of a registry alias, from the cache if the registry is down or has lost the version."""
 
 import json
 import logging
-import os
-import shutil
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
-from yuan.model.weights import load, load_tokenizer, verify_folder
-from yuan.safe_files import replace_file_below, replace_folder
+from yuan.model.weights import load, load_tokenizer
+from yuan.safe_files import replace_file_below
 from yuan.serve.request import ServedModel
 from yuan.serve.service import SHORT_RETRY_AFTER_S, AbsenceReason, ModelService
 
@@ -21,75 +20,64 @@ ALIAS_POLL_INTERVAL_S = 1.0
 LOAD_RETRY_S = 5.0
 MAX_LOAD_RETRY_S = 60.0
 LOAD_FAILURE_RETRY_AFTER_S = 60  # for callers, while the registry or the version cannot be read
-MAX_CACHED_VERSIONS = 3
 NO_VERSION_MESSAGE = "no model is in service yet: no version has been promoted; the first training round produces one"
-LAST_VERSION_FILE = "last.json"
 
 
-class VersionCache:
-    """Cache downloaded model folders, verified before each use, and record the version that was served last."""
+class VersionNotReady(Exception):
+    """Report that a version is being fetched by another process; it will be in the cache later."""
 
-    def __init__(self, folder: Path, download: Callable[[int, Path], object]) -> None:
-        self._folder, self._download = folder, download
-        folder.mkdir(parents=True, exist_ok=True)
-        for partial_download in folder.glob(".v*"):
-            shutil.rmtree(partial_download, ignore_errors=True)
 
-    def load(self, version: int) -> ServedModel:
-        """Load a version; download it first if the cache has no complete copy.
+class OpenedVersion(Protocol):
+    """A model folder with verified files, which stays in the cache until it is closed."""
 
-        Raises:
-            Exception: any error of the registry, or of a folder that is not a model.
-        """
-        folder = self._folder / f"v{version}"
-        if not self._is_whole(folder):
-            self._fetch(version, folder)
-        model = folder / "model"
-        return ServedModel(load(model), load_tokenizer(model), version)
+    @property
+    def path(self) -> Path: ...
 
-    def _is_whole(self, folder: Path) -> bool:
+    def close(self) -> None: ...
+
+
+class LastVersion:
+    """Record the version that was served last, so that a restart needs no registry."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def read(self) -> int | None:
+        """Return the version; None if there was none, or the record is not readable."""
         try:
-            verify_folder(folder / "model")
-        except ValueError as error:
-            if folder.exists():
-                log.warning("downloading a damaged cache folder again: %s", error)
-            return False
-        return True
-
-    def _fetch(self, version: int, folder: Path) -> None:
-        with replace_folder(folder) as scratch:
-            self._download(version, scratch)
-            verify_folder(scratch / "model")
-
-    def read_last_version(self) -> int | None:
-        """Return the version that was served last; None if there was none, or the record is not readable."""
-        try:
-            return int(json.loads((self._folder / LAST_VERSION_FILE).read_text())["version"])
+            return int(json.loads(self._file.read_text())["version"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def record_served(self, version: int) -> None:
-        """Record the version that is served, and delete all cached versions except the most recently used three."""
-        replace_file_below(self._folder, LAST_VERSION_FILE, json.dumps({"version": version}).encode())
-        os.utime(self._folder / f"v{version}")
-        folders = sorted(self._folder.glob("v*"), key=lambda path: path.stat().st_mtime)
-        for old_folder in folders[:-MAX_CACHED_VERSIONS]:
-            shutil.rmtree(old_folder, ignore_errors=True)
+    def record(self, version: int) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file_below(self._file.parent, self._file.name, json.dumps({"version": version}).encode())
 
 
 class AliasFollower:
     """Keep the version of an alias in service; if it cannot be loaded, the previous version stays in service.
 
     `ready` is set once a model is in service, or the first check of the alias has found none.
+
+    Args:
+        aliases: reads the registry's aliases.
+        open_version: opens a version's folder in the cache; raises `VersionNotReady` while it is not there.
     """
 
     def __init__(
-        self, aliases: Callable[[], dict[str, int]], alias: str, versions: VersionCache, service: ModelService
+        self,
+        aliases: Callable[[], dict[str, int]],
+        alias: str,
+        open_version: Callable[[int], OpenedVersion],
+        last_version: LastVersion,
+        service: ModelService,
     ) -> None:
         self._aliases = aliases
         self._alias = alias
-        self._versions = versions
+        self._open_version = open_version
+        self._last_version = last_version
         self._service = service
+        self._folder: OpenedVersion | None = None  # of the version in service, which a restart reads again
         self.ready = threading.Event()
         self._last_problem: str | None = None
         self._unusable_version = 0
@@ -106,7 +94,7 @@ class AliasFollower:
 
     def resume(self) -> None:
         """Serve the last version from the cache, which needs no registry."""
-        version = self._versions.read_last_version()
+        version = self._last_version.read()
         if version is not None:
             self._serve_version(version, "the version served last")
 
@@ -135,7 +123,9 @@ class AliasFollower:
             message=f"v{version} is being loaded; retry in a few seconds", retry_after_s=SHORT_RETRY_AFTER_S
         )
         try:
-            self._service.swap_in(self._versions.load(version))
+            folder = self._load_version(version)
+        except VersionNotReady as error:
+            return self._log_problem(f"v{version}, {reason}, is not in the cache yet", error)
         except Exception as error:
             self._service.absence_reason = AbsenceReason(
                 message=f"v{version} cannot be loaded; retry in a minute, and tell the operator if the error persists",
@@ -146,12 +136,30 @@ class AliasFollower:
             self._unusable_version, self._retry_at = version, time.monotonic() + self._pause_s
             return self._log_problem(f"v{version}, {reason}, cannot be served", error)
         self.ready.set()
+        if self._folder is not None:
+            self._folder.close()
+        self._folder = folder
         log.info("v%d is in service: %s", version, reason)
         self._unusable_version, self._last_problem = 0, None
         try:
-            self._versions.record_served(version)
+            self._last_version.record(version)
         except OSError as error:
             log.warning("cannot record v%d as the last version, so a restart needs the registry: %s", version, error)
+
+    def _load_version(self, version: int) -> OpenedVersion:
+        """Put a version into service, and return its folder.
+
+        Raises:
+            Exception: any error of the cache or the registry, or of a folder that is not a model.
+        """
+        folder = self._open_version(version)
+        try:
+            model = load(folder.path, is_verified=True)
+            self._service.swap_in(ServedModel(model, load_tokenizer(folder.path), version))
+        except BaseException:
+            folder.close()
+            raise
+        return folder
 
     def _explain_absence(self, message: str, retry_after_s: int | None) -> None:
         """Set the reason that callers get; keep an earlier reason that names a version that cannot be loaded."""

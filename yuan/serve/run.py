@@ -14,9 +14,10 @@ from infra.http_server import choose_listen_options, make_server_options
 from infra.logs import configure_logging
 from infra.settings import ModelServerSettings, load_settings
 from infra.tracker import Tracker
-from yuan.model.model_manifest import MODEL_MANIFEST_FILE
+from infra.version_cache import VersionCache, VersionNotCached
+from yuan.model.model_manifest import MODEL_MANIFEST_FILE, parse_digests
 from yuan.serve.api import make_api
-from yuan.serve.follower import AliasFollower, VersionCache
+from yuan.serve.follower import AliasFollower, LastVersion, OpenedVersion, VersionNotReady
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.service import ModelService
 
@@ -25,6 +26,7 @@ FIRST_LOAD_WAIT_S = 30.0
 # Longer than the portal's, so that the portal never sends a request on a connection that the server is closing.
 MODEL_SERVER_KEEP_ALIVE_S = 60
 DEFAULT_ALIAS = "champion"
+LAST_VERSION_FILE = "model-server/last.json"  # below the home folder
 
 
 def run_model_server(settings: ModelServerSettings, alias: str = DEFAULT_ALIAS) -> None:
@@ -32,11 +34,16 @@ def run_model_server(settings: ModelServerSettings, alias: str = DEFAULT_ALIAS) 
     configure_logging()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))  # one core is for HTTP
     tracker, service = Tracker(settings), ModelService(ModelServerMetrics())
-    versions = VersionCache(
-        settings.home / "serve",
-        lambda version, folder: tracker.download(version, folder, (MODEL_MANIFEST_FILE,)),
-    )
-    follower = AliasFollower(tracker.read_aliases, alias, versions, service)
+    versions = VersionCache(settings.home, settings.max_cache_bytes, tracker, MODEL_MANIFEST_FILE, parse_digests)
+
+    def open_version(version: int) -> OpenedVersion:
+        try:
+            return versions.open(version)
+        except VersionNotCached as error:  # in the stack, the dispatcher fetches it
+            raise VersionNotReady(str(error)) from None
+
+    last_version = LastVersion(settings.home / LAST_VERSION_FILE)
+    follower = AliasFollower(tracker.read_aliases, alias, open_version, last_version, service)
     threading.Thread(target=follower.follow, daemon=True, name="follower").start()
     # The keeper's socket queues connections meanwhile, so none is refused while a version is loaded.
     follower.ready.wait(FIRST_LOAD_WAIT_S)
