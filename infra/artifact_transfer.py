@@ -66,6 +66,8 @@ class UploadProgress:
         sha256: of the whole file, once the object exists.
     """
 
+    folder: str
+    name: str
     num_bytes: int
     upload_id: str = ""
     part_bytes: int = 0
@@ -148,7 +150,7 @@ class ArtifactTransfer:
                 sha256 = self._stream_upload(path, stream, num_bytes, source)
             else:
                 sha256 = self._upload_parts(folder, stream, num_bytes, source, progress, file)
-            UploadProgress(num_bytes, sha256=sha256).write(file)
+            UploadProgress(folder, source.name, num_bytes, sha256=sha256).write(file)
 
     def get_progress_file(self, path: str) -> Path:
         """Return the file that records the upload of an artifact."""
@@ -158,6 +160,24 @@ class ArtifactTransfer:
         """Remove the records of complete uploads; call it once what they belong to is registered."""
         for path in paths:
             self.get_progress_file(path).unlink(missing_ok=True)
+
+    def abort_old_uploads(self, min_age_s: float) -> int:
+        """Remove the parts and records of uploads that nothing has resumed for so long; return their number."""
+        num_aborted = 0
+        for file in self._progress_folder.glob("*.json"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - file.stat().st_mtime < min_age_s:
+                    continue
+                progress = UploadProgress.read(file)
+                if progress is not None and progress.sha256 is None:
+                    self._abort(progress)
+                    num_aborted += 1
+                file.unlink()
+        return num_aborted
+
+    def delete(self, path: str) -> None:
+        """Delete a file from the artifact store."""
+        self._server.delete(f"artifacts/{quote(path)}").raise_for_status()
 
     def _put_whole(self, path: str, content: bytes | Iterator[bytes], num_bytes: int) -> None:
         headers = {"Content-Length": str(num_bytes)}
@@ -194,7 +214,7 @@ class ArtifactTransfer:
         if progress is not None and (
             progress.num_bytes != num_bytes or time.time() - progress.created_at > UPLOAD_ADDRESS_VALID_S
         ):
-            self._abort(folder, source.name, progress)
+            self._abort(progress)
             progress = None
         if progress is None:
             progress = self._create_upload(folder, source.name, num_bytes)
@@ -229,7 +249,7 @@ class ArtifactTransfer:
         try:
             _check_digest(source, digest.hexdigest(), is_cut=stream.tell() != num_bytes or bool(stream.read(1)))
         except DamagedArtifact:
-            self._abort(folder, source.name, progress)
+            self._abort(progress)
             file.unlink(missing_ok=True)
             raise
         self._post(
@@ -252,12 +272,12 @@ class ArtifactTransfer:
         answer = self._post("create", folder, {"path": name, "num_parts": -(-num_bytes // part_bytes)})
         parts = sorted(answer["credentials"], key=lambda part: int(part["part_number"]))
         addresses = [str(part["url"]) for part in parts]
-        return UploadProgress(num_bytes, str(answer["upload_id"]), part_bytes, created_at, addresses)
+        return UploadProgress(folder, name, num_bytes, str(answer["upload_id"]), part_bytes, created_at, addresses)
 
-    def _abort(self, folder: str, name: str, progress: UploadProgress) -> None:
+    def _abort(self, progress: UploadProgress) -> None:
         """Remove the parts of an upload from the store, if it still knows them."""
-        with contextlib.suppress(httpx.HTTPError):
-            self._post("abort", folder, {"path": name, "upload_id": progress.upload_id})
+        with contextlib.suppress(httpx.HTTPStatusError):
+            self._post("abort", progress.folder, {"path": progress.name, "upload_id": progress.upload_id})
 
     def _post(self, action: str, folder: str, body: Mapping[str, Any]) -> dict[str, Any]:
         response = self._server.post(f"mpu/{action}/{quote(folder)}", json=body).raise_for_status()

@@ -202,12 +202,7 @@ class Tracker:
         Raises:
             VersionLost: if the version is not in the registry.
         """
-        mlflow_run_id = self._find_mlflow_run_id(version)
-        stored = {
-            Path(file.path).name
-            for file in self.client.list_artifacts(mlflow_run_id, ARTIFACT_FOLDER)
-            if file.file_size
-        }
+        stored = {name for name, size in self.read_file_sizes(version).items() if size}
         return sorted(set(names) - stored)
 
     def require_files(self, version: int, names: Iterable[str]) -> None:
@@ -225,6 +220,25 @@ class Tracker:
         for source in sources:
             self.transfer.upload(artifact_folder, source)
         self.transfer.forget_uploads([f"{artifact_folder}/{source.name}" for source in sources])
+
+    def read_file_sizes(self, version: int) -> dict[str, int]:
+        """Return the bytes of each stored file of a version, by name.
+
+        Raises:
+            VersionLost: if the version is not in the registry.
+        """
+        entries = self.client.list_artifacts(self._find_mlflow_run_id(version), ARTIFACT_FOLDER)
+        return {Path(entry.path).name: int(entry.file_size or 0) for entry in entries if not entry.is_dir}
+
+    def delete_files(self, version: int, names: Iterable[str]) -> None:
+        """Delete files of a version from the registry's store; the version stays registered.
+
+        Raises:
+            VersionLost: if the version is not in the registry.
+        """
+        folder = self._find_artifact_folder(self._find_mlflow_run_id(version))
+        for name in names:
+            self.transfer.delete(f"{folder}/{name}")
 
     def _find_artifact_folder(self, mlflow_run_id: str) -> str:
         """Return the path of a run's model folder in the artifact store.
@@ -309,10 +323,8 @@ class Tracker:
             VersionLost: if the version or a required file is not in the registry.
         """
         self.require_files(version, required)
-        mlflow_run_id = self._find_mlflow_run_id(version)
-        entries = self.client.list_artifacts(mlflow_run_id, ARTIFACT_FOLDER)
-        sizes = {Path(entry.path).name: int(entry.file_size) for entry in entries if not entry.is_dir}
-        return VersionFiles(self._find_artifact_folder(mlflow_run_id), sizes, self.transfer)
+        folder = self._find_artifact_folder(self._find_mlflow_run_id(version))
+        return VersionFiles(folder, self.read_file_sizes(version), self.transfer)
 
     def set_up(self, readers: Mapping[str, str]) -> None:
         """Create the experiment, the registered model, and the accounts that may read both, each with the role.

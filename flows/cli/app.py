@@ -25,6 +25,11 @@ COMMANDS = (
         "Check this machine and the stack, as users experience it, and print each fault with its fix.",
     ),
     (
+        "cleanup",
+        "cleanup:cleanup",
+        "Remove files that the retention policy keeps no longer, as every round does at its end.",
+    ),
+    (
         "rotate",
         "stack:rotate",
         "Replace the stack's secrets by new ones; a running stack is restarted, and a running round resumes.",

@@ -14,7 +14,7 @@ from feedback.states import RoundState
 from feedback.tables import new_id
 from flows.allowed_flows import REPRODUCE_FLOW, ROUND_FLOW, ReproduceForm, RoundForm
 from flows.context import Context, open_context
-from flows.round import collect, evaluate, prepare_run, promote, train
+from flows.round import cleanup, collect, evaluate, prepare_run, promote, train
 from flows.round.artifacts import (
     build_gate_rows,
     build_plan_rows,
@@ -36,6 +36,7 @@ register_task = make_task(evaluate.register_version, "register")
 evaluate_task = make_task(evaluate.evaluate_round_versions, RoundStep.EVALUATE)
 decide_task = make_task(promote.decide_round, RoundStep.DECIDE)
 notify_task = make_task(promote.publish_outcome, "notify")
+cleanup_task = make_task(cleanup.clean_up_after_round, "clean up")
 process_reports_task = make_task(collect.process_waiting_reports, "process reports")
 
 
@@ -91,6 +92,7 @@ def run_steps(context: Context, round_id: str) -> str:
     publish_table("gate", build_gate_rows(decision))
     create_markdown_artifact(key="decision", markdown=format_decision(decision))
     notify_task(context)
+    publish_table("removed", cleanup_task(context, round_id))
     with context.sessions() as session:
         return rounds.find_round(session, round_id).state
 

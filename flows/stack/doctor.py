@@ -11,8 +11,10 @@ from pathlib import Path
 
 from dotenv.parser import Binding
 
+from flows.disk_history import forecast_disk, read_disk_history
 from flows.duties import DISPATCHER_HEARTBEAT_FILE, SERVICE_HEARTBEAT_TIMEOUT_S, WORKER_HEARTBEAT_FILE
 from flows.recipe_files import find_recipe_file, find_recipe_files
+from flows.retention_policy import RETENTION_FILE, read_retention_policy
 from flows.stack.findings import Finding, convert_timestamp
 from flows.stack.stack_config import CONFIG_FILE, describe_port_holder, has_data, load_config
 from infra.confinement import is_landlock_enforced, is_seccomp_enforced
@@ -27,6 +29,7 @@ from infra.settings import (
     get_variable_name,
     parse_variable_file,
 )
+from yuan.config import format_count
 from yuan.recipe import parse_recipe
 
 MACHINE_SUBJECT = "this machine"
@@ -34,6 +37,7 @@ KEEPER_SUBJECT = "the keeper"
 STACK_CONFIG_SUBJECT = "the stack's config"
 SETTINGS_SUBJECT = "the settings"
 RECIPES_SUBJECT = "the recipes"
+RETENTION_SUBJECT = "the retention policy"
 NO_LANDLOCK_FINDING = Finding(
     MACHINE_SUBJECT,
     fault="this kernel has no Landlock, so every service can read the others' folders and secrets",
@@ -46,6 +50,7 @@ NO_SECCOMP_FINDING = Finding(
     fix="use x86_64 or aarch64 and a kernel with CONFIG_SECCOMP_FILTER; docs/security.md lists what is not guaranteed",
 )
 MIN_DISK_GIB = 2.0
+MIN_ROUNDS_LEFT = 3  # with fewer, `doctor` and `status` report the disk
 MIN_MEMORY_GIB = 3.0
 FULL_DISK_BYTES = 64 * 2**20  # with less free space, PostgreSQL and the store begin to reject writes
 HEARTBEAT_FILES = {"dispatcher": DISPATCHER_HEARTBEAT_FILE, "worker": WORKER_HEARTBEAT_FILE}
@@ -141,11 +146,35 @@ def find_disk_faults(home: Path) -> list[Finding]:
     place = find_existing_folder(home)
     free = shutil.disk_usage(place).free
     if free >= MIN_DISK_GIB * 2**30:
-        return []
+        return find_filling_disk(home, free)
     state = "is full" if free < FULL_DISK_BYTES else "is nearly full"
     fault = f"the disk of {place} {state}: {free} bytes are free there, {MIN_DISK_GIB * 2**30:.0f} are needed"
     fix = "make room on that disk (`du -xh --max-depth=2` shows the usage); failed work then resumes by itself"
     return [Finding(MACHINE_SUBJECT, fault=fault, fix=fix)]
+
+
+def find_filling_disk(home: Path, free: int) -> list[Finding]:
+    """Return a fault if the disk will be full within MIN_ROUNDS_LEFT rounds, by its growth over recent ones."""
+    forecast = forecast_disk(read_disk_history(home), free)
+    if forecast is None or forecast.rounds_left >= MIN_ROUNDS_LEFT:
+        return []
+    fault = (
+        f"the disk of {home} has room for {format_count(forecast.rounds_left, 'more round')}: {free:,} bytes are free, "
+        f"and each of the last {forecast.num_rounds - 1} took {forecast.bytes_per_round:,}"
+    )
+    fix = (
+        f"keep less, by {home / RETENTION_FILE} and `cotrain cleanup`, or COTRAIN_MAX_CACHE_BYTES; or use a larger disk"
+    )
+    return [Finding(MACHINE_SUBJECT, fault=fault, fix=fix)]
+
+
+def find_retention_faults(home: Path) -> list[Finding]:
+    """Find a retention policy that cannot be read, with which nothing is removed."""
+    try:
+        read_retention_policy(home)
+    except ValueError as error:
+        return [Finding(RETENTION_SUBJECT, fault=f"no expired files are removed: {error}", fix="correct the file")]
+    return []
 
 
 def find_existing_folder(home: Path) -> Path:

@@ -9,6 +9,7 @@ from flows.stack.doctor import (
     find_keeper_faults,
     find_machine_faults,
     find_recipe_faults,
+    find_retention_faults,
     find_setting_faults,
     find_stack_faults,
 )
@@ -42,6 +43,7 @@ def read_stack_status(home: Path) -> StackStatus:
     is_up = is_keeper_running(home)
     config_faults = find_config_faults(home)
     setting_faults = find_setting_faults(home) or find_recipe_faults(home)  # settings name the default recipe
+    setting_faults += find_retention_faults(home)
     faults = [*find_disk_faults(home), *setting_faults, *find_keeper_faults(home), *config_faults]
     return StackStatus(
         is_up=is_up,
@@ -54,6 +56,7 @@ def read_stack_status(home: Path) -> StackStatus:
 def diagnose(home: Path) -> list[Finding]:
     """Check settings, machine and stack, and run every probe of a running stack."""
     setting_faults = find_setting_faults(home) or find_recipe_faults(home)  # settings name the default recipe
+    setting_faults += find_retention_faults(home)
     faults = setting_faults + find_machine_faults(home) + find_stack_faults(home)
     return faults + examine_running_stack(home)
 

@@ -13,7 +13,6 @@ from infra.confinement import SHARED_MEMORY_FOLDER, Confinement
 from infra.health import LivenessPolicy
 from infra.keeper import ManagedService
 from infra.settings import FlowSettings, PrefectAccess, Settings, WorkerSettings
-from infra.version_cache import VERSIONS_FOLDER
 
 READINESS_TIMEOUT_S = 3.0
 WORKER_HANG_TIMEOUT_S = 120.0  # heartbeat age for a restart

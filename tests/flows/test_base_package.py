@@ -24,6 +24,7 @@ COMMANDS = {
     "status": ([], "platform"),
     "logs": ([], "platform"),
     "doctor": ([], "platform"),
+    "cleanup": ([], "platform"),
     "rotate": ([], "platform"),
     "submit": ([*REPORT, *PORTAL], "does not answer"),
     "plan": (["--model", "tiny"], "train"),

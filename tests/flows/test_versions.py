@@ -13,7 +13,9 @@ from feedback.contracts import RoundParameters
 from feedback.rounds import VersionNotRegistered
 from feedback.tables import ModelVersion, Round, new_id
 from flows.context import Context
+from flows.retention_policy import RetentionPolicy, RunRetention, VersionRetention
 from flows.round import evaluate
+from flows.round.cleanup import list_removals, remove_expired
 from flows.round.versions import open_version
 from flows.stack.stack_config import load_config
 from infra.database import make_session_factory
@@ -183,3 +185,19 @@ def test_version_that_is_other_than_recorded_in_the_registry_or_the_cache_is_not
         open_version(context, 765_004, use_export=False)
     with open_version(context, 765_004) as model:  # of the export
         assert (model.path / "config.json").read_bytes() == (export / "config.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_weights_of_an_old_version_that_was_never_champion_are_deleted_and_its_record_stays(
+    context, register_version, tmp_path
+):
+    run_id = register_version(765_005)
+    register_version(765_006)
+    policy = RetentionPolicy(runs=RunRetention(keep_rounds=1), versions=VersionRetention(keep_rounds_of_losers=1))
+    removals = [removal for removal in list_removals(context, policy) if removal.subject in ("v765005", run_id)]
+    assert {removal.files for removal in removals} == {"registered files", "exported weights"}
+    remove_expired(context, removals, "test")
+    assert list(context.tracker.read_file_sizes(765_005)) == ["manifest.json"] and context.tracker.has_version(765_005)
+    with pytest.raises(VersionLost, match="v765005 is missing from the registry; no copy of it is left"):
+        open_version(context, 765_005)
+    open_version(context, 765_006).close()

@@ -1,0 +1,245 @@
+"""Goals of files that pass to and from the registry: `python benchmarks/loop_registry.py [--full]`, ten minutes.
+
+A file of 1 GB goes up and down, in interleaved pairs with boto3's `upload_file` and `download_file` and their defaults,
+which neither compute nor compare a sha256 of the file. Goal: at least 0.7 of boto3's speed, directly between this
+process and the store. The way through MLflow's server is measured without a goal.
+
+`--full`: a sparse file of 12 GB goes up and down once, each way cut off by a kill after a quarter and resumed. Goals:
+at most 500 MiB of resident memory in every process, the stack's included, and no byte that was sent before the kill is
+sent again but those of the parts in flight.
+
+The real MLflow server behind its gate, PostgreSQL and the store run in a temporary folder, which needs 45 GB on the
+disk of TMPDIR with `--full`, else 30 GB. Prints JSON lines.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from pairs import PAIRS, make_at_least_line, make_line, measure_ratios, print_lines
+
+from flows.stack.services import make_services
+from flows.stack.stack_config import load_config, load_or_make_config, write_environment
+from infra.artifact_transfer import ArtifactSource, ArtifactTransfer, UploadProgress
+from infra.keeper import Keeper, find_stack_pids
+from infra.logs import configure_logging
+from infra.object_store import ObjectStore, open_object_store
+from infra.polling import poll_until
+from infra.settings import Settings, StoreAccess
+from infra.tracker import Tracker
+
+GB = 10**9
+FULL_BYTES = 12 * GB
+STREAMED_PAIRS = 3
+START_TIMEOUT_S = 120.0
+MAX_RESIDENT_MIB = 500
+SERVICES = ("postgres", "s3", "mlflow")
+
+
+def main() -> int:
+    match sys.argv[1:]:
+        case ["--stack", home]:
+            run_stack(Path(home))
+            return 0
+        case ["--transfer", direction, home, folder, file, size]:
+            transfer_once(direction, Path(home), folder, Path(file), int(size))
+            return 0
+    with tempfile.TemporaryDirectory() as name, run_services(Path(name)) as (settings, store):
+        work = Path(name) / "work"
+        work.mkdir()
+        run_id = Tracker(settings).start_run("benchmark", {})
+        folder = f"{Tracker(settings).client.get_run(run_id).info.artifact_uri.partition(':/')[2]}/model"
+        if "--full" in sys.argv:
+            return 0 if measure_full(settings, folder, work) else 1
+        return 0 if measure_pairs(settings, store, folder, work) else 1
+
+
+@contextlib.contextmanager
+def run_services(home: Path) -> Iterator[tuple[Settings, ObjectStore]]:
+    """Run the services in a process of their own, and yield settings and MLflow's bucket."""
+    config = load_or_make_config(home, durable=False)
+    write_environment(home, config)
+    settings = Settings(_env_file=home / "env", home=home)
+    access = StoreAccess(
+        s3_endpoint=settings.s3_endpoint,
+        s3_access_key=config.secrets["s3_admin_access_key"],
+        s3_secret_key=config.secrets["s3_admin_secret_key"],
+    )
+    process = subprocess.Popen([sys.executable, __file__, "--stack", str(home)], stdout=sys.stderr)
+    try:
+        log = home / "logs" / "mlflow.log"
+
+        def is_ready() -> bool:
+            with contextlib.suppress(Exception):
+                return Tracker(settings).client.get_experiment_by_name("yuan") is not None
+            return False
+
+        if not poll_until(is_ready, timeout_s=START_TIMEOUT_S, pause_s=0.5):
+            raise RuntimeError(f"MLflow did not start within {START_TIMEOUT_S:.0f} s; see {log}")
+        yield settings, open_object_store(access, "mlflow")
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def run_stack(home: Path) -> None:
+    """Keep PostgreSQL, S3 and MLflow running until a signal."""
+    configure_logging()
+    (home / "logs").mkdir(exist_ok=True, mode=0o700)
+    config = load_config(home)
+    settings = Settings(_env_file=home / "env", home=home)
+    services = [service for service in make_services(home, config, settings) if service.name in SERVICES]
+    Keeper(services, home, config.stack_id).run()
+
+
+def make_transfer(settings: Settings, mode: Any, work: Path) -> ArtifactTransfer:
+    account = (settings.mlflow_username, settings.mlflow_password.get_secret_value())
+    return ArtifactTransfer(settings.mlflow_url, account, mode, work / "uploads")
+
+
+def measure_pairs(settings: Settings, store: ObjectStore, folder: str, work: Path) -> bool:
+    """Compare both ways with boto3 on a file of 1 GB."""
+    content, sha256 = work / "content", write_random_file(work / "content", GB)
+    source = ArtifactSource("content", lambda: content.open("rb"), sha256)
+    key = f"{folder}/content"
+    all_ok = True
+
+    def send(mode: str) -> None:
+        transfer = make_transfer(settings, mode, work)
+        transfer.upload(folder, source)
+        transfer.forget_uploads([key])
+
+    def fetch(mode: str) -> None:
+        (work / "fetched").unlink(missing_ok=True)
+        make_transfer(settings, mode, work).download(key, work / "fetched", GB, sha256)
+
+    def send_with_boto3() -> None:
+        store.client.upload_file(str(content), store.bucket, "benchmark/boto3")
+
+    def fetch_with_boto3() -> None:
+        (work / "fetched-boto3").unlink(missing_ok=True)
+        store.client.download_file(store.bucket, "benchmark/boto3", str(work / "fetched-boto3"))
+
+    send("direct")  # what is fetched; also warms both sides
+    send_with_boto3()
+    for mode, pairs in (("direct", PAIRS), ("streamed", STREAMED_PAIRS)):
+        comparisons: list[tuple[str, Callable[[str], None], Callable[[], None]]] = [
+            ("up", send, send_with_boto3),
+            ("down", fetch, fetch_with_boto3),
+        ]
+        for direction, ours, theirs in comparisons:
+            last: dict[str, float] = {}
+
+            def measure_speed(name: str, run: Callable[[], None], last: dict[str, float] = last) -> float:
+                start = time.perf_counter()
+                run()
+                last[name] = GB / 1e6 / (time.perf_counter() - start)
+                return last[name]
+
+            ratios = measure_ratios(
+                lambda ours=ours, mode=mode, measure=measure_speed: measure("ours", lambda: ours(mode)),
+                lambda theirs=theirs, measure=measure_speed: measure("boto3", theirs),
+                pairs,
+            )
+            goal = 0.7 if mode == "direct" else 0.0
+            line = make_at_least_line(
+                f"1 GB {direction}, {mode}", ratios, goal, figure=round(last["ours"]), unit="MB/s", peer="boto3"
+            )
+            all_ok &= print_lines(line)
+    return all_ok
+
+
+def write_random_file(file: Path, num_bytes: int) -> str:
+    """Write random bytes and return their sha256."""
+    digest, block = hashlib.sha256(), random.Random(0).randbytes(10**6)
+    with file.open("wb") as out:
+        for number in range(num_bytes // len(block)):
+            data = number.to_bytes(8) + block[8:]
+            digest.update(data)
+            out.write(data)
+    return digest.hexdigest()
+
+
+def transfer_once(direction: str, home: Path, folder: str, file: Path, num_bytes: int) -> None:
+    """Send or fetch a file in this process, which reports its peak memory in MiB."""
+    settings = Settings(_env_file=home / "env", home=home)
+    transfer = make_transfer(settings, "direct", file.parent)
+    if direction == "up":
+        transfer.upload(folder, ArtifactSource(file.name, lambda: file.open("rb")))
+    else:
+        transfer.download(f"{folder}/sparse", file, num_bytes, None)
+    print(json.dumps({"peak_mib": read_peak_mib(os.getpid())}))
+
+
+def measure_full(settings: Settings, folder: str, work: Path) -> bool:
+    """Send and fetch 12 GB once, with a kill after a quarter."""
+    sparse = work / "sparse"
+    with sparse.open("wb") as file:
+        file.truncate(FULL_BYTES)
+        for offset in range(0, FULL_BYTES, GB):  # so that no two parts are the same by chance
+            file.seek(offset)
+            file.write(offset.to_bytes(8))
+    record = make_transfer(settings, "direct", work).get_progress_file(f"{folder}/sparse")
+    all_ok = True
+
+    def count_sent() -> int:
+        progress = UploadProgress.read(record)
+        return 0 if progress is None else len(progress.parts) * progress.part_bytes
+
+    def count_fetched() -> int:
+        fetched = work / ".fetched.parts"
+        return 0 if not fetched.exists() else (fetched.read_text().count("\n") - 1) * 16 * 2**20
+
+    for direction, file, count in (("up", sparse, count_sent), ("down", work / "fetched", count_fetched)):
+        command = [sys.executable, __file__, "--transfer", direction, str(settings.home), folder, str(file)]
+        command.append(str(FULL_BYTES))
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        poll_until(lambda count=count: count() >= FULL_BYTES // 4, timeout_s=600, pause_s=0.05)
+        process.kill()
+        process.wait()
+        kept = count()
+        resumed = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        output, _ = resumed.communicate()
+        if resumed.returncode != 0:
+            raise RuntimeError(f"the resumed transfer {direction} ended with status {resumed.returncode}")
+        seconds = time.perf_counter() - start
+        peak_mib = json.loads(output)["peak_mib"]
+        service_peaks: dict[str, float] = {}
+        for pid in find_stack_pids(load_config(settings.home).stack_id):
+            name = psutil.Process(pid).name()
+            service_peaks[name] = max(service_peaks.get(name, 0.0), read_peak_mib(pid))
+        print_lines(make_line(f"12 GB {direction}, cut and resumed", round(FULL_BYTES / 1e6 / seconds), "MB/s"))
+        print_lines(make_line(f"12 GB {direction}, kept of the cut transfer", round(kept / GB, 2), "GB"))
+        goal, limit = f"at most {MAX_RESIDENT_MIB}", MAX_RESIDENT_MIB
+        peaks = {"this process": peak_mib, **service_peaks}
+        for name, peak in peaks.items():
+            line = make_line(
+                f"12 GB {direction}, peak memory of {name}", round(peak), "MiB", goal=goal, ok=peak <= limit
+            )
+            all_ok &= print_lines(line)
+    is_same = (
+        shutil.which("cmp") is not None and subprocess.run(["cmp", str(sparse), str(work / "fetched")]).returncode == 0
+    )
+    return print_lines(make_line("12 GB, same bytes", float(is_same), "1 if so", goal="1", ok=is_same)) and all_ok
+
+
+def read_peak_mib(pid: int) -> float:
+    """Return the peak resident memory of a process, in MiB."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), 0.0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Test the removal of expired files, the retention policy's file, and the forecast of a full disk."""
+
+import json
+import os
+import shutil
+
+import pytest
+from sqlalchemy import delete, select, update
+
+from feedback import rounds
+from feedback.contracts import RoundParameters
+from feedback.tables import AuditEvent, Round, TrainingRun, new_id
+from flows.context import Context
+from flows.disk_history import DISK_HISTORY_FILE, DiskRecord, forecast_disk, read_disk_history, record_disk_usage
+from flows.retention_policy import RetentionPolicy, RunRetention, read_retention_policy
+from flows.round.cleanup import list_removals, remove_expired
+from flows.stack.doctor import find_filling_disk, find_retention_faults
+from infra.database import make_session_factory
+
+KEEP_ONE = RetentionPolicy(runs=RunRetention(keep_rounds=1))
+
+
+@pytest.fixture
+def context(stores, engine, objects, tmp_path):
+    return Context(stores.model_copy(update={"home": tmp_path}), make_session_factory(engine), objects)
+
+
+@pytest.fixture
+def ended_runs(context):
+    """Return the ids of the runs of three failed rounds, oldest first, each with files."""
+    run_ids, round_ids = [], []
+    for _ in range(3):
+        with context.sessions.begin() as session:
+            session.execute(update(Round).values(state="cancelled"))
+            training_round = rounds.request_round(session, "test", RoundParameters(), new_id())
+            run_ids.append(rounds.get_or_create_training_run(session, training_round.id).id)
+            round_ids.append(training_round.id)
+            rounds.finish_round(session, training_round.id, "failed", "the test's reason")
+        run = context.runs / run_ids[-1]
+        for name in ("checkpoints/step-00000002/rank", "data/tokens", "validation/tokens", "export/w", "run.json"):
+            (run / name).parent.mkdir(parents=True, exist_ok=True)
+            (run / name).write_bytes(b"x" * 5000)
+    yield run_ids
+    with context.sessions.begin() as session:
+        session.execute(delete(TrainingRun).where(TrainingRun.round_id.in_(round_ids)))
+        session.execute(delete(Round).where(Round.id.in_(round_ids)))
+
+
+def list_files(context, run_id):
+    folder = context.runs / run_id
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+
+
+def list_own_removals(context, run_ids):
+    return [removal for removal in list_removals(context, KEEP_ONE) if removal.subject in run_ids]
+
+
+def test_expired_runs_keep_their_records_and_the_newest_run_keeps_everything(context, ended_runs):
+    newest_files = list_files(context, ended_runs[-1])
+    removals = list_own_removals(context, ended_runs)
+    assert {removal.subject for removal in removals} == set(ended_runs[:2]) and len(removals) == 8
+    assert all(removal.num_bytes >= 5000 for removal in removals)
+    assert len(list_files(context, ended_runs[0])) == 5  # listing removes nothing
+
+    assert remove_expired(context, removals, "test") == removals
+    assert list_files(context, ended_runs[0]) == ["run.json"] == list_files(context, ended_runs[1])
+    assert list_files(context, ended_runs[-1]) == newest_files
+    assert list_own_removals(context, ended_runs) == []
+    with context.sessions() as session:
+        events = session.scalars(select(AuditEvent).where(AuditEvent.subject == ended_runs[0])).all()
+    removed = {event.detail["files"]: event.detail["bytes"] for event in events if event.action == "removed"}
+    assert set(removed) == {"checkpoints", "token files", "validation files", "exported weights"}
+
+
+def test_link_in_place_of_a_folder_is_removed_and_never_followed(context, ended_runs, tmp_path):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "file").write_text("kept")
+    shutil.rmtree(context.runs / ended_runs[0] / "data")
+    (context.runs / ended_runs[0] / "data").symlink_to(victim)
+    remove_expired(context, list_own_removals(context, ended_runs), "test")
+    assert (victim / "file").read_text() == "kept"
+    assert not os.path.lexists(context.runs / ended_runs[0] / "data")
+
+
+def test_removal_that_fails_stops_no_other_and_is_not_audited(context, ended_runs, tmp_path):
+    shutil.rmtree(context.runs / ended_runs[0])
+    (context.runs / ended_runs[0]).mkdir()
+    (context.runs / ended_runs[0] / "checkpoints").mkdir()
+    removals = list_own_removals(context, ended_runs)
+    (context.runs / ended_runs[0]).rename(tmp_path / "moved")
+    (context.runs / ended_runs[0]).symlink_to(tmp_path / "moved")
+    removed = remove_expired(context, removals, "test")
+    assert {removal.subject for removal in removed if removal.files == "checkpoints"} == {ended_runs[1]}
+    assert (tmp_path / "moved" / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[runs]\nkeep_round = 3", "there is no key 'runs.keep_round', did you mean 'keep_rounds'?; correct it"),
+        ("[run]\nkeep_rounds = 3", "there is no key 'run', did you mean 'runs'?"),
+        ("[runs]\nkeep_rounds = -1", "runs.keep_rounds: must be greater than or equal to 0"),
+        ('[versions]\nkeep_rounds_of_losers = "6"', "versions.keep_rounds_of_losers: must be a valid integer"),
+        ("[runs", "cannot be read"),
+        ("\udcff", "cannot be read"),
+    ],
+)
+def test_wrong_policy_is_refused_by_key_and_found_by_doctor(tmp_path, text, message):
+    (tmp_path / "retention.toml").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"retention\.toml") as caught:
+        read_retention_policy(tmp_path)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    (finding,) = find_retention_faults(tmp_path)
+    assert str(caught.value) in finding.fault
+
+
+def test_policy_without_a_file_has_the_defaults_and_a_file_changes_its_keys_only(tmp_path):
+    assert read_retention_policy(tmp_path) == RetentionPolicy() and find_retention_faults(tmp_path) == []
+    (tmp_path / "retention.toml").write_text("[runs]\nkeep_rounds = 0\n")
+    policy = read_retention_policy(tmp_path)
+    assert (policy.runs.keep_rounds, policy.versions.keep_rounds_of_losers) == (0, 6)
+
+
+def test_doctor_says_how_many_rounds_the_disk_has_room_for(tmp_path):
+    lines = [{"round": number, "used_bytes": number * 10**9} for number in range(1, 5)]
+    (tmp_path / "work").mkdir()
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / DISK_HISTORY_FILE).write_text(text + 'damaged\n{"round": -1}\n')
+    assert read_disk_history(tmp_path)[-1] == DiskRecord(4, 4 * 10**9)
+    (finding,) = find_filling_disk(tmp_path, free=2_500_000_000)
+    assert "has room for 2 more rounds: 2,500,000,000 bytes are free, and each of the last 3 took 1,000,000,000" in (
+        finding.fault
+    )
+    assert find_filling_disk(tmp_path, free=10**12) == []
+
+
+def test_usage_of_the_disk_is_recorded_once_for_a_round(tmp_path):
+    for number in (1, 2, 2):
+        record_disk_usage(tmp_path, number)
+    assert [record.round for record in read_disk_history(tmp_path)] == [1, 2]
+    assert forecast_disk([DiskRecord(1, 100), DiskRecord(2, 50)], 10) is None  # the disk has gained space
