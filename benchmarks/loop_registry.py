@@ -1,4 +1,4 @@
-"""Goals of files that pass to and from the registry: `python benchmarks/loop_registry.py [--full]`, ten minutes.
+"""Goals of files that pass to and from the registry: `python benchmarks/loop_registry.py [--full] [MB]`, ten minutes.
 
 A file of 1 GB goes up and down, in interleaved pairs with boto3's `upload_file` and `download_file` and their defaults,
 which neither compute nor compare a sha256 of the file. Goal: at least 0.7 of boto3's speed, directly between this
@@ -9,7 +9,7 @@ at most 500 MiB of resident memory in every process, the stack's included, and n
 sent again but those of the parts in flight.
 
 The real MLflow server behind its gate, PostgreSQL and the store run in a temporary folder, which needs 45 GB on the
-disk of TMPDIR with `--full`, else 30 GB. Prints JSON lines.
+disk of TMPDIR with `--full`, else 30 GB. MB replaces the size, for a quick look. Prints JSON lines.
 """
 
 import contextlib
@@ -60,9 +60,10 @@ def main() -> int:
         work.mkdir()
         run_id = Tracker(settings).start_run("benchmark", {})
         folder = f"{Tracker(settings).client.get_run(run_id).info.artifact_uri.partition(':/')[2]}/model"
+        sizes = [int(argument) * 10**6 for argument in sys.argv[1:] if argument.isdecimal()]
         if "--full" in sys.argv:
-            return 0 if measure_full(settings, folder, work) else 1
-        return 0 if measure_pairs(settings, store, folder, work) else 1
+            return 0 if measure_full(settings, folder, work, *(sizes or [FULL_BYTES])) else 1
+        return 0 if measure_pairs(settings, store, folder, work, *(sizes or [GB])) else 1
 
 
 @contextlib.contextmanager
@@ -108,9 +109,9 @@ def make_transfer(settings: Settings, mode: Any, work: Path) -> ArtifactTransfer
     return ArtifactTransfer(settings.mlflow_url, account, mode, work / "uploads")
 
 
-def measure_pairs(settings: Settings, store: ObjectStore, folder: str, work: Path) -> bool:
-    """Compare both ways with boto3 on a file of 1 GB."""
-    content, sha256 = work / "content", write_random_file(work / "content", GB)
+def measure_pairs(settings: Settings, store: ObjectStore, folder: str, work: Path, num_bytes: int) -> bool:
+    """Compare both ways with boto3 on a file of random bytes."""
+    content, sha256 = work / "content", write_random_file(work / "content", num_bytes)
     source = ArtifactSource("content", lambda: content.open("rb"), sha256)
     key = f"{folder}/content"
     all_ok = True
@@ -122,7 +123,7 @@ def measure_pairs(settings: Settings, store: ObjectStore, folder: str, work: Pat
 
     def fetch(mode: str) -> None:
         (work / "fetched").unlink(missing_ok=True)
-        make_transfer(settings, mode, work).download(key, work / "fetched", GB, sha256)
+        make_transfer(settings, mode, work).download(key, work / "fetched", num_bytes, sha256)
 
     def send_with_boto3() -> None:
         store.client.upload_file(str(content), store.bucket, "benchmark/boto3")
@@ -144,7 +145,7 @@ def measure_pairs(settings: Settings, store: ObjectStore, folder: str, work: Pat
             def measure_speed(name: str, run: Callable[[], None], last: dict[str, float] = last) -> float:
                 start = time.perf_counter()
                 run()
-                last[name] = GB / 1e6 / (time.perf_counter() - start)
+                last[name] = num_bytes / 1e6 / (time.perf_counter() - start)
                 return last[name]
 
             ratios = measure_ratios(
@@ -154,7 +155,12 @@ def measure_pairs(settings: Settings, store: ObjectStore, folder: str, work: Pat
             )
             goal = 0.7 if mode == "direct" else 0.0
             line = make_at_least_line(
-                f"1 GB {direction}, {mode}", ratios, goal, figure=round(last["ours"]), unit="MB/s", peer="boto3"
+                f"{num_bytes / GB:g} GB {direction}, {mode}",
+                ratios,
+                goal,
+                figure=round(last["ours"]),
+                unit="MB/s",
+                peer="boto3",
             )
             all_ok &= print_lines(line)
     return all_ok
@@ -182,12 +188,13 @@ def transfer_once(direction: str, home: Path, folder: str, file: Path, num_bytes
     print(json.dumps({"peak_mib": read_peak_mib(os.getpid())}))
 
 
-def measure_full(settings: Settings, folder: str, work: Path) -> bool:
-    """Send and fetch 12 GB once, with a kill after a quarter."""
+def measure_full(settings: Settings, folder: str, work: Path, num_bytes: int) -> bool:
+    """Send and fetch a sparse file once, with a kill after a quarter."""
+    size = f"{num_bytes / GB:g} GB"
     sparse = work / "sparse"
     with sparse.open("wb") as file:
-        file.truncate(FULL_BYTES)
-        for offset in range(0, FULL_BYTES, GB):  # so that no two parts are the same by chance
+        file.truncate(num_bytes)
+        for offset in range(0, num_bytes, GB):  # so that no two parts are the same by chance
             file.seek(offset)
             file.write(offset.to_bytes(8))
     record = make_transfer(settings, "direct", work).get_progress_file(f"{folder}/sparse")
@@ -203,10 +210,10 @@ def measure_full(settings: Settings, folder: str, work: Path) -> bool:
 
     for direction, file, count in (("up", sparse, count_sent), ("down", work / "fetched", count_fetched)):
         command = [sys.executable, __file__, "--transfer", direction, str(settings.home), folder, str(file)]
-        command.append(str(FULL_BYTES))
+        command.append(str(num_bytes))
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        poll_until(lambda count=count: count() >= FULL_BYTES // 4, timeout_s=600, pause_s=0.05)
+        poll_until(lambda count=count: count() >= num_bytes // 4, timeout_s=600, pause_s=0.05)
         process.kill()
         process.wait()
         kept = count()
@@ -220,19 +227,19 @@ def measure_full(settings: Settings, folder: str, work: Path) -> bool:
         for pid in find_stack_pids(load_config(settings.home).stack_id):
             name = psutil.Process(pid).name()
             service_peaks[name] = max(service_peaks.get(name, 0.0), read_peak_mib(pid))
-        print_lines(make_line(f"12 GB {direction}, cut and resumed", round(FULL_BYTES / 1e6 / seconds), "MB/s"))
-        print_lines(make_line(f"12 GB {direction}, kept of the cut transfer", round(kept / GB, 2), "GB"))
+        print_lines(make_line(f"{size} {direction}, cut and resumed", round(num_bytes / 1e6 / seconds), "MB/s"))
+        print_lines(make_line(f"{size} {direction}, kept of the cut transfer", round(kept / GB, 2), "GB"))
         goal, limit = f"at most {MAX_RESIDENT_MIB}", MAX_RESIDENT_MIB
         peaks = {"this process": peak_mib, **service_peaks}
         for name, peak in peaks.items():
             line = make_line(
-                f"12 GB {direction}, peak memory of {name}", round(peak), "MiB", goal=goal, ok=peak <= limit
+                f"{size} {direction}, peak memory of {name}", round(peak), "MiB", goal=goal, ok=peak <= limit
             )
             all_ok &= print_lines(line)
     is_same = (
         shutil.which("cmp") is not None and subprocess.run(["cmp", str(sparse), str(work / "fetched")]).returncode == 0
     )
-    return print_lines(make_line("12 GB, same bytes", float(is_same), "1 if so", goal="1", ok=is_same)) and all_ok
+    return print_lines(make_line(f"{size}, same bytes", float(is_same), "1 if so", goal="1", ok=is_same)) and all_ok
 
 
 def read_peak_mib(pid: int) -> float:

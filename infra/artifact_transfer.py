@@ -142,7 +142,8 @@ class ArtifactTransfer:
             file = self.get_progress_file(path)
             progress = UploadProgress.read(file)
             if progress is not None and progress.sha256 is not None:
-                if (source.sha256 or _hash_rest(stream)) == progress.sha256 and num_bytes == progress.num_bytes:
+                is_same = num_bytes == progress.num_bytes == self._read_size(path)
+                if is_same and (source.sha256 or _hash_rest(stream)) == progress.sha256:
                     return
                 stream.seek(0)
                 progress = None
@@ -340,6 +341,13 @@ class ArtifactTransfer:
 
     def _sign_download(self, path: str) -> str:
         return str(self._server.get(f"presigned/{quote(path)}").raise_for_status().json()["url"])
+
+    def _read_size(self, path: str) -> int | None:
+        """Return the bytes of a stored file; None if it does not exist."""
+        response = self._server.get(f"presigned/{quote(path)}")
+        if response.status_code == 404:
+            return None
+        return int(response.raise_for_status().json()["file_size"])
 
     def _get_range(self, path: str, address: "_Address | None", descriptor: int, start: int, end: int) -> None:
         """Fetch the bytes from start to end into the open file, at the same place."""

@@ -174,18 +174,6 @@ class FolderCache:
                 entries.append(CacheEntry(name, path, measure_folder(path), used_at))
         return entries
 
-    def list_removable(self, num_bytes: int = 0) -> list[CacheEntry]:
-        """List the entries beyond the limit with `num_bytes` more, least recently used first; used ones as well."""
-        entries = sorted(self.list_entries(), key=lambda entry: entry.used_at)
-        excess = sum(entry.num_bytes for entry in entries) + num_bytes - self.max_bytes
-        removable = []
-        for entry in entries:
-            if excess <= 0:
-                break
-            removable.append(entry)
-            excess -= entry.num_bytes
-        return removable
-
     def evict(self, num_bytes: int = 0, *, keep: str = "") -> list[CacheEntry]:
         """Remove entries that no process uses until `num_bytes` more are within the limit and on the disk."""
         evicted = []

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
-from infra.artifact_transfer import ArtifactSource, ArtifactTransfer
+from infra.artifact_transfer import ArtifactSource, ArtifactTransfer, DamagedArtifact
 from infra.error_text import SafeMessageError
 from infra.files import open_regular
 from infra.settings import TrackerAccess
@@ -33,6 +33,7 @@ MLFLOW_ADMIN_TIMEOUT_S = 30  # of a request that creates or changes accounts and
 MAX_METRICS_PER_REQUEST = 1000  # the server's limit
 VERSION_TAG = "cotrain.version"  # on a version that was registered again: the platform's number
 ROUND_TAG = "cotrain.round"  # on a version: the id of the round that produced it
+LOST_VERSION_FIX = "`cotrain doctor` says how to register it again"
 ARTIFACT_FOLDER = "model"  # of a version's files, in the artifacts of MLflow's run
 ARTIFACT_URI_SCHEME = "mlflow-artifacts:"
 UPLOAD_RECORDS_FOLDER = "work/uploads"  # below the home folder: records of uploads that were interrupted
@@ -63,6 +64,7 @@ class VersionFiles:
         sizes: bytes by the file's name.
     """
 
+    version: int
     folder: str
     sizes: Mapping[str, int]
     transfer: ArtifactTransfer
@@ -71,13 +73,16 @@ class VersionFiles:
         """Fetch a file; an interrupted fetch is resumed by the next call, and a complete target is kept.
 
         Raises:
-            ValueError: if there is no such file, or its sha256 differs.
+            VersionLost: if there is no such file, or its sha256 differs.
             OSError: if the disk has too little room; the message has the bytes.
             httpx.HTTPError: if the server or the store fails.
         """
         if name not in self.sizes:
-            raise ValueError(f"{name} is missing in the registry's store")
-        self.transfer.download(f"{self.folder}/{name}", target, self.sizes[name], sha256)
+            raise VersionLost(f"{name} of v{self.version} is missing in the registry's store; {LOST_VERSION_FIX}")
+        try:
+            self.transfer.download(f"{self.folder}/{name}", target, self.sizes[name], sha256)
+        except DamagedArtifact as error:
+            raise VersionLost(f"{name} of v{self.version}: {error}; {LOST_VERSION_FIX}") from None
 
 
 class Tracker:
@@ -212,7 +217,11 @@ class Tracker:
             VersionLost: if the version or one of the files is not in the registry.
         """
         if self.find_missing_files(version, names):
-            raise VersionLost(f"the files of v{version} are missing; `cotrain doctor` says how to register it again")
+            raise VersionLost(f"the files of v{version} are missing; {LOST_VERSION_FIX}")
+
+    def upload_version(self, version: int, folder: Path) -> None:
+        """Upload the files of a folder as a version's files again; replace existing ones."""
+        self.upload_files(version, list_sources(folder))
 
     def upload_files(self, version: int, sources: Sequence[ArtifactSource]) -> None:
         """Upload a version's files again; replace existing ones."""
@@ -292,9 +301,7 @@ class Tracker:
         """
         number = self._find_number(version)
         if number is None:
-            raise VersionLost(
-                f"v{version} is missing from the registry; `cotrain doctor` says how to register it again"
-            )
+            raise VersionLost(f"v{version} is missing from the registry; {LOST_VERSION_FIX}")
         return number
 
     def read_aliases(self) -> dict[str, int]:
@@ -324,7 +331,7 @@ class Tracker:
         """
         self.require_files(version, required)
         folder = self._find_artifact_folder(self._find_mlflow_run_id(version))
-        return VersionFiles(folder, self.read_file_sizes(version), self.transfer)
+        return VersionFiles(version, folder, self.read_file_sizes(version), self.transfer)
 
     def set_up(self, readers: Mapping[str, str]) -> None:
         """Create the experiment, the registered model, and the accounts that may read both, each with the role.

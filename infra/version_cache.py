@@ -58,8 +58,8 @@ class VersionCache:
 
         Raises:
             VersionNotCached: if the cache lacks it and this process may not write there.
-            VersionLost: if the registry lacks it or one of its files, or has another one than the expected.
-            ValueError: if a file is damaged in the registry's store.
+            VersionLost: if the registry lacks it or one of its files, or has a damaged one, or another one than the
+                expected.
             OSError: if the disk has too little room; the message has the bytes.
         """
         folder = self.find(version, expected)
@@ -89,7 +89,9 @@ class VersionCache:
             VersionNotCached: if this process may not write the cache.
         """
         try:
-            if expected is not None and self.find(version, expected) is None:
+            if (folder := self.find(version, expected)) is not None:
+                return folder
+            if expected is not None:
                 (self.folders.root / f"v{version}" / ENTRY_FILE).unlink(missing_ok=True)  # so that it counts as damaged
             return self.folders.fill(f"v{version}", num_bytes, fetch)
         except PermissionError:

@@ -1,10 +1,12 @@
 """Test the choice of a launcher and its options by the pool file."""
 
 import dataclasses
+import json
 
 import pytest
 
 from flows.supervisor.pool_launcher import make_launcher
+from infra.launchers.job import Job
 from infra.launchers.local import LocalLauncher
 from infra.launchers.slurm import SlurmLauncher
 from yuan.plan.pool import dump_pool, load_pool, make_cpu_pool
@@ -38,3 +40,23 @@ def test_options_that_a_launcher_does_not_know_are_refused(launcher, launch, say
 def test_an_unknown_launcher_is_refused():
     with pytest.raises(ValueError, match="must be one of local, slurm, kubernetes, got 'pbs'"):
         make_pool("pbs")
+
+
+def test_ranks_may_read_the_folders_of_their_inputs_and_write_only_their_own(tmp_path):
+    run, model = tmp_path / "run", tmp_path / "v7" / "model"
+    job = Job(
+        name="job",
+        module="m",
+        folder=run,
+        num_processes=1,
+        processes_per_node=1,
+        environment={},
+        log_name="log",
+        input_folders=(model,),
+    )
+    arguments = LocalLauncher(confined=True).build_command(job)
+    specifications = [json.loads(argument) for argument in arguments if argument.startswith("{")]
+    assert len(specifications) == 2  # of torchrun and of each rank
+    for specification in specifications:
+        assert str(model) in specification["read"] and str(model) not in specification["write"]
+        assert str(run) in specification["write"]

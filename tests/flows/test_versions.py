@@ -4,21 +4,26 @@ import json
 import tempfile
 import time
 
+import httpx
 import pytest
-from sqlalchemy import update
+from sqlalchemy import delete, update
 
 from feedback import rounds
 from feedback.cases import add_cases
 from feedback.contracts import RoundParameters
 from feedback.rounds import VersionNotRegistered
-from feedback.tables import ModelVersion, Round, new_id
+from feedback.tables import ModelVersion, Promotion, Round, new_id
 from flows.context import Context
+from flows.dispatcher.champion_cacher import ChampionCacher
 from flows.retention_policy import RetentionPolicy, RunRetention, VersionRetention
 from flows.round import evaluate
 from flows.round.cleanup import list_removals, remove_expired
 from flows.round.versions import open_version
+from flows.stack.services import make_services
 from flows.stack.stack_config import load_config
 from infra.database import make_session_factory
+from infra.folder_cache import FolderCache
+from infra.polling import poll_until
 from infra.tracker import VersionLost
 from tests.conftest import start
 from tests.infra.mlflow import make_mlflow_service
@@ -98,6 +103,21 @@ def register_version(mlflow, context, record_version):
         return run_id
 
     return register
+
+
+@pytest.fixture
+def record_champion(context):
+    """Return a function that makes a version the champion until the test ends."""
+    versions = []
+
+    def record(version):
+        versions.append(version)
+        with context.sessions.begin() as session:
+            session.add(Promotion(version=version, previous=None, round_id=None, actor="test", reason="test"))
+
+    yield record
+    with context.sessions.begin() as session:
+        session.execute(delete(Promotion).where(Promotion.version.in_(versions)))
 
 
 def list_cached(tmp_path):
@@ -189,10 +209,11 @@ def test_version_that_is_other_than_recorded_in_the_registry_or_the_cache_is_not
 
 @pytest.mark.slow
 def test_weights_of_an_old_version_that_was_never_champion_are_deleted_and_its_record_stays(
-    context, register_version, tmp_path
+    context, record_version, register_version
 ):
     run_id = register_version(765_005)
     register_version(765_006)
+    record_version(765_008)  # of a round that still runs
     policy = RetentionPolicy(runs=RunRetention(keep_rounds=1), versions=VersionRetention(keep_rounds_of_losers=1))
     removals = [removal for removal in list_removals(context, policy) if removal.subject in ("v765005", run_id)]
     assert {removal.files for removal in removals} == {"registered files", "exported weights"}
@@ -201,3 +222,66 @@ def test_weights_of_an_old_version_that_was_never_champion_are_deleted_and_its_r
     with pytest.raises(VersionLost, match="v765005 is missing from the registry; no copy of it is left"):
         open_version(context, 765_005)
     open_version(context, 765_006).close()
+
+
+@pytest.mark.slow
+def test_confined_model_server_serves_what_the_dispatcher_caches_and_cannot_write_the_cache(
+    stores, context, register_version, record_champion
+):
+    """The model server's cache is that of the stack's home folder, where its settings are."""
+    register_version(765_007)
+    context = Context(stores, context.sessions, context.objects)
+    context.tracker.set_alias("champion", 765_007)
+    record_champion(765_007)
+    service = next(
+        entry for entry in make_services(stores.home, load_config(stores.home), stores) if entry.name == "model-server"
+    )
+    server = start(service, load_config(stores.home).stack_id)
+    token = {"Authorization": f"Bearer {stores.model_server_token.get_secret_value()}"}
+
+    def complete():
+        body = {"model": "yuan", "prompt": "a", "max_tokens": 1}
+        return httpx.post(f"{stores.model_server_url}/v1/completions", json=body, headers=token, timeout=30)
+
+    try:
+        assert complete().status_code == 503
+        assert not list((stores.home / "cache" / "versions").glob("v*"))
+        cacher = ChampionCacher(context)
+
+        def has_served():
+            cacher.ensure_cached()
+            return complete().status_code == 200
+
+        assert poll_until(has_served, timeout_s=60, pause_s=0.2)
+        assert complete().json()["model"] == "yuan-v765007"
+        assert FolderCache(stores.home / "cache" / "versions", 0).evict() == []  # the server holds its lock
+    finally:
+        server.terminate()
+        server.wait()
+    assert [entry.name for entry in FolderCache(stores.home / "cache" / "versions", 0).evict()] == ["v765007"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["truncated", "changed", "deleted"])
+def test_version_whose_file_is_damaged_in_the_store_is_named_and_a_round_uses_its_export(
+    context, register_version, tmp_path, fault
+):
+    version = {"truncated": 765_010, "changed": 765_011, "deleted": 765_012}[fault]
+    export = context.runs / register_version(version) / "export"
+    weights = export / "model.safetensors"
+    if fault == "deleted":
+        context.tracker.delete_files(version, [weights.name])
+    else:
+        content = weights.read_bytes()
+        damaged = tmp_path / weights.name
+        damaged.write_bytes(content[:100] if fault == "truncated" else content[:-1] + b"x")
+        mlflow_run_id = context.tracker.client.get_model_version(
+            "yuan", str(context.tracker.require_number(version))
+        ).run_id
+        context.tracker.client.log_artifact(mlflow_run_id, str(damaged), "model")
+    with pytest.raises(
+        VersionLost, match=rf"model.safetensors of v{version}.*`cotrain doctor` says how to register it"
+    ):
+        open_version(context, version, use_export=False)
+    with open_version(context, version) as model:
+        assert (model.path / weights.name).read_bytes() == weights.read_bytes()

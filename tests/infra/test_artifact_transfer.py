@@ -220,3 +220,24 @@ def test_server_streams_ranges_to_a_plain_client(stores, make_transfer, folder):
         time.monotonic() - start < 30
         and httpx.get(url, auth=auth, headers={"Range": "bytes=0-0"}).content == CONTENT[:1]
     )
+
+
+def test_file_that_was_deleted_after_its_upload_is_sent_again(make_transfer, folder, bucket):
+    transfer = make_transfer("direct")
+    for _ in range(2):
+        transfer.upload(folder, source())
+        bucket.delete(find_key(bucket, folder))
+    transfer.upload(folder, source())
+    assert bucket.get(find_key(bucket, folder)) == CONTENT
+    assert transfer.abort_old_uploads(3600) == 0 and UploadProgress.read(transfer.get_progress_file(f"{folder}/big"))
+
+
+def test_upload_that_nothing_resumes_leaves_no_parts_in_the_store(make_transfer, folder, bucket):
+    transfer = make_transfer("direct")
+    with pytest.raises(ZeroDivisionError):
+        transfer.upload(folder, ArtifactSource("big", lambda: CutStream(CONTENT, SIZE - 1)))
+    uploads = bucket.client.list_multipart_uploads(Bucket=bucket.bucket)["Uploads"]
+    assert [upload for upload in uploads if folder in upload["Key"]]
+    assert transfer.abort_old_uploads(0) >= 1
+    remaining = bucket.client.list_multipart_uploads(Bucket=bucket.bucket).get("Uploads", [])
+    assert not [upload for upload in remaining if folder in upload["Key"]]
