@@ -42,7 +42,7 @@ from infra.tracker import Tracker
 GB = 10**9
 FULL_BYTES = 12 * GB
 STREAMED_PAIRS = 3
-START_TIMEOUT_S = 120.0
+REGISTRY_START_TIMEOUT_S = 300.0
 MAX_RESIDENT_MIB = 500
 SERVICES = ("postgres", "s3", "mlflow")
 
@@ -86,8 +86,8 @@ def run_services(home: Path) -> Iterator[tuple[Settings, ObjectStore]]:
                 return Tracker(settings).client.get_experiment_by_name("yuan") is not None
             return False
 
-        if not poll_until(is_ready, timeout_s=START_TIMEOUT_S, pause_s=0.5):
-            raise RuntimeError(f"MLflow did not start within {START_TIMEOUT_S:.0f} s; see {log}")
+        if not poll_until(is_ready, timeout_s=REGISTRY_START_TIMEOUT_S, pause_s=0.5):
+            raise RuntimeError(f"MLflow did not start within {REGISTRY_START_TIMEOUT_S:.0f} s; see {log}")
         yield settings, open_object_store(access, "mlflow")
     finally:
         process.terminate()

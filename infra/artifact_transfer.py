@@ -30,7 +30,7 @@ MAX_ARTIFACT_PARTS = 10_000  # of an upload, the limit of S3
 TRANSFER_THREADS = 4
 TRANSFER_BLOCK_BYTES = 2**20
 TRANSFER_TIMEOUT_S = 120.0  # without a byte
-MAX_PART_ATTEMPTS = 4
+MAX_ARTIFACT_PART_ATTEMPTS = 4
 PART_RETRY_PAUSE_S = 1.0  # doubled after each attempt
 UPLOAD_ADDRESS_VALID_S = 3300.0  # the server signs them for an hour
 DOWNLOAD_ADDRESS_VALID_S = 150.0  # the server signs them for five minutes
@@ -459,12 +459,12 @@ class PartialFile:
 
 
 def retry_transfer(transfer: Callable[[], TransferredT]) -> TransferredT:
-    """Call a transfer of one part until it succeeds, at most MAX_PART_ATTEMPTS times; parts can be sent repeatedly.
+    """Call a transfer of one part, which can be repeated, until it succeeds, at most MAX_ARTIFACT_PART_ATTEMPTS times.
 
     Raises:
         httpx.HTTPError: the last error; at once if the store refuses the request for another reason than its time.
     """
-    for attempt in range(MAX_PART_ATTEMPTS):
+    for attempt in range(MAX_ARTIFACT_PART_ATTEMPTS):
         try:
             return transfer()
         except httpx.HTTPError as error:
@@ -473,7 +473,7 @@ def retry_transfer(transfer: Callable[[], TransferredT]) -> TransferredT:
                 and 400 <= error.response.status_code < 500
                 and error.response.status_code not in (403, 408, 429)
             )
-            if is_refused or attempt == MAX_PART_ATTEMPTS - 1:
+            if is_refused or attempt == MAX_ARTIFACT_PART_ATTEMPTS - 1:
                 raise
         time.sleep(PART_RETRY_PAUSE_S * 2**attempt)
     raise AssertionError("the loop returns or raises")
