@@ -37,7 +37,7 @@ from feedback.part_sender import (
     PushedFile,
     PushProgress,
     PushStage,
-    ReportProgress,
+    ReportPushProgress,
     StoreUnreachable,
     UploadEnded,
     read_pushed_file,
@@ -146,7 +146,7 @@ class Client:
         purpose: DatasetPurpose = DatasetPurpose.MIXTURE,
         idempotency_key: str | None = None,
         wait: bool = True,
-        report_progress: ReportProgress = lambda progress: None,
+        report_progress: ReportPushProgress = lambda progress: None,
     ) -> DatasetOut:
         """Upload a JSONL file of rows. A file with malformed rows is refused as a whole; the error lists them.
 
@@ -211,7 +211,7 @@ class Client:
         return self._post(DatasetOut, f"/api/v1/datasets/uploads/{dataset_id}/complete", None)
 
     def _send_missing_parts(
-        self, file: PushedFile, upload: DatasetUploadOut, report_progress: ReportProgress
+        self, file: PushedFile, upload: DatasetUploadOut, report_progress: ReportPushProgress
     ) -> DatasetOut:
         """Send the parts that have not arrived, and complete the upload; another process may do the same meanwhile."""
         for attempt in range(MAX_UPLOAD_ROUNDS):
@@ -240,7 +240,7 @@ class Client:
         raise StoreUnreachable(f"the store has lost the parts of dataset {upload.id}; push the same file again")
 
     def wait_for_check(
-        self, dataset: DatasetOut, report_progress: ReportProgress = lambda progress: None
+        self, dataset: DatasetOut, report_progress: ReportPushProgress = lambda progress: None
     ) -> DatasetOut:
         """Wait until a dataset's file has been checked, and return its record.
 

@@ -40,7 +40,7 @@ class PushProgress:
     num_bytes: int
 
 
-ReportProgress = Callable[[PushProgress], object]
+ReportPushProgress = Callable[[PushProgress], object]
 
 
 class StoreUnreachable(ConnectionError):
@@ -72,7 +72,7 @@ class PushedFile:
             raise ValueError(f"{self.path} changed while it was sent; push it again when it is complete")
 
 
-def read_pushed_file(path: Path, stream: BinaryIO, report_progress: ReportProgress) -> PushedFile:
+def read_pushed_file(path: Path, stream: BinaryIO, report_progress: ReportPushProgress) -> PushedFile:
     """Read a file once: refuse one that cannot be a dataset, and compute its sha256.
 
     Raises:
@@ -110,7 +110,7 @@ class PartSender:
         file: PushedFile,
         upload: DatasetUploadOut,
         presign: Callable[[Sequence[PartIn]], PartAddressesOut],
-        report_progress: ReportProgress,
+        report_progress: ReportPushProgress,
         num_received: int,
     ) -> None:
         self._file, self._upload, self._presign = file, upload, presign

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 
 from feedback.client import Client, check_portal_url
 from feedback.contracts import DatasetName, DatasetOut, FeedbackIn, IdempotencyKeyText
-from feedback.part_sender import PushProgress, PushStage, ReportProgress
+from feedback.part_sender import PushProgress, PushStage, ReportPushProgress
 from feedback.states import DatasetPurpose, DatasetState
 from flows.cli.output import (
     EXIT_INTERRUPTED,
@@ -156,7 +156,7 @@ def _describe_pushed(dataset: DatasetOut) -> str:
 
 
 @contextmanager
-def show_push_progress() -> Iterator[ReportProgress]:
+def show_push_progress() -> Iterator[ReportPushProgress]:
     """Show a bar for each stage of a push on stderr while the block runs, if it is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr_console, disable=not stderr_console.is_terminal) as bars:
