@@ -120,7 +120,7 @@ def make_conversation(*texts):
     return Row.model_validate({"messages": messages})
 
 
-def test_conversation_with_a_held_out_question_in_any_turn_is_left_out(session, objects, reporter, later):
+def test_conversation_with_a_held_out_question_in_any_turn_is_excluded(session, objects, reporter, later):
     conversations = [
         make_conversation("Reverse: abc", "cba", "And: xyz", "zyx"),
         make_conversation("Hello", "Hi", "Reverse: abc", "cba"),

@@ -365,7 +365,7 @@ def test_champion_and_memory_are_checked_and_a_lost_version_is_restored_from_its
 
 
 @pytest.mark.slow
-def test_command_shows_each_step_and_says_which_version_the_weights_already_are(mlflow, stores, tmp_path):
+def test_command_shows_each_step_and_the_existing_version_of_the_same_weights(mlflow, stores, tmp_path):
     folder = write_published_model(tmp_path / "published", SMALL, torch.float32, seed=6)
 
     def cotrain(*arguments):
