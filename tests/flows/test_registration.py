@@ -33,6 +33,8 @@ from flows.round.prepare_run import prepare_run_folder
 from flows.round.versions import describe_registration, open_version
 from flows.stack.stack_config import load_config
 from infra.database import make_session_factory
+from infra.folder_cache import CONTENT_FOLDER
+from infra.version_cache import VERSIONS_FOLDER
 from tests.conftest import start
 from tests.infra.mlflow import make_mlflow_service
 from tests.yuan.published import write_published_model
@@ -266,7 +268,7 @@ def test_lost_version_of_weights_from_elsewhere_is_restored_from_their_folder(tm
     provenance = make_provenance("fp32")
     line = describe_registration(tmp_path, 7, None, provenance)
     assert line == "register its weights again: cotrain register /weights --dtype fp32"
-    copy = tmp_path / "serve" / "v7" / "model"
+    copy = tmp_path / VERSIONS_FOLDER / "v7" / CONTENT_FOLDER
     copy.mkdir(parents=True)
     (copy / "manifest.json").write_text("{}")
     assert describe_registration(tmp_path, 7, None, provenance).endswith(f"cotrain register {copy} --version 7")

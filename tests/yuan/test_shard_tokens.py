@@ -120,7 +120,7 @@ def test_documents_are_rearranged_in_the_same_way_in_every_round(tokenizer):
         num_rearranged = sum(tokenizer.special["<FIM_MIDDLE>"] in sample.tokens for sample in samples)
         assert least <= num_rearranged <= greatest
         again = [encode_by_rules(row, tokenizer, rules)[0] for row in rows]
-        assert all((one.tokens == other.tokens).all() for one, other in zip(samples, again, strict=True))
+        assert all((first.tokens == second.tokens).all() for first, second in zip(samples, again, strict=True))
         ((question,), (expected,)) = encode_by_rules(ROWS[0], tokenizer, rules), encode_row(ROWS[0], tokenizer)
         assert (question.tokens == expected.tokens).all()
 
