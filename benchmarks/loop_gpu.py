@@ -143,9 +143,8 @@ def make_samples(model: ModelConfig, seq_len: int, num_windows: int, seed: int) 
     draw = np.random.default_rng(seed)
     size = min(SAMPLE_TOKENS, seq_len // 2)
     for _ in range(num_windows * (seq_len // size)):
-        tokens = draw.integers(0, model.vocab_size, size)
-        loss_mask = np.arange(size) >= size * ANSWER_SHARE
-        yield Sample(tuple(tokens.tolist()), tuple(loss_mask.tolist()))
+        tokens = draw.integers(0, model.vocab_size, size, dtype=np.int32)
+        yield Sample(tokens, np.arange(size) >= size * ANSWER_SHARE)
 
 
 def run(folder: RunFolder, spec: RunSpec) -> int:

@@ -13,6 +13,7 @@ disk of TMPDIR with `--full`, else 30 GB. MB replaces the size, for a quick look
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -141,17 +142,10 @@ def measure_pairs(settings: Settings, store: ObjectStore, folder: str, work: Pat
         ]
         for direction, ours, theirs in comparisons:
             last: dict[str, float] = {}
-
-            def measure_speed(name: str, run: Callable[[], None], last: dict[str, float] = last) -> float:
-                start = time.perf_counter()
-                run()
-                last[name] = num_bytes / 1e6 / (time.perf_counter() - start)
-                return last[name]
-
+            measure = functools.partial(measure_speed, num_bytes, last)
+            run_ours = functools.partial(ours, mode)
             ratios = measure_ratios(
-                lambda ours=ours, mode=mode, measure=measure_speed: measure("ours", lambda: ours(mode)),
-                lambda theirs=theirs, measure=measure_speed: measure("boto3", theirs),
-                pairs,
+                functools.partial(measure, "ours", run_ours), functools.partial(measure, "boto3", theirs), pairs
             )
             goal = 0.7 if mode == "direct" else 0.0
             line = make_at_least_line(
@@ -177,6 +171,14 @@ def write_random_file(file: Path, num_bytes: int) -> str:
     return digest.hexdigest()
 
 
+def measure_speed(num_bytes: int, last: dict[str, float], name: str, run: Callable[[], None]) -> float:
+    """Run a transfer; return its MB/s, and keep it by name."""
+    start = time.perf_counter()
+    run()
+    last[name] = num_bytes / 1e6 / (time.perf_counter() - start)
+    return last[name]
+
+
 def transfer_once(direction: str, home: Path, folder: str, file: Path, num_bytes: int) -> None:
     """Send or fetch a file in this process, which reports its peak memory in MiB."""
     settings = Settings(_env_file=home / "env", home=home)
@@ -186,6 +188,10 @@ def transfer_once(direction: str, home: Path, folder: str, file: Path, num_bytes
     else:
         transfer.download(f"{folder}/sparse", file, num_bytes, None)
     print(json.dumps({"peak_mib": read_peak_mib(os.getpid())}))
+
+
+def has_moved(count: Callable[[], int], num_bytes: int) -> bool:
+    return count() >= num_bytes
 
 
 def measure_full(settings: Settings, folder: str, work: Path, num_bytes: int) -> bool:
@@ -208,12 +214,12 @@ def measure_full(settings: Settings, folder: str, work: Path, num_bytes: int) ->
         fetched = work / ".fetched.parts"
         return 0 if not fetched.exists() else (fetched.read_text().count("\n") - 1) * 16 * 2**20
 
-    for direction, file, count in (("up", sparse, count_sent), ("down", work / "fetched", count_fetched)):
-        command = [sys.executable, __file__, "--transfer", direction, str(settings.home), folder, str(file)]
+    for direction, target, count in (("up", sparse, count_sent), ("down", work / "fetched", count_fetched)):
+        command = [sys.executable, __file__, "--transfer", direction, str(settings.home), folder, str(target)]
         command.append(str(num_bytes))
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        poll_until(lambda count=count: count() >= num_bytes // 4, timeout_s=600, pause_s=0.05)
+        poll_until(functools.partial(has_moved, count, num_bytes // 4), timeout_s=600, pause_s=0.05)
         process.kill()
         process.wait()
         kept = count()

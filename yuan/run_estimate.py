@@ -38,6 +38,11 @@ CACHED_VERSIONS = 2  # that serving and evaluation hold on disk: the champion an
 COPY_TERM = "checkpoint_copy"  # of a node's main memory
 KEPT_STATES = 2  # versions whose masters, or masters and moments, the store holds: the champion and the one before
 
+SYNCHRONOUS_NOTE = (
+    "checkpoints are saved synchronously: a node has no main memory for copies of its devices' states, so each save "
+    "stops training until it is written; raise host_memory_gib, or spread the model over more nodes"
+)
+
 RateSource = Literal["calibrated", "data sheets"]
 
 
@@ -79,6 +84,24 @@ class NodeEstimate:
     @property
     def host_bytes(self) -> int:
         return sum(self.host_terms.values())
+
+    @property
+    def has_room(self) -> bool:
+        return self.host_limit_bytes is None or self.host_bytes <= self.host_limit_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class MainMemoryEstimate:
+    """The nodes of a plan, and how checkpoints are saved on them.
+
+    Attributes:
+        is_saving_asynchronous: False if a node lacks the memory for copies of its states, which it then has none of.
+        problem: why the processes do not fit even so, with what to change; None if they do.
+    """
+
+    nodes: tuple[NodeEstimate, ...]
+    is_saving_asynchronous: bool
+    problem: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +256,10 @@ def estimate_run(
     if plan is None:
         return RunEstimate(recipe=name, model=model, pool=pool, data=data, problems=tuple(problems), notes=tuple(notes))
 
-    nodes, is_asynchronous = _estimate_nodes(plan, model, pool, problems, notes)
+    room = estimate_main_memory(plan, model, pool)
+    nodes = room.nodes
+    notes += [] if room.is_saving_asynchronous else [SYNCHRONOUS_NOTE]
+    problems += [] if room.problem is None else [room.problem]
     disk_terms = _estimate_disk(recipe, model, length)
     _check_disk(pool, disk_terms, problems)
     version_bytes = model.num_parameters * DTYPE_BYTES[recipe.model.version_dtype]
@@ -252,7 +278,7 @@ def estimate_run(
         transfer=transfer,
         restart=_estimate_restart(model, pool, plan, nodes, interval, transfer.interval_steps),
         time=_estimate_time(recipe, pool, plan, length, data),
-        is_saving_asynchronous=is_asynchronous,
+        is_saving_asynchronous=room.is_saving_asynchronous,
         problems=tuple(problems),
         notes=tuple(notes),
     )
@@ -323,33 +349,26 @@ def _plan_run(
     return plan
 
 
-def _estimate_nodes(
-    plan: PipelinePlan, model: ModelConfig, pool: Pool, problems: list[str], notes: list[str]
-) -> tuple[tuple[NodeEstimate, ...], bool]:
-    """Return the nodes of a plan; the second value is False if a node lacks the memory to copy a checkpoint."""
+def estimate_main_memory(plan: PipelinePlan, model: ModelConfig, pool: Pool) -> MainMemoryEstimate:
+    """Estimate the main memory of the nodes of a plan, with copies of the states if every node has room for them.
+
+    A node whose main memory the pool does not name has room.
+    """
     nodes = tuple(_place_on_nodes(plan, model, pool))
-    is_asynchronous = can_copy_checkpoints(nodes)
+    is_asynchronous = all(node.has_room for node in nodes)
     if not is_asynchronous:
         nodes = tuple(_drop_copies(node) for node in nodes)
-        notes.append(
-            "checkpoints are saved synchronously: a node has no main memory for copies of its devices' states, so each "
-            "save stops training until it is written; raise host_memory_gib, or spread the model over more nodes"
-        )
-    for node in nodes:
-        limit = node.host_limit_bytes
-        if limit is not None and node.host_bytes > limit:
-            problems.append(
-                f"node {node.number} needs {node.host_bytes / GIB:,.1f} GiB of main memory for "
-                f"{len(node.stages)} processes, host_memory_gib is {limit / GIB:,.1f}; use fewer devices of a node "
-                "(devices_per_node), or nodes with more memory"
-            )
-            break
-    return nodes, is_asynchronous
+    problem = next((_describe_missing_memory(node) for node in nodes if not node.has_room), None)
+    return MainMemoryEstimate(nodes=nodes, is_saving_asynchronous=is_asynchronous, problem=problem)
 
 
-def can_copy_checkpoints(nodes: tuple[NodeEstimate, ...]) -> bool:
-    """Return True if every node whose main memory is known can hold copies of the states of its devices."""
-    return all(node.host_limit_bytes is None or node.host_bytes <= node.host_limit_bytes for node in nodes)
+def _describe_missing_memory(node: NodeEstimate) -> str:
+    limit = node.host_limit_bytes or 0
+    return (
+        f"node {node.number} needs {node.host_bytes / GIB:,.1f} GiB of main memory for {len(node.stages)} processes, "
+        f"host_memory_gib is {limit / GIB:,.1f}; use fewer devices of a node (devices_per_node), or nodes with more "
+        "memory"
+    )
 
 
 def _drop_copies(node: NodeEstimate) -> NodeEstimate:
@@ -420,20 +439,31 @@ def count_kept_checkpoints(recipe: Recipe) -> int:
     return KEEP_CHECKPOINTS + 1 + (recipe.validation.share > 0)
 
 
+def estimate_checkpoint_bytes(recipe: Recipe, model: ModelConfig) -> int:
+    """Return the bytes of the checkpoints on disk at a time."""
+    return count_kept_checkpoints(recipe) * STATE_BYTES * model.num_parameters
+
+
+def estimate_growing_bytes(recipe: Recipe, model: ModelConfig) -> int:
+    """Return the bytes that a prepared run writes while it trains: checkpoints and the exported weights."""
+    return estimate_checkpoint_bytes(recipe, model) + DTYPE_BYTES[recipe.model.version_dtype] * model.num_parameters
+
+
 def _estimate_disk(recipe: Recipe, model: ModelConfig, length: RunLength) -> dict[str, int]:
     parameters = model.num_parameters
     version_bytes = parameters * DTYPE_BYTES[recipe.model.version_dtype]
     windows = length.steps * length.global_batch_size
     epochs = 1.0 if math.isnan(length.epochs) else max(length.epochs, 1.0)
     has_parent = recipe.model.weights != "new"
+    token_bytes = int(windows / epochs * (recipe.data.seq_len + 1) * BYTES_PER_TOKEN)
     return {
-        "checkpoints": count_kept_checkpoints(recipe) * STATE_BYTES * parameters,
-        "parent": version_bytes * has_parent,
+        "checkpoints": estimate_checkpoint_bytes(recipe, model),
         "parent_masters": (STATE_BYTES if recipe.optimizer.state == "parent" else MASTER_BYTES)
         * parameters
         * has_parent,
         "export": version_bytes,
-        "token_files": int(windows / epochs * (recipe.data.seq_len + 1) * BYTES_PER_TOKEN),
+        "token_files": token_bytes,
+        "cached_token_files": token_bytes,
         "cached_versions": CACHED_VERSIONS * version_bytes,
     }
 

@@ -15,6 +15,7 @@ from flows.round.prepare_data import PreparedData, make_sample_rules, sample_tex
 from flows.round.progress import CANCEL_POLL_S, raise_if_cancelled
 from flows.round.round_recipe import settle_recipe
 from flows.round.run_model import choose_parent, prepare_model
+from flows.round.run_room import check_room
 from flows.round.token_cache import TOKEN_CACHE_FOLDER, CacheDamageError, TokenCache
 from flows.round.tokenize_shards import FetchShard, TokenizingProgress, tokenize_snapshot
 from flows.supervisor.pool_launcher import choose_precision, load_configured_pool, make_plan_limits
@@ -27,6 +28,7 @@ from yuan.plan.planner import draw_plan, make_plan
 from yuan.plan.workload import Workload, compute_default_loss_block
 from yuan.recipe import Recipe
 from yuan.recipe_resolution import RunLength, build_train_config
+from yuan.run_estimate import SYNCHRONOUS_NOTE
 from yuan.train.run_folder import PLAN_PICTURE_FILE, RunFolder
 from yuan.train.run_spec import RunSpec
 
@@ -75,14 +77,22 @@ def prepare_run_folder(context: Context, round_id: str) -> PipelinePlan:
     consumed = fetch_consumed(context, parent_version)
     data = _prepare_data(context, round_id, folder, recipe, manifest, fetch, consumed, model.tokenizer.pad)
     plan = _plan_run(context, round_id, folder, model.config, recipe, data.length)
+    main_memory = check_room(context.settings.home, recipe, model.config, load_configured_pool(context.settings), plan)
     start = prepare_start(context, folder, recipe, model.config, parent_version)
 
+    train_config = build_train_config(
+        recipe,
+        data.length,
+        plan,
+        can_validate=folder.validation.is_dir(),
+        is_saving_asynchronous=main_memory.is_saving_asynchronous,
+    )
     spec = RunSpec(
         kind="pretrain" if parent_version is None else recipe.run.kind,
         model=model.config,
         snapshot=inputs.snapshot_id,
         plan=plan,
-        train_config=build_train_config(recipe, data.length, plan, can_validate=folder.validation.is_dir()),
+        train_config=train_config,
         recipe=recipe,
         seed=inputs.seed,
         parent=None if parent_version is None else f"v{parent_version}",
@@ -97,6 +107,8 @@ def prepare_run_folder(context: Context, round_id: str) -> PipelinePlan:
     folder.write_spec(spec)
     log.info("prepared run %s: %d rows excluded, %s", inputs.run_id, data.num_excluded, data.length)
     log.info("run %s starts from %s", inputs.run_id, start.description)
+    if not main_memory.is_saving_asynchronous:
+        log.warning("run %s: %s", inputs.run_id, SYNCHRONOUS_NOTE)
     return plan
 
 

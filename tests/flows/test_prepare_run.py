@@ -22,16 +22,19 @@ from flows.round.consumed_record import fetch_consumed, make_consumed_key, store
 from flows.round.prepare_run import prepare_run_folder
 from flows.round.round_recipe import settle_recipe
 from flows.round.run_model import RoundUnfit, check_parent_shape, read_parent_model
+from flows.round.run_room import check_room
 from flows.round.token_cache import TOKEN_CACHE_FOLDER
 from flows.supervisor.pool_launcher import choose_precision
 from infra.database import make_session_factory
 from tests.feedback.loop import upload
 from tests.records import store_snapshot
 from yuan import tokenizer as tokenizers
-from yuan.config import tiny, yuan_2b, yuan_51b
+from yuan.config import tiny, yuan_2b, yuan_51b, yuan_102b
 from yuan.data.rows import Row, dump_rows
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
-from yuan.plan.pool import Pool, make_cpu_pool, parse_pool
+from yuan.plan.planner import make_plan_from_bounds
+from yuan.plan.pool import Pool, load_pool, make_cpu_pool, parse_pool
+from yuan.plan.workload import Workload
 from yuan.train.run_folder import RunFolder
 
 ROWS = [Row(prompt=f"Reverse: {n}", answer=str(n)[::-1]) for n in range(100, 160)]
@@ -288,6 +291,31 @@ def test_a_run_on_gpus_is_prepared_in_bf16(context, start, tmp_path):
     pool.write_text('[[pool]]\nname = "gpus"\n[[pool.group]]\ndevice_class = "A100-80"\ncount = 2\n')
     on_gpus = dataclasses.replace(context, settings=context.settings.model_copy(update={"pool": str(pool)}))
     assert prepare_run_folder(on_gpus, start()).precision == "bf16"
+
+
+def test_node_without_memory_for_copies_saves_synchronously_and_a_smaller_one_is_refused(context, start, tmp_path):
+    pool = tmp_path / "pool.toml"
+    on_node = dataclasses.replace(context, settings=context.settings.model_copy(update={"pool": str(pool)}))
+
+    def prepare(host_memory_gib):
+        group = f'device_class = "A100-80"\ncount = 1\nhost_memory_gib = {host_memory_gib}\n'
+        pool.write_text(f'[[pool]]\nname = "node"\n[[pool.group]]\n{group}')
+        round_id = start()
+        prepare_run_folder(on_node, round_id)
+        return RunFolder(context.runs / find_run_id(context, round_id)).read_spec().train_config
+
+    assert prepare(4.0).is_saving_asynchronous
+    assert not prepare(0.51).is_saving_asynchronous
+    with pytest.raises(RoundUnfit, match=r"node 1 needs 0\.5 GiB of main memory .*host_memory_gib is 0\.1"):
+        prepare(0.1)
+
+
+def test_model_that_the_disk_cannot_hold_is_refused(tmp_path):
+    recipe, pool = load_recipe(tmp_path, "finetune-102b"), load_pool("benchmarks/pools/a100-96.toml")
+    work = Workload(model=yuan_102b(), seq_len=4096, global_batch_size=64, precision="bf16", loss_block=900)
+    plan = make_plan_from_bounds(work, pool.groups[0], [0, 84])
+    with pytest.raises(RoundUnfit, match=r"needs 4,776\.\d GiB of disk .* free; free space"):
+        check_room(tmp_path, recipe, yuan_102b(), pool, plan)
 
 
 def test_frozen_mixture_is_prepared_from_its_shards(context, objects):

@@ -1,0 +1,31 @@
+"""The room that a run needs on its nodes and on the disk of the home folder, checked before devices are taken."""
+
+import shutil
+from pathlib import Path
+
+from flows.round.run_model import RoundUnfit
+from yuan.config import ModelConfig
+from yuan.plan.memory_model import GIB
+from yuan.plan.plan_record import PipelinePlan
+from yuan.plan.pool import Pool
+from yuan.recipe import Recipe
+from yuan.run_estimate import MainMemoryEstimate, estimate_growing_bytes, estimate_main_memory
+
+
+def check_room(home: Path, recipe: Recipe, model: ModelConfig, pool: Pool, plan: PipelinePlan) -> MainMemoryEstimate:
+    """Check that a prepared run fits the main memory of its nodes and the disk of the home folder.
+
+    Raises:
+        RoundUnfit: if it does not.
+    """
+    main_memory = estimate_main_memory(plan, model, pool)
+    if main_memory.problem is not None:
+        raise RoundUnfit(main_memory.problem)
+    needed, free = estimate_growing_bytes(recipe, model), shutil.disk_usage(home).free
+    if needed > free:
+        raise RoundUnfit(
+            f"the run needs {needed / GIB:,.1f} GiB of disk for its checkpoints and the exported weights, and {home} "
+            f"has {free / GIB:,.1f} free; free space (`cotrain cleanup --dry-run` lists what may go), or move the home "
+            "folder"
+        )
+    return main_memory
