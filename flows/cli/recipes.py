@@ -1,5 +1,6 @@
 """`cotrain recipe list | show | check`: the recipes by which rounds train."""
 
+import re
 from typing import Annotated, Any
 
 import typer
@@ -9,7 +10,18 @@ from flows.cli.output import EXIT_FAILED, JsonOption, show, show_table
 from flows.cli.recipe_options import ReplaceOption, parse_replacements
 from flows.recipe_files import find_recipe_file, find_recipe_files, load_recipe
 from infra.settings import get_home_folder
+from yuan.data.text import make_printable
 from yuan.recipe import Recipe, parse_recipe
+
+
+def check_snapshot_id(value: str | None) -> str | None:
+    """Reject a malformed id, since it becomes part of a key of the object store: exit status 2."""
+    if value is not None and not re.fullmatch("[0-9a-f]{64}", value):
+        raise typer.BadParameter(
+            f"must be 64 hexadecimal digits, got {make_printable(value)!r}; `cotrain round status --json` has it"
+        )
+    return value
+
 
 recipe = typer.Typer(no_args_is_help=True, help="Show the recipes by which rounds train.")
 
@@ -65,18 +77,25 @@ def check(
     pool: Annotated[
         str | None, typer.Option(help="FILE[:NAME] of a pool; default: the pool that rounds are planned for")
     ] = None,
+    snapshot: Annotated[
+        str | None,
+        typer.Option(
+            help="id of a snapshot to read; default: data for the recipe's target number of steps",
+            callback=check_snapshot_id,
+        ),
+    ] = None,
     replace: ReplaceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a run by a recipe needs on a pool: memory, disk, transfers and time. Exit status 1 if it does not fit.
 
-    Nothing is started, and no stack is needed.
+    Nothing is started. The stack must be up for --snapshot, and for a recipe whose preset is the parent.
     """
     # These need numpy, which the other commands do not.
     from flows.cli.recipe_check import estimate_round
     from flows.cli.recipe_table import format_estimate
 
-    estimate = estimate_round(name, parse_replacements(replace or ()), pool)
+    estimate = estimate_round(name, parse_replacements(replace or ()), pool, snapshot)
     show(estimate.to_json(), format_estimate(estimate), as_json)
     if not estimate.fits:
         raise typer.Exit(EXIT_FAILED)

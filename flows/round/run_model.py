@@ -70,7 +70,7 @@ def prepare_model(
         link_parent(folder, parent.path)
         model = read_parent_model(parent.path, recipe, parent_version)
     else:
-        model = _make_new_model(recipe, context.settings.home / CUSTOM_RECIPES_FOLDER, texts)
+        model = make_new_model(recipe, context.settings.home / CUSTOM_RECIPES_FOLDER, texts)
     if recipe.data.seq_len > model.config.seq_len:
         raise RoundUnfit(
             f"data.seq_len must not be above the {model.config.seq_len:,} positions of {model.config.name}, got "
@@ -140,7 +140,7 @@ def check_parent_shape(recipe: Recipe, config: ModelConfig, version: int) -> Non
             )
 
 
-def _make_new_model(recipe: Recipe, recipes: Path, texts: Iterable[str]) -> RunModel:
+def make_new_model(recipe: Recipe, recipes: Path, texts: Iterable[str]) -> RunModel:
     """Return the recipe's preset, with a tokenizer trained on the texts or read from a folder of the recipes.
 
     Raises:

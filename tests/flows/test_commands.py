@@ -120,6 +120,8 @@ def test_recipe_check_exits_by_what_fits_and_names_wrong_values(tmp_path):
 
     unknown = run_cotrain("recipe", "check", "finetune-2b", "--pool", pool, "--set", "length.stps=5", home=tmp_path)
     assert unknown.returncode == 2 and "did you mean 'steps'" in unknown.stderr
+    wrong_id = run_cotrain("recipe", "check", "finetune-2b", "--snapshot", "latest", home=tmp_path)
+    assert wrong_id.returncode == 2 and "--snapshot" in wrong_id.stderr and "64 hexadecimal" in wrong_id.stderr
     missing = run_cotrain("recipe", "check", "fintune-2b", "--pool", pool, home=tmp_path)
     assert missing.returncode == 1 and "did you mean 'finetune-2b'" in missing.stderr
 

@@ -24,6 +24,7 @@ from flows.round.round_recipe import settle_recipe
 from flows.round.run_model import RoundUnfit, check_parent_shape, read_parent_model
 from flows.round.run_room import check_room
 from flows.round.token_cache import TOKEN_CACHE_FOLDER
+from flows.snapshot_size import measure_snapshot
 from flows.supervisor.pool_launcher import choose_precision
 from infra.database import make_session_factory
 from tests.feedback.loop import upload
@@ -166,6 +167,31 @@ def test_counts_of_the_windows_are_in_the_record_of_the_round(context, start):
 def find_run_id(context, round_id):
     with context.sessions() as session:
         return rounds.get_or_create_training_run(session, round_id).id
+
+
+def test_snapshot_has_the_windows_that_the_estimate_of_its_size_gives(context, start):
+    round_id = start()
+    recipe = settle_recipe(context, round_id)
+    with context.sessions() as session:
+        snapshot_id = str(rounds.find_round(session, round_id).snapshot_id)
+    model, data = measure_snapshot(context, recipe, snapshot_id)
+    prepare_run_folder(context, round_id)
+    folder = RunFolder(context.runs / find_run_id(context, round_id))
+    sources = folder.open_corpus(0).sources
+    assert dict(data.windows) == {source.name: source.windows for source in sources}
+    assert data.source == "counted" and data.num_stored_bytes > 0 and model == folder.read_spec().model
+    with pytest.raises(ValueError, match=r"snapshot 0+ is missing"):
+        measure_snapshot(context, recipe, "0" * 64)
+
+
+def test_size_of_a_large_part_is_estimated_from_a_sample(context, start, objects):
+    lines = [dump_rows([Row(prompt=f"Reverse: {n}", answer=str(n)[::-1])]) for n in range(10_000, 19_000)]
+    counted = store_snapshot(objects, {"base": lines[:1500]}).root
+    sampled = store_snapshot(objects, {"base": lines}).root
+    recipe = load_recipe(context.settings.home, "demo")
+    (_, few), (_, many) = (measure_snapshot(context, recipe, root) for root in (counted, sampled))
+    assert (few.source, many.source) == ("counted", "estimated from a sample")
+    assert many.windows["base"] == pytest.approx(6 * few.windows["base"], rel=0.05)
 
 
 def test_damaged_file_of_the_cache_is_made_again(context, start):
