@@ -78,7 +78,8 @@ def set_next_link(response: Response, path: str, limit: int, names: Sequence[str
 def make_rows_schema() -> dict[str, Any]:
     """Return the OpenAPI schema of a JSONL file of rows: an array whose items are the lines."""
     row = Row.model_json_schema(ref_template="#/components/schemas/{model}")
-    del row["$defs"]  # the checkers; their schemas come with FeedbackIn
+    definitions = row.pop("$defs")  # those of the checkers come with FeedbackIn
+    row["properties"]["messages"]["anyOf"][0]["items"] = definitions["RowMessage"]
     return {"type": "array", "minItems": 1, "items": row, "description": "one JSON object per line"}
 
 

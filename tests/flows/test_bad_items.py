@@ -21,17 +21,15 @@ from feedback.reproduce import (
 )
 from feedback.tables import Feedback, Promotion, Round, new_id
 from flows.context import Context
-from flows.round import collect, evaluate, prepare_run
+from flows.round import collect, evaluate
 from flows.stack.stack_config import load_config
 from infra.database import make_session_factory
 from tests.serving import serve_app
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
-from yuan.data.rows import BadRow, Row
 from yuan.model.model_manifest import ModelManifest
 from yuan.model.transformer import Yuan
 from yuan.model.weights import save
-from yuan.recipe import DataSection
 from yuan.serve.api import make_api
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.request import ServedModel
@@ -229,31 +227,6 @@ def test_evaluation_process_skips_bad_cases(context, tmp_path):
     lines = [json.dumps(case).encode() for case in cases]
     results = {result.case_id: result for result in evaluate.run_evaluation(context, tmp_path, folder, lines)}
     assert {name: result.reason is None for name, result in results.items()} == {"1": True, "2": False, "3": True}
-
-
-class BrokenTokenizer:
-    """Wrap a tokenizer so that it cannot encode one text."""
-
-    def __init__(self, tokenizer, text):
-        self._tokenizer, self._text = tokenizer, text
-
-    def __getattr__(self, name):
-        return getattr(self._tokenizer, name)
-
-    def encode(self, text):
-        if text == self._text:
-            raise ValueError("a planted fault")
-        return self._tokenizer.encode(text)
-
-
-def test_rows_that_cannot_be_encoded_are_skipped_and_reported():
-    tokenizer = BrokenTokenizer(tokenizers.train(["abc"], vocab_size=512), "d")
-    broken = Row(prompt="a", answer="d")
-    parsed = [Row(prompt="a", answer="b"), BadRow(row=2, reason="no row"), Row(prompt="", answer="c"), broken]
-    parts = prepare_run.shuffle_parts(parsed, {"corrections": 2, "datasets": 0, "base": 2}, seed=0)
-    encoder = prepare_run.RowEncoder(tokenizer, DataSection(seq_len=128), seed=0)
-    assert {name: len(list(encoder.encode(rows))) for name, rows in parts.items()} == {"corrections": 1, "base": 1}
-    assert encoder.exclusion_reasons == {"line 2": "no row", broken.key: "it cannot be encoded: a planted fault"}
 
 
 def test_evaluation_gets_no_account_and_no_secret(context, tmp_path):

@@ -12,12 +12,13 @@ from feedback.contracts import RoundParameters
 from feedback.tables import AuditEvent, Round, TrainingRun, new_id
 from flows.context import Context
 from flows.disk_history import DISK_HISTORY_FILE, DiskRecord, forecast_disk, read_disk_history, record_disk_usage
-from flows.retention_policy import RetentionPolicy, RunRetention, read_retention_policy
+from flows.retention_policy import RetentionPolicy, RunRetention, VersionRetention, read_retention_policy
 from flows.round.cleanup import list_removals, remove_expired
 from flows.stack.doctor import find_filling_disk, find_retention_faults
 from infra.database import make_session_factory
 
-KEEP_ONE = RetentionPolicy(runs=RunRetention(keep_rounds=1))
+# Versions of other tests are kept, since they are in no registry.
+KEEP_ONE = RetentionPolicy(runs=RunRetention(keep_rounds=1), versions=VersionRetention(keep_rounds_of_losers=10_000))
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def test_export_is_a_model_folder(training_inputs, finished_run):
 def test_export_rounds_the_fp32_weights_of_a_checkpoint_once_to_the_dtype_of_versions(finished_run, tmp_path, dtype):
     folder = RunFolder(shutil.copytree(finished_run.path, tmp_path / "run"))
     folder.write_spec(dataclasses.replace(folder.read_spec(), version_dtype=dtype))
-    export_checkpoint(folder, find_checkpoint(folder, "best"), folder.export)
+    export_checkpoint(folder, find_checkpoint(folder, "last"), folder.export)
     assert weights.verify_folder(folder.export).about["dtype"] == dtype
     assert "dtype" not in weights.verify_folder(finished_run.export).about  # of a run that states none
     stored, exported = (weights.load(run.export).state_dict() for run in (finished_run, folder))
@@ -246,9 +246,9 @@ def test_an_edited_run_is_refused(training_inputs, tmp_path):
         folder.read_spec()
     (folder.path / "run.json").write_text(text)
     assert folder.check_inputs() == folder.read_spec()
-    tokens = folder.data / "1" / "tokens.bin"
+    tokens = folder.data / "1" / "0" / "tokens.bin"
     tokens.write_bytes(b"1234" + tokens.read_bytes()[4:])
-    with pytest.raises(ValueError, match=r"data/1/tokens\.bin differs from its seal"):
+    with pytest.raises(ValueError, match=r"data/1/0/tokens\.bin differs from its seal"):
         folder.check_inputs()
 
 

@@ -22,7 +22,7 @@ from yuan.train.metrics_row import VALIDATION_LOSS_METRIC
 
 # Tokens that are in no sample of training, so their loss soon rises; five windows fill no whole micro-batch.
 FOREIGN_SAMPLES = [Sample(tuple((n + k) % 5 + 1 for k in range(12)), (False,) * 4 + (True,) * 8) for n in range(9)]
-VALIDATED = dataclasses.replace(TRAIN_CONFIG, validate_every=1, patience=1, checkpoint_every=100)
+VALIDATED = dataclasses.replace(TRAIN_CONFIG, learning_rate=0.02, validate_every=1, patience=1, checkpoint_every=100)
 
 
 def compute_plain_loss(model, corpus):
