@@ -54,7 +54,11 @@ def generate_published_layout() -> tokenizers.Tokenizer:
     model = sentencepiece_model_pb2.ModelProto.FromString(_train_pieces())
     trained = {piece.piece: piece for piece in model.pieces if piece.type == piece.NORMAL}
     # None reaches a special token by merging: the published tokenizer spells `<n>` in text, and so must this one.
-    merged = [piece for piece in trained.values() if len(piece.piece) > 1 and not set("<>") & set(piece.piece)]
+    merged = [
+        piece
+        for piece in trained.values()
+        if len(piece.piece) > 1 and not set("<>") & set(piece.piece) and piece.piece not in PUBLISHED_PIECE_IDS
+    ]
     characters = sorted(
         (piece for piece in trained.values() if len(piece.piece) == 1),
         key=lambda piece: (piece.piece != tokenizers.SPACE_MARK, -piece.score),

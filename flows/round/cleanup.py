@@ -98,8 +98,9 @@ def _list_run_removals(context: Context, expired: ExpiredRecords) -> Iterator[Re
     for run_id, version in expired.runs.items():
         for files, name in RUN_WORK_FOLDERS.items():
             yield from _list_folder_removal(context.runs, run_id, name, files)
-        if _has_other_copy(context, version, expired):
-            yield from _list_folder_removal(context.runs, run_id, "export", "exported weights")
+        exports = list(_list_folder_removal(context.runs, run_id, "export", "exported weights"))
+        if exports and _has_other_copy(context, version, expired):  # the registry is asked only about what is there
+            yield from exports
 
 
 def _list_folder_removal(runs: Path, run_id: str, name: str, files: str) -> Iterator[Removal]:
