@@ -98,6 +98,8 @@ class Tracker:
         # The client library reads its account from the environment only.
         os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = self._auth
         os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+        # Else the library prints an address on stdout when a run ends, beside a command's JSON.
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
         # Retries belong to the calling step; the library would retry for minutes, and block the process meanwhile.
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "2"
         self.client = MlflowClient(settings.mlflow_url)

@@ -96,6 +96,6 @@ def test_continue_rounds_start_from_masters_and_moments_until_these_are_deleted(
     objects.put(damaged_key, objects.get(damaged_key)[:-1] + b"?")
     fourth = run_round("grow")
     assert fourth.state == "promoted", fourth.reason
-    assert fourth.started_from.startswith("fp32 weights of v3: masters are damaged in the store: __1_0.distcp has")
+    assert fourth.started_from.startswith("bf16 weights of v3: masters are damaged in the store: __1_0.distcp has")
     _, output = stack.cotrain("doctor")
     assert any("the fp32 masters of v3 are damaged" in fault["fault"] for fault in output["faults"])
