@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 from sqlalchemy import delete, select, update
 
-from feedback import registrations, rounds, snapshots
+from feedback import registrations, rounds
 from feedback.contracts import RoundParameters, SmokeTest, WeightsProvenance
 from feedback.registrations import ChampionRefused
 from feedback.tables import AuditEvent, ModelVersion, Promotion, Round, Snapshot, new_id
@@ -37,6 +37,7 @@ from infra.folder_cache import CONTENT_FOLDER
 from infra.version_cache import VERSIONS_FOLDER
 from tests.conftest import start
 from tests.infra.mlflow import make_mlflow_service
+from tests.records import store_snapshot
 from tests.yuan.published import write_published_model
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig, mini
@@ -323,8 +324,8 @@ def test_published_weights_become_the_champion_and_the_parent_of_a_round(mlflow,
     recipe = context.settings.home / "recipes" / "mine.toml"
     recipe.parent.mkdir()
     recipe.write_text(FINETUNE_RECIPE)
-    data = dump_rows([Row(prompt=f"copy {n}", answer=str(n)) for n in range(40)])
-    snapshot_id = objects.put_by_sha256(snapshots.SNAPSHOTS_FOLDER, data)
+    lines = [dump_rows([Row(prompt=f"copy {n}", answer=str(n))]) for n in range(40)]
+    snapshot_id = store_snapshot(objects, {"datasets": lines}).root
     with context.sessions.begin() as session:
         session.merge(Snapshot(id=snapshot_id, num_rows=40, counts={"corrections": 0, "datasets": 40, "base": 0}))
         training_round = rounds.request_round(session, "test", RoundParameters(recipe="mine"), new_id())
