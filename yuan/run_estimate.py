@@ -1,16 +1,24 @@
 """Estimate what a run by a recipe needs on a pool, before any device is taken: memory, disk, transfers, time."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from yuan.config import KEEP_CHECKPOINTS, ModelConfig, Precision
 from yuan.data.tokens import BYTES_PER_TOKEN
+from yuan.node_memory import (
+    MASTER_BYTES,
+    STATE_BYTES,
+    SYNCHRONOUS_NOTE,
+    NodeEstimate,
+    count_rank_state_bytes,
+    estimate_main_memory,
+)
 from yuan.plan.memory_model import GIB
-from yuan.plan.plan_record import PipelinePlan, Stage
+from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import make_plan
-from yuan.plan.pool import CPU_POOL_NAME, DeviceGroup, Pool
+from yuan.plan.pool import Pool
 from yuan.plan.replan import RESTART_ESTIMATE_S
 from yuan.plan.search import SizeLimits
 from yuan.plan.time_model import GIGA
@@ -25,23 +33,13 @@ from yuan.recipe_resolution import (
 )
 from yuan.train.checkpoint_interval import MAX_SAVING_SHARE, compute_save_pause_s
 
-MASTER_BYTES, MOMENT_BYTES = 4, 8  # of a parameter, in fp32
-STATE_BYTES = MASTER_BYTES + MOMENT_BYTES
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
-BYTES_OF_A_BATCH_TOKEN = 45  # tokens, labels, documents, loss mask and weights of a micro-batch, as they are read
-PROCESS_BYTES = GIB // 2  # of a rank, without its share of the model: measured on processors, 0.45 GiB
 ASSUMED_DISK_GB_S = 1.0  # of one node, where the pool does not say
 ASSUMED_STORE_GB_S = 0.125  # 1 Gb/s, where the pool does not say
 ASSUMED_COPY_GB_S = 2.0  # from one device to main memory, during which training waits
 FORWARD_SHARE = 1 / 3  # of a step's compute, which a validation runs alone
 CACHED_VERSIONS = 2  # that serving and evaluation hold on disk: the champion and a candidate
-COPY_TERM = "checkpoint_copy"  # of a node's main memory
 KEPT_STATES = 2  # versions whose masters, or masters and moments, the store holds: the champion and the one before
-
-SYNCHRONOUS_NOTE = (
-    "checkpoints are saved synchronously: a node has no main memory for copies of its devices' states, so each save "
-    "stops training until it is written; raise host_memory_gib, or spread the model over more nodes"
-)
 
 RateSource = Literal["calibrated", "data sheets"]
 
@@ -59,49 +57,6 @@ class DataSize:
     windows: Mapping[str, float]
     num_stored_bytes: int
     source: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class NodeEstimate:
-    """The memory of one node of a plan.
-
-    Attributes:
-        number: from 1, over all classes.
-        stages: number of each of its devices' stage, from 1.
-        device_bytes: peak memory of its fullest device; device_limit_bytes: memory of each device.
-        host_terms: bytes of the node's main memory by name.
-        host_limit_bytes: main memory of the node; None if the pool does not say.
-    """
-
-    number: int
-    device_class: str
-    stages: tuple[int, ...]
-    device_bytes: int
-    device_limit_bytes: int
-    host_terms: Mapping[str, int]
-    host_limit_bytes: int | None
-
-    @property
-    def host_bytes(self) -> int:
-        return sum(self.host_terms.values())
-
-    @property
-    def has_room(self) -> bool:
-        return self.host_limit_bytes is None or self.host_bytes <= self.host_limit_bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class MainMemoryEstimate:
-    """The nodes of a plan, and how checkpoints are saved on them.
-
-    Attributes:
-        is_saving_asynchronous: False if a node lacks the memory for copies of its states, which it then has none of.
-        problem: why the processes do not fit even so, with what to change; None if they do.
-    """
-
-    nodes: tuple[NodeEstimate, ...]
-    is_saving_asynchronous: bool
-    problem: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,91 +304,6 @@ def _plan_run(
     return plan
 
 
-def estimate_main_memory(plan: PipelinePlan, model: ModelConfig, pool: Pool) -> MainMemoryEstimate:
-    """Estimate the main memory of the nodes of a plan, with copies of the states if every node has room for them.
-
-    A node whose main memory the pool does not name has room.
-    """
-    nodes = tuple(_place_on_nodes(plan, model, pool))
-    is_asynchronous = all(node.has_room for node in nodes)
-    if not is_asynchronous:
-        nodes = tuple(_drop_copies(node) for node in nodes)
-    problem = next((_describe_missing_memory(node) for node in nodes if not node.has_room), None)
-    return MainMemoryEstimate(nodes=nodes, is_saving_asynchronous=is_asynchronous, problem=problem)
-
-
-def _describe_missing_memory(node: NodeEstimate) -> str:
-    limit = node.host_limit_bytes or 0
-    return (
-        f"node {node.number} needs {node.host_bytes / GIB:,.1f} GiB of main memory for {len(node.stages)} processes, "
-        f"host_memory_gib is {limit / GIB:,.1f}; use fewer devices of a node (devices_per_node), or nodes with more "
-        "memory"
-    )
-
-
-def _drop_copies(node: NodeEstimate) -> NodeEstimate:
-    return replace(node, host_terms={name: size for name, size in node.host_terms.items() if name != COPY_TERM})
-
-
-def _place_on_nodes(plan: PipelinePlan, model: ModelConfig, pool: Pool) -> Iterator[NodeEstimate]:
-    """Yield the nodes of a plan: devices of a class in the order of their stages, the replicas of a stage together."""
-    number = 0
-    for group in pool.groups:
-        placed = [
-            stage_number
-            for stage_number, stage in enumerate(plan.stages)
-            for _ in range(plan.data_size)
-            if stage.device_class == group.device_class
-        ]
-        for start in range(0, len(placed), group.devices_per_node):
-            number += 1
-            yield _estimate_node(plan, model, pool, group, number, placed[start : start + group.devices_per_node])
-
-
-def _estimate_node(
-    plan: PipelinePlan, model: ModelConfig, pool: Pool, group: DeviceGroup, number: int, stage_numbers: list[int]
-) -> NodeEstimate:
-    stages = [plan.stages[n] for n in stage_numbers]
-    states = sum(_count_rank_state_bytes(plan, model, n) for n in stage_numbers)
-    window_bytes = plan.micro_batch_size * plan.sequence_length * BYTES_OF_A_BATCH_TOKEN
-    host_terms = {
-        "processes": len(stages) * PROCESS_BYTES,
-        COPY_TERM: states,
-        "tensor_in_transit": sum(_count_largest_tensor_bytes(plan, model, n) for n in stage_numbers),
-        "batches": len(stages) * window_bytes,
-    }
-    if pool.name == CPU_POOL_NAME:  # the devices are processes, whose memory is the node's
-        host_terms["devices"] = sum(_count_used_bytes(stage) for stage in stages)
-    return NodeEstimate(
-        number=number,
-        device_class=group.device_class,
-        stages=tuple(n + 1 for n in stage_numbers),
-        device_bytes=max(stage.memory_bytes for stage in stages),
-        device_limit_bytes=int(group.memory_gib * GIB),
-        host_terms=host_terms,
-        host_limit_bytes=None if group.host_memory_gib is None else int(group.host_memory_gib * GIB),
-    )
-
-
-def _count_rank_state_bytes(plan: PipelinePlan, model: ModelConfig, stage_number: int) -> int:
-    """Return the bytes of masters and moments of one rank of a stage, which its replicas share."""
-    stage = plan.stages[stage_number]
-    is_last = stage_number == plan.pipeline_size - 1
-    embeddings = model.vocab_size * model.hidden_size if stage_number == 0 or is_last else 0
-    parameters = stage.layers * model.layer_parameters + embeddings + model.hidden_size * is_last
-    return STATE_BYTES * -(-parameters // plan.data_size)
-
-
-def _count_largest_tensor_bytes(plan: PipelinePlan, model: ModelConfig, stage_number: int) -> int:
-    """Return the bytes of the largest tensor of a stage in fp32, which is read whole at a time."""
-    is_end = stage_number in (0, plan.pipeline_size - 1)
-    return MASTER_BYTES * model.hidden_size * (model.vocab_size if is_end else model.ffn_hidden_size)
-
-
-def _count_used_bytes(stage: Stage) -> int:
-    return stage.memory_bytes - stage.memory_terms.get("reserve", 0)
-
-
 def count_kept_checkpoints(recipe: Recipe) -> int:
     """Return the checkpoints on disk at a time: the newest ones, one in writing, and the best by validation."""
     return KEEP_CHECKPOINTS + 1 + (recipe.validation.share > 0)
@@ -496,7 +366,7 @@ def _estimate_interval(
     """Return the most steps between two checkpoints on disk; each validation saves one."""
     interval = recipe.checkpoints.every_steps
     if interval is None:
-        states = [_count_rank_state_bytes(plan, model, n) for n in range(plan.pipeline_size)]
+        states = [count_rank_state_bytes(plan, model, n) for n in range(plan.pipeline_size)]
         copy_s = max(states) / (ASSUMED_COPY_GB_S * GIGA)
         rate = (pool.disk_gb_s or ASSUMED_DISK_GB_S) * GIGA
         write_s = max(sum(states[n - 1] for n in node.stages) for node in nodes) / rate
@@ -540,7 +410,7 @@ def _estimate_restart(
     """Each node reads the states of its ranks, and verifies its share of all files."""
     rate = (pool.disk_gb_s or ASSUMED_DISK_GB_S) * GIGA
     verified = STATE_BYTES * model.num_parameters / len(nodes)
-    read = max(sum(_count_rank_state_bytes(plan, model, n - 1) for n in node.stages) for node in nodes)
+    read = max(sum(count_rank_state_bytes(plan, model, n - 1) for n in node.stages) for node in nodes)
     return RestartEstimate(
         interval_steps=interval,
         start_seconds=RESTART_ESTIMATE_S,

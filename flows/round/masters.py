@@ -1,7 +1,7 @@
 """Masters and moments of versions: keep those of a new version in the object store, and start a run from its parent's.
 
-A version is stored in the dtype that is served. Training goes on best from what that dtype rounds away: the fp32 master
-weights and, in a run of the kind `continue`, both moments of the optimizer.
+A version is stored in the dtype that is served. Training continues best from what that dtype rounds away: the fp32
+master weights and, in a run of the kind `continue`, both moments of the optimizer.
 """
 
 import json

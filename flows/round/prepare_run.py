@@ -23,12 +23,12 @@ from infra.machine import count_available_cpus
 from yuan.config import RUN_SPEC_FILE, ModelConfig
 from yuan.data.consumed_samples import ConsumedSamples
 from yuan.data.row_shards import SnapshotManifest
+from yuan.node_memory import SYNCHRONOUS_NOTE
 from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import draw_plan, make_plan
 from yuan.plan.workload import Workload, compute_default_loss_block
 from yuan.recipe import Recipe
 from yuan.recipe_resolution import RunLength, build_train_config
-from yuan.run_estimate import SYNCHRONOUS_NOTE
 from yuan.train.run_folder import PLAN_PICTURE_FILE, RunFolder
 from yuan.train.run_spec import RunSpec
 

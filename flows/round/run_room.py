@@ -5,11 +5,12 @@ from pathlib import Path
 
 from flows.round.run_model import RoundUnfit
 from yuan.config import ModelConfig
+from yuan.node_memory import MainMemoryEstimate, estimate_main_memory
 from yuan.plan.memory_model import GIB
 from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.pool import Pool
 from yuan.recipe import Recipe
-from yuan.run_estimate import MainMemoryEstimate, estimate_growing_bytes, estimate_main_memory
+from yuan.run_estimate import estimate_growing_bytes
 
 
 def check_room(home: Path, recipe: Recipe, model: ModelConfig, pool: Pool, plan: PipelinePlan) -> MainMemoryEstimate:

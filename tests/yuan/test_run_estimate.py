@@ -7,9 +7,10 @@ import pytest
 
 from flows.recipe_files import load_recipe
 from yuan.config import MODEL_PRESETS, tiny
+from yuan.node_memory import STATE_BYTES
 from yuan.plan.memory_model import GIB
 from yuan.plan.pool import DeviceGroup, Pool, load_pool
-from yuan.run_estimate import STATE_BYTES, DataSize, RunEstimate, estimate_run
+from yuan.run_estimate import DataSize, RunEstimate, estimate_run
 
 ONE_DEVICE = Pool(
     name="one", groups=(DeviceGroup(device_class="A100-80", count=1, memory_gib=79.1, sustained_tflops=171.5),)

@@ -28,10 +28,10 @@ from tests.yuan.runs import (
     train_plain_loop,
 )
 from yuan.model import weights
+from yuan.node_memory import STATE_BYTES
 from yuan.plan.planner import make_plan_from_bounds
 from yuan.plan.pool import make_cpu_pool
 from yuan.plan.workload import Workload
-from yuan.run_estimate import STATE_BYTES
 from yuan.train.checkpoint.export import export_checkpoint, find_checkpoint
 from yuan.train.checkpoint_interval import MIN_SAVE_PAUSE_S
 from yuan.train.checkpoint_manifest import MANIFEST_SEAL_KEY, compute_seal, read_manifest

@@ -116,7 +116,7 @@ class WindowPacker:
 
     A sample goes whole into the open window that it leaves the least room in. If it fits none, then
 
-    - a document (`Sample.can_be_cut`) fills the open window with the most room, and goes on in new ones;
+    - a document (`Sample.can_be_cut`) fills the open window with the most room, and continues in new ones;
     - any other begins a new window, and is cut at its border only if it is longer than a window.
 
     The segments of a sample on both sides of a cut share one token, so that no prediction is lost. Segments without a
