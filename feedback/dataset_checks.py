@@ -181,9 +181,9 @@ def check_stream(
     """
     digesting = DigestingReader(stream, num_bytes, report_progress)
     with io.BufferedReader(digesting, CHECK_BUFFER_BYTES) as buffered:
-        if reason := describe_foreign_format(buffered.peek(HEAD_BYTES)[:HEAD_BYTES]):
-            return FileCheckResult(num_bytes, 0, [], reason)
         try:
+            if reason := describe_foreign_format(buffered.peek(HEAD_BYTES)[:HEAD_BYTES]):
+                return FileCheckResult(num_bytes, 0, [], reason)
             result = check_rows(buffered, num_bytes)
         except ExcessLines as error:
             return FileCheckResult(num_bytes, 0, [], str(error))

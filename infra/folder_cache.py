@@ -194,6 +194,9 @@ class FolderCache:
         Raises:
             OSError: if the disk has too little room then.
         """
+        removable = sum(entry.num_bytes for entry in self.list_entries() if entry.name != name)
+        # What cannot fit even then removes nothing: other entries may be the only copies of their versions.
+        check_free_disk(self.root, f"{name} in the cache", max(0, num_bytes) - removable)
         for entry in self.evict(max(0, num_bytes), keep=name):
             log.info("removed %s (%d bytes) from the cache for %s", entry.name, entry.num_bytes, name)
         total = sum(entry.num_bytes for entry in self.list_entries()) + max(0, num_bytes)

@@ -49,7 +49,7 @@ def parse_rules(text: str) -> tuple[RouteRule, ...]:
 
 
 CONSUMER_ACCOUNT = "consumer"  # the read-only account that consumers of the model share
-READER_ACCOUNT = "cotrain-reader"  # the platform's read-only account, for the model server and evaluations
+READER_ACCOUNT = "cotrain-reader"  # the platform's read-only account, for the model server
 
 # Without sign-in: routes for probes and the sign-in page.
 PUBLIC_RULES = parse_rules("""

@@ -215,7 +215,7 @@ def estimate_run(
     nodes = room.nodes
     notes += [] if room.is_saving_asynchronous else [SYNCHRONOUS_NOTE]
     problems += [] if room.problem is None else [room.problem]
-    disk_terms = _estimate_disk(recipe, model, length)
+    disk_terms = _estimate_disk(recipe, model, length, data)
     _check_disk(pool, disk_terms, problems)
     version_bytes = model.num_parameters * DTYPE_BYTES[recipe.model.version_dtype]
     interval = _estimate_interval(recipe, model, pool, plan, length, nodes)
@@ -304,30 +304,31 @@ def _plan_run(
     return plan
 
 
-def count_kept_checkpoints(recipe: Recipe) -> int:
-    """Return the checkpoints on disk at a time: the newest ones, one in writing, and the best by validation."""
-    return KEEP_CHECKPOINTS + 1 + (recipe.validation.share > 0)
+def count_kept_checkpoints() -> int:
+    """Return the checkpoints on disk at a time: the newest ones, one in writing, and the one with the lowest loss."""
+    return KEEP_CHECKPOINTS + 2
 
 
-def estimate_checkpoint_bytes(recipe: Recipe, model: ModelConfig) -> int:
+def estimate_checkpoint_bytes(model: ModelConfig) -> int:
     """Return the bytes of the checkpoints on disk at a time."""
-    return count_kept_checkpoints(recipe) * STATE_BYTES * model.num_parameters
+    return count_kept_checkpoints() * STATE_BYTES * model.num_parameters
 
 
 def estimate_growing_bytes(recipe: Recipe, model: ModelConfig) -> int:
     """Return the bytes that a prepared run writes while it trains: checkpoints and the exported weights."""
-    return estimate_checkpoint_bytes(recipe, model) + DTYPE_BYTES[recipe.model.version_dtype] * model.num_parameters
+    return estimate_checkpoint_bytes(model) + DTYPE_BYTES[recipe.model.version_dtype] * model.num_parameters
 
 
-def _estimate_disk(recipe: Recipe, model: ModelConfig, length: RunLength) -> dict[str, int]:
+def _estimate_disk(recipe: Recipe, model: ModelConfig, length: RunLength, data: DataSize | None) -> dict[str, int]:
     parameters = model.num_parameters
     version_bytes = parameters * DTYPE_BYTES[recipe.model.version_dtype]
     windows = length.steps * length.global_batch_size
     epochs = 1.0 if math.isnan(length.epochs) else max(length.epochs, 1.0)
     has_parent = recipe.model.weights != "new"
-    token_bytes = int(windows / epochs * (recipe.data.seq_len + 1) * BYTES_PER_TOKEN)
+    num_windows = windows / epochs if data is None else sum(data.windows.values())  # all are written, however few read
+    token_bytes = int(num_windows * (recipe.data.seq_len + 1) * BYTES_PER_TOKEN)
     return {
-        "checkpoints": estimate_checkpoint_bytes(recipe, model),
+        "checkpoints": estimate_checkpoint_bytes(model),
         "parent_masters": (STATE_BYTES if recipe.optimizer.state == "parent" else MASTER_BYTES)
         * parameters
         * has_parent,

@@ -317,8 +317,10 @@ def train(texts: Iterable[str], *, vocab_size: int, pieces: PieceKind = "char") 
 
 def _split_training_text(text: str) -> Iterator[str]:
     """Split a text that SentencePiece would leave out because of its length; behind a line end where there is one."""
-    while len(text) > MAX_TRAINING_CHARS:
-        end = text.rfind("\n", 0, MAX_TRAINING_CHARS) + 1 or MAX_TRAINING_CHARS
-        yield text[:end]
-        text = text[end:]
-    yield text
+    start = 0
+    while len(text) - start > MAX_TRAINING_CHARS:
+        limit = start + MAX_TRAINING_CHARS
+        end = text.rfind("\n", start, limit) + 1 or limit
+        yield text[start:end]
+        start = end
+    yield text[start:]

@@ -22,7 +22,13 @@ from yuan.safe_files import remove_entry
 log = logging.getLogger(__name__)
 
 MAX_UPLOAD_AGE_S = 24 * 3600.0  # of an interrupted upload that nothing resumes
-RUN_WORK_FOLDERS = {"checkpoints": "checkpoints", "token files": "data", "validation files": "validation"}
+RUN_WORK_FOLDERS = {
+    "checkpoints": "checkpoints",
+    "token files": "data",
+    "validation files": "validation",
+    "parent's masters": "parent_state",  # of a run that failed or was cancelled
+}
+RUN_SCRATCH_PREFIXES = (".parent-state-", ".fetch-")  # of folders beside a run's, which a killed transfer left
 
 
 @dataclass(frozen=True)
@@ -97,17 +103,19 @@ def remove_expired(context: Context, removals: Iterable[Removal], actor: str) ->
 def _list_run_removals(context: Context, expired: ExpiredRecords) -> Iterator[Removal]:
     for run_id, version in expired.runs.items():
         for files, name in RUN_WORK_FOLDERS.items():
-            yield from _list_folder_removal(context.runs, run_id, name, files)
-        exports = list(_list_folder_removal(context.runs, run_id, "export", "exported weights"))
+            yield from _list_folder_removal(context.runs, run_id, f"{run_id}/{name}", files)
+        for prefix in RUN_SCRATCH_PREFIXES:
+            yield from _list_folder_removal(context.runs, run_id, f"{prefix}{run_id}", "interrupted transfers")
+        exports = list(_list_folder_removal(context.runs, run_id, f"{run_id}/export", "exported weights"))
         if exports and _has_other_copy(context, version, expired):  # the registry is asked only about what is there
             yield from exports
 
 
-def _list_folder_removal(runs: Path, run_id: str, name: str, files: str) -> Iterator[Removal]:
-    folder = runs / run_id / name
+def _list_folder_removal(runs: Path, run_id: str, path: str, files: str) -> Iterator[Removal]:
+    folder = runs / path
     if folder.is_dir() or folder.is_symlink():
         num_bytes = 0 if folder.is_symlink() else measure_folder(folder)
-        yield Removal(run_id, files, num_bytes, lambda: remove_entry(runs, f"{run_id}/{name}"))
+        yield Removal(run_id, files, num_bytes, lambda: remove_entry(runs, path))
 
 
 def _has_other_copy(context: Context, version: int | None, expired: ExpiredRecords) -> bool:

@@ -80,6 +80,8 @@ class TokenCache:
         try:
             entry = _read_entry(folder)
         except FileNotFoundError:
+            if folder.is_dir():  # an eviction was killed; an entry takes its place when the folder is gone
+                remove_path(folder)
             return None
         except (OSError, ValueError) as error:
             log.warning("token files %s are damaged and made again: %s", digest[:12], make_printable(str(error)))

@@ -66,15 +66,20 @@ def download_files(
     """
 
     def download(file_name: str) -> str | None:
-        digest = digests[file_name]
-        try:
-            objects.resume_file(make_checkpoint_key(run_id, name, file_name), target / file_name, digest.num_bytes)
-        except FileNotFoundError:
-            return f"{file_name} is missing in the store"
-        difference = find_difference(target, file_name, digest)
-        if difference is None:
-            return None
-        (target / file_name).unlink()
+        digest, file = digests[file_name], target / file_name
+        difference = None
+        # A file that was continued may differ by what was there before; only one that was fetched whole is the store's.
+        for was_partial in (True, False) if file.exists() else (False,):
+            try:
+                objects.resume_file(make_checkpoint_key(run_id, name, file_name), file, digest.num_bytes)
+            except FileNotFoundError:
+                return f"{file_name} is missing in the store"
+            difference = find_difference(target, file_name, digest)
+            if difference is None:
+                return None
+            file.unlink()
+            if was_partial:
+                log.warning("%s %s, and is fetched again", file_name, difference)
         return f"{file_name} {difference}"
 
     target.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from flows.round.token_cache import CacheDamageError, TokenCache
+from flows.round.token_cache import CACHE_ENTRY_FILE, CacheDamageError, TokenCache
 from yuan.data.packing import PackingStats
 from yuan.data.shard_tokens import ShardReport
 from yuan.train.file_digest import compute_digest
@@ -44,6 +44,14 @@ def test_failed_entry_leaves_nothing(cache):
     with pytest.raises(OSError, match="the disk is full"):
         cache.add(DIGEST, fail)
     assert cache.find(DIGEST) is None and os.listdir(cache.folder) == []
+
+
+def test_entry_whose_eviction_was_killed_is_made_again(cache):
+    entry = cache.add(DIGEST, write)
+    (entry.folder / CACHE_ENTRY_FILE).unlink()
+    assert cache.find(DIGEST) is None
+    (cache.folder / DIGEST).mkdir()
+    assert cache.find(DIGEST) is None and cache.add(DIGEST, write).files == entry.files
 
 
 def test_second_process_that_makes_the_same_entry_uses_the_first(cache):

@@ -26,6 +26,13 @@ from yuan.data.rows import (
 GOOD = b'{"answer": "b"}'
 
 
+def test_long_document_that_is_refused_and_has_a_fraction_in_its_text_costs_itself():
+    text = "ratio: 3.5 words " * 150_000
+    lines = [f'{{"answer": "{text}\\u0000"}}', f'{{"answer": "{text}", "id": 1, "id": 2}}', '{"answer": "good"}']
+    first, second, third = parse_rows("\n".join(lines).encode())
+    assert isinstance(first, BadRow) and isinstance(second, BadRow) and third == Row(answer="good")
+
+
 def test_parsing_a_file_equals_parsing_its_bytes(tmp_path):
     data = b"\n".join([GOOD, b"", b"oops", GOOD + b"\r", b" " * 9, GOOD])
     (tmp_path / "rows").write_bytes(data)

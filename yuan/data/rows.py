@@ -298,7 +298,10 @@ def _find_inexact_number(line: bytes) -> str | None:
     """
     if not _FLOAT_VALUE_PATTERN.search(line):  # most lines, without the time of parsing them again
         return None
-    fields = parse_json(line, keep_written=True)
+    try:
+        fields = parse_json(line, keep_written=True)
+    except BadJson as error:  # of a long line, which is not parsed before
+        return f"{error.place or 'line'}: {error}"
     checker = fields.get("checker") if isinstance(fields, dict) else None
     for name in ("value", "tolerance"):
         number = checker.get(name) if isinstance(checker, dict) else None

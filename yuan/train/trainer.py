@@ -188,7 +188,9 @@ class Trainer:
         dist.all_reduce(message, op=dist.ReduceOp.MAX)
         blocked_seconds, write_seconds, step_seconds = message.tolist()
         # On CPUs the threads that write take the processors from training.
-        cost_s = blocked_seconds + (write_seconds if self.engine.device.type == "cpu" else 0.0)
+        cost_s = blocked_seconds + (
+            write_seconds if self.engine.device.type == "cpu" and self.checkpoints.is_asynchronous else 0.0
+        )
         every_steps = self.interval.choose(cost_s, write_seconds, step_seconds)
         if self._logged_interval is not None and 0.8 < every_steps / self._logged_interval < 1.25:
             return
@@ -301,6 +303,7 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         """Copy this rank's slices; a thread writes them while training continues."""
         self.heartbeat.record_progress("copying a checkpoint", uses_max_limit=True)  # waits for the previous checkpoint
+        self.checkpoints.wait()  # no cost of this one, by which the interval is chosen
         start = time.monotonic()
         state = collect_state(self.engine, self.spec.model.num_layers)
         training_loss = statistics.fmean(self._losses) if self._losses else None
