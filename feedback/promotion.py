@@ -4,7 +4,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
-from sqlalchemy import Row, select, update
+from sqlalchemy import Row, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -23,6 +23,7 @@ from feedback.states import ReportState, RowRole
 from feedback.tables import Case, CaseResult, DatasetRow, Feedback, Outbox, Promotion, Round, transaction_time
 from feedback.verdicts import Verdict, derive_verdict
 from yuan.eval.results import EvalResult
+from yuan.recipe import DEFAULT_EVALUATION, EvaluationSection
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +41,33 @@ def find_champion(session: Session) -> int | None:
     return session.scalar(select(Promotion.version).order_by(Promotion.id.desc()).limit(1))
 
 
-def store_results(session: Session, version: int, results: Sequence[EvalResult]) -> None:
-    """Store a version's results; a case that already has a result for the version keeps it.
+def store_results(
+    session: Session,
+    version: int,
+    results: Sequence[EvalResult],
+    limits: EvaluationSection = DEFAULT_EVALUATION,
+) -> None:
+    """Store a version's results; a case that already has a result with the same limits for the version keeps it.
 
     A result that the database refuses is stored as a failed case with the reason.
+
+    Args:
+        limits: of the answers; a result with others is replaced.
     """
     unjudged = {result.case_id: result.reason for result in results if result.reason is not None}
+    insertion = insert(CaseResult)
+    new = insertion.excluded
+    statement = insertion.on_conflict_do_update(
+        index_elements=[CaseResult.case_id, CaseResult.version],
+        set_={
+            "passed": new.passed,
+            "answer": new.answer,
+            "reason": new.reason,
+            "answer_limits": new.answer_limits,
+            "created_at": func.now(),
+        },
+        where=CaseResult.answer_limits != new.answer_limits,
+    )
 
     def store(batch: Sequence[EvalResult]) -> None:
         rows = [
@@ -55,10 +77,11 @@ def store_results(session: Session, version: int, results: Sequence[EvalResult])
                 "passed": result.passed,
                 "answer": make_storable_text(result.answer, MAX_STORED_ANSWER_CHARACTERS),
                 "reason": result.reason,
+                "answer_limits": limits.key,
             }
             for result in batch
         ]
-        session.execute(insert(CaseResult).on_conflict_do_nothing(), rows)
+        session.execute(statement, rows)
 
     def record_failure(result: EvalResult, error: Exception) -> None:
         reason = record_item_fault(session, result.case_id, ItemStep.EVALUATE, error)

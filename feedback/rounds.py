@@ -21,7 +21,7 @@ from infra.error_text import SafeMessageError
 from yuan.data.rule_text import describe_errors
 from yuan.model.model_manifest import ModelManifest
 from yuan.plan.plan_record import PipelinePlan
-from yuan.recipe import Recipe, validate_recipe
+from yuan.recipe import EvaluationSection, Recipe, validate_recipe
 
 log = logging.getLogger(__name__)
 
@@ -286,11 +286,26 @@ def find_copied_versions(session: Session, manifest: ModelManifest, run_id: str)
     return session.scalars(select(ModelVersion).where(ModelVersion.manifest == manifest.to_json())).all()
 
 
-def find_untested_cases(session: Session, version: int) -> Sequence[Case]:
-    """Return the active cases for which the version has no result yet."""
+def find_untested_cases(session: Session, version: int, limits: EvaluationSection | None = None) -> Sequence[Case]:
+    """Return the active cases for which the version has no result yet.
+
+    Args:
+        limits: of the answers; a result with others does not count. None: every result counts.
+    """
     tested = select(CaseResult.case_id).where(CaseResult.version == version)
+    if limits is not None:
+        tested = tested.where(CaseResult.answer_limits == limits.key)
     query = select(Case).where(Case.withdrawn_at.is_(None), Case.id.not_in(tested))
     return session.scalars(query.order_by(Case.id)).all()
+
+
+def find_evaluation_limits(session: Session, version: int) -> EvaluationSection:
+    """Return the limits of answers in the recipe of the version's round; the defaults if no round made it."""
+    record = find_version(session, version)
+    training_round = None if record.round_id is None else session.get(Round, record.round_id)
+    if training_round is None or training_round.recipe is None:
+        return EvaluationSection()
+    return read_recipe(training_round)[1].evaluation
 
 
 def read_parameters(training_round: Round) -> RoundParameters:

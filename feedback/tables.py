@@ -238,6 +238,7 @@ class CaseResult(Created, Base):
     passed: Mapped[bool]
     answer: Mapped[str]
     reason: Mapped[str | None] = mapped_column(comment="why it could not be judged; it failed")
+    answer_limits: Mapped[str] = mapped_column(comment="limits of its answer; only results of the same are compared")
 
 
 class UploadSegment(Base):

@@ -250,6 +250,29 @@ class CheckpointSection(Section):
         return self
 
 
+class EvaluationSection(Section):
+    """The length of the answers to test cases, which a version and the champion are compared by."""
+
+    extra_tokens: Annotated[int, Field(ge=0, le=MAX_MODEL_SIZE)] = Field(
+        default=128, description="tokens of an answer beyond those of the expected one"
+    )
+    extra_tokens_exact: Annotated[int, Field(ge=0, le=MAX_MODEL_SIZE)] = Field(
+        default=8, description="the same for the checker exact, by which a longer answer is wrong"
+    )
+    max_answer_tokens: Annotated[int, Field(ge=1, le=MAX_MODEL_SIZE)] | None = Field(
+        default=None, description="tokens of an answer at most; left out: no further limit"
+    )
+
+    @property
+    def key(self) -> str:
+        """Return the limits as text; results of a case are comparable if theirs are the same."""
+        limit = "" if self.max_answer_tokens is None else f", at most {self.max_answer_tokens}"
+        return f"expected +{self.extra_tokens}, exact +{self.extra_tokens_exact}{limit}"
+
+
+DEFAULT_EVALUATION = EvaluationSection()
+
+
 class GuardSection(Section):
     """The guard against steps that would spoil the weights."""
 
@@ -279,6 +302,7 @@ class Recipe(Section):
     schedule: ScheduleSection
     optimizer: OptimizerSection
     validation: ValidationSection = Field(default_factory=ValidationSection)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     checkpoints: CheckpointSection = Field(default_factory=CheckpointSection)
     guard: GuardSection = Field(default_factory=GuardSection)
     sources: dict[str, Line] = Field(default_factory=dict, max_length=100)

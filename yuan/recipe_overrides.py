@@ -11,6 +11,7 @@ from yuan.recipe import (
     BatchSection,
     CheckpointSection,
     DataSection,
+    EvaluationSection,
     GuardSection,
     LengthSection,
     MixtureSection,
@@ -31,6 +32,7 @@ OVERRIDABLE_SECTIONS: dict[str, type[Section]] = {
     "schedule": ScheduleSection,
     "optimizer": OptimizerSection,
     "validation": ValidationSection,
+    "evaluation": EvaluationSection,
     "checkpoints": CheckpointSection,
     "guard": GuardSection,
 }

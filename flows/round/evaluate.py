@@ -24,6 +24,7 @@ from infra.process_group import run_child
 from infra.telemetry import NO_TELEMETRY_VARIABLES
 from infra.tracker import ROUND_TAG, RUN_TAG
 from yuan.eval.results import EvalResult, parse_results
+from yuan.recipe import DEFAULT_EVALUATION, EvaluationSection
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +79,12 @@ def evaluate_round_versions(context: Context, round_id: str) -> list[EvaluationC
         rounds.begin_step(session, round_id, RoundStep.EVALUATE, context.attempt)
         training_round = rounds.find_round(session, round_id)
         candidate, champion = training_round.candidate_version, training_round.parent_version
+        limits = rounds.read_recipe(training_round)[1].evaluation
 
     scratch_parent = context.settings.home / "eval"
     scratch_parent.mkdir(exist_ok=True)
     versions = [version for version in (candidate, champion) if version is not None]  # a first round has no champion
-    counts = [evaluate_version(context, version, scratch_parent) for version in versions]
+    counts = [evaluate_version(context, version, scratch_parent, limits) for version in versions]
 
     num_failed = sum(version_counts.failed for version_counts in counts)
     with context.sessions.begin() as session:
@@ -90,13 +92,17 @@ def evaluate_round_versions(context: Context, round_id: str) -> list[EvaluationC
     return counts
 
 
-def evaluate_version(context: Context, version: int, scratch_parent: Path | None = None) -> EvaluationCounts:
+def evaluate_version(
+    context: Context, version: int, scratch_parent: Path | None = None, limits: EvaluationSection | None = None
+) -> EvaluationCounts:
     """Evaluate a version on all cases without a result, and store the results.
 
     Args:
         scratch_parent: parent of the scratch folder, which is kept for its log on failure; with it, a version lost
             from the registry is evaluated from its run's export. None, for an operator's command: the system's
             temporary folder, where no service writes; the scratch folder is always removed.
+        limits: of the answers; cases whose result has others are evaluated again. None, for an operator's command:
+            those of the version's round, for the cases without any result.
 
     Raises:
         VersionNotRegistered: if there never was such a version.
@@ -105,7 +111,8 @@ def evaluate_version(context: Context, version: int, scratch_parent: Path | None
     """
     with context.sessions() as session:
         rounds.find_version(session, version)
-        case_lines = [_dump_case(case) for case in rounds.find_untested_cases(session, version)]
+        case_lines = [_dump_case(case) for case in rounds.find_untested_cases(session, version, limits)]
+        limits = limits or rounds.find_evaluation_limits(session, version)
     if not case_lines:
         return EvaluationCounts(version)
 
@@ -114,7 +121,7 @@ def evaluate_version(context: Context, version: int, scratch_parent: Path | None
         make_evaluation_folder(version, scratch_parent) as folder,
     ):
         try:
-            results = run_evaluation(context, folder, model.path, case_lines)
+            results = run_evaluation(context, folder, model.path, case_lines, limits)
         except RuntimeError as error:
             log_file = folder / EVAL_LOG_FILE
             # Without a parent folder, the scratch folder and its log are about to be removed.
@@ -122,7 +129,7 @@ def evaluate_version(context: Context, version: int, scratch_parent: Path | None
             retry_hint = f"remove the cause and retry with `cotrain evaluate v{version}`"
             raise RuntimeError(f"{error}; {retry_hint}; its log {log_hint}") from None
         with context.sessions.begin() as session:
-            promotion.store_results(session, version, results)
+            promotion.store_results(session, version, results, limits)
 
     num_failed = sum(result.reason is not None for result in results)
     log.info("evaluated v%d on %d cases, %d of them could not be judged", version, len(results), num_failed)
@@ -162,7 +169,13 @@ def read_log_tail(log_file: Path) -> str:
         return ""
 
 
-def run_evaluation(context: Context, folder: Path, model: Path, case_lines: Sequence[bytes]) -> list[EvalResult]:
+def run_evaluation(
+    context: Context,
+    folder: Path,
+    model: Path,
+    case_lines: Sequence[bytes],
+    limits: EvaluationSection = DEFAULT_EVALUATION,
+) -> list[EvalResult]:
     """Run the evaluation in a separate confined process, which imports torch and can be killed.
 
     The process can read the model folder and write its own folder, and nothing else.
@@ -177,7 +190,8 @@ def run_evaluation(context: Context, folder: Path, model: Path, case_lines: Sequ
     results_file = folder / "results.jsonl"
     cases_file.write_bytes(b"".join(line + b"\n" for line in case_lines))
     confinement = Confinement(read=(model,), write=(folder,), accelerators="process", signal="SIGKILL")
-    command = confinement.command(sys.executable, "-m", "yuan.eval.run", str(model), str(cases_file), str(results_file))
+    files = (str(model), str(cases_file), str(results_file))
+    command = confinement.command(sys.executable, "-m", "yuan.eval.run", *files, limits.model_dump_json())
 
     for _ in range(MAX_EVAL_ATTEMPTS):
         environment = build_evaluation_environment(context, folder)

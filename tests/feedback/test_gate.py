@@ -5,13 +5,14 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import select, update
 
-from feedback import gate, promotion
+from feedback import gate, promotion, rounds
 from feedback.accounts import add_contributor
-from feedback.tables import Case, Feedback, Promotion, Round, new_id
+from feedback.tables import Case, CaseResult, Feedback, Promotion, Round, new_id
 from feedback.withdrawal import withdraw_account, withdraw_report
 from flows.cli.rounds import describe_regressions
 from tests.feedback.loop import accept_all, promote, submit
 from yuan.eval.results import EvalResult
+from yuan.recipe import DEFAULT_EVALUATION, EvaluationSection
 
 
 @pytest.fixture
@@ -24,6 +25,21 @@ def add_reports(session, contributor, prefix, count, later):
     rows = [submit(session, contributor, f"{prefix} {n}", "7") for n in range(count)]
     accept_all(session, later)
     return [row.case_id for row in rows]
+
+
+def test_results_with_other_limits_of_the_answers_are_made_again_and_replaced(session, reporter, later):
+    cases = add_reports(session, reporter, "limits", 4, later)
+    promote(session, 1, passed=cases)
+    longer = EvaluationSection(extra_tokens=512)
+    assert rounds.find_untested_cases(session, 1) == rounds.find_untested_cases(session, 1, DEFAULT_EVALUATION) == []
+    assert {case.id for case in rounds.find_untested_cases(session, 1, longer)} == set(cases)
+
+    promotion.store_results(session, 1, [EvalResult(case, "long", False) for case in cases], longer)
+    assert rounds.find_untested_cases(session, 1, longer) == []
+    assert gate.find_regressions(session, 1, 1) == []  # none passes any longer
+    promotion.store_results(session, 1, [EvalResult(case, "again", True) for case in cases], longer)
+    answers = session.scalars(select(CaseResult.answer).where(CaseResult.case_id.in_(cases)))
+    assert set(answers) == {"long"}  # the same limits keep the first result
 
 
 def test_junk_reports_that_pass_by_chance_do_not_block_candidates(session, other_accounts, reporter, later):

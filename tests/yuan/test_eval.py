@@ -8,12 +8,13 @@ import torch
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
 from yuan.data.judge import AnswerJudge
-from yuan.eval.run import evaluate, read_cases
+from yuan.eval.run import EvalCase, evaluate, make_sampling, read_cases
 from yuan.generate.answers import answer_each
 from yuan.generate.decoder import NonFiniteLogits
 from yuan.generate.limits import Sampling
 from yuan.model.transformer import Yuan
 from yuan.model.weights import load, load_tokenizer, save
+from yuan.recipe import EvaluationSection
 
 EXACT = {"type": "exact", "value": "a"}
 GOOD = [
@@ -54,6 +55,24 @@ def test_only_lines_without_a_readable_case_id_are_skipped(tmp_path, line):
     (tmp_path / "cases.jsonl").write_bytes(line + b"\n" + json.dumps(GOOD[0]).encode() + b"\n")
     cases, results = read_cases(tmp_path / "cases.jsonl")
     assert [case.id for case in cases] == ["separator"] and results == []
+
+
+@pytest.mark.parametrize(
+    ("checker", "limits", "expected_tokens"),
+    [
+        ({"type": "contains", "values": ["a"]}, {}, 1 + 128),
+        (EXACT, {}, 1 + 8),
+        ({"type": "contains", "values": ["a"]}, {"extra_tokens": 512}, 1 + 512),
+        (EXACT, {"extra_tokens_exact": 0}, 1),
+        (EXACT, {"max_answer_tokens": 5}, 5),
+    ],
+)
+def test_limits_of_an_answer_are_those_of_the_recipe(folder, checker, limits, expected_tokens):
+    tokenizer = load_tokenizer(folder)
+    case = EvalCase.model_validate({"id": "1", "prompt": "b", "expected": "a", "checker": checker})
+    num_answer_tokens = len(tokenizer.encode("a"))
+    sampling = make_sampling(case, tokenizer, EvaluationSection(**limits))
+    assert sampling.max_tokens == (5 if "max_answer_tokens" in limits else expected_tokens - 1 + num_answer_tokens)
 
 
 def test_only_the_sequence_with_non_finite_logits_fails(folder):

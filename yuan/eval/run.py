@@ -1,8 +1,8 @@
-"""Entry point of an evaluation: `python -m yuan.eval.run MODEL CASES.jsonl RESULTS.jsonl`.
+"""Entry point of an evaluation: `python -m yuan.eval.run MODEL CASES.jsonl RESULTS.jsonl LIMITS`.
 
-MODEL is a model folder whose files the caller has verified. Cases are rows with an id; a result has the case's answer
-and the checker's verdict. A case that cannot be read, answered or judged fails with the reason; the other cases are not
-affected.
+MODEL is a model folder whose files the caller has verified. Cases are rows with an id; LIMITS is the section
+`[evaluation]` of a recipe as JSON. A result has the case's answer and the checker's verdict. A case that cannot be
+read, answered or judged fails with the reason; the other cases are not affected.
 """
 
 import json
@@ -23,13 +23,12 @@ from yuan.eval.results import EvalResult, dump_results
 from yuan.generate.answers import Completion, answer_each
 from yuan.generate.limits import Sampling
 from yuan.model.weights import load, load_tokenizer
+from yuan.recipe import DEFAULT_EVALUATION, EvaluationSection
 from yuan.safe_files import replace_file_below
 from yuan.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-# Tokens beyond those of the expected answer: an exact answer is wrong once it is longer, any other may explain itself.
-MAX_EXTRA_TOKENS_EXACT, MAX_EXTRA_TOKENS = 8, 128
 MAX_EVAL_REASON_CHARACTERS = 500
 
 
@@ -42,18 +41,22 @@ class EvalCase(BaseModel):
     checker: Checker
 
 
-def evaluate(model_dir: Path, cases: list[EvalCase], judge: AnswerJudge) -> list[EvalResult]:
+def evaluate(
+    model_dir: Path, cases: list[EvalCase], judge: AnswerJudge, limits: EvaluationSection = DEFAULT_EVALUATION
+) -> list[EvalResult]:
     """Answer every case with greedy decoding, up to the case's own number of tokens, and judge the answers."""
     model, tokenizer = load(model_dir, is_verified=True), load_tokenizer(model_dir)
-    samplings = [make_sampling(case, tokenizer) for case in cases]
+    samplings = [make_sampling(case, tokenizer, limits) for case in cases]
     answers = answer_each(model, tokenizer, [case.prompt for case in cases], samplings)
     return [judge_answer(case, answer, judge) for case, answer in zip(cases, answers, strict=True)]
 
 
-def make_sampling(case: EvalCase, tokenizer: Tokenizer) -> Sampling:
+def make_sampling(case: EvalCase, tokenizer: Tokenizer, limits: EvaluationSection) -> Sampling:
     """Return the sampling of a case: greedy, with room for the expected answer."""
-    num_extra = MAX_EXTRA_TOKENS_EXACT if isinstance(case.checker, Exact) else MAX_EXTRA_TOKENS
-    return Sampling(max_tokens=_count_tokens(case.expected, tokenizer) + num_extra)
+    # An exact answer is wrong once it is longer, any other may explain itself.
+    num_extra = limits.extra_tokens_exact if isinstance(case.checker, Exact) else limits.extra_tokens
+    max_tokens = max(1, _count_tokens(case.expected, tokenizer) + num_extra)
+    return Sampling(max_tokens=min(max_tokens, limits.max_answer_tokens or max_tokens))
 
 
 def _count_tokens(text: str, tokenizer: Tokenizer) -> int:
@@ -106,9 +109,10 @@ def main() -> int:
     exit_with_parent()
     torch.set_num_threads(os.cpu_count() or 1)
     model_dir, cases_file, results_file = map(Path, sys.argv[1:4])
+    limits = EvaluationSection.model_validate_json(sys.argv[4])
     cases, results = read_cases(cases_file)
     with AnswerJudge() as judge:
-        results += evaluate(model_dir, cases, judge)
+        results += evaluate(model_dir, cases, judge, limits)
     replace_file_below(results_file.parent, results_file.name, dump_results(results))
     num_passed = sum(result.passed for result in results)
     num_unjudged = sum(result.reason is not None for result in results)
