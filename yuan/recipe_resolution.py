@@ -10,6 +10,7 @@ from yuan.recipe import Recipe
 
 REPLAY_PART = "base"  # the part of a snapshot that is trained on again, against forgetting
 MAX_WARMUP_SHARE = 0.5
+ROUNDING_TOLERANCE = 1e-9
 MODEL_VOCAB_MULTIPLE = 64  # the vocabulary of new weights with a trained tokenizer is padded to a multiple of it
 
 
@@ -124,7 +125,8 @@ def resolve_length(recipe: Recipe, epoch_windows: float, *, epochs_read: float =
     """
     batch, length = recipe.batch, recipe.length
     size = batch.global_batch_size or _choose_batch_size(recipe, epoch_windows)
-    steps = length.steps or max(1, round(_count_run_windows(recipe, epoch_windows) / size))
+    wanted_windows = length.steps * size if length.steps else _count_run_windows(recipe, epoch_windows)
+    steps = max(1, round(wanted_windows / size))
     epochs = steps * size / epoch_windows
     if steps < length.min_steps:
         smaller = max(1, size * steps // length.min_steps)
@@ -135,7 +137,8 @@ def resolve_length(recipe: Recipe, epoch_windows: float, *, epochs_read: float =
             "lower data.seq_len"
         )
     earlier = epochs_read if recipe.run.kind == "continue" else 0.0
-    if epochs + earlier > length.max_epochs:
+    # As wanted, not as rounded to whole steps: as many epochs as the limit are allowed.
+    if wanted_windows / epoch_windows + earlier > length.max_epochs * (1 + ROUNDING_TOLERANCE):
         fitting = int((length.max_epochs - earlier) * epoch_windows / size)
         before = f" after {earlier:,.1f} times in earlier rounds" if earlier else ""
         way_out = f"lower the length to {fitting:,} steps" if fitting > 0 else "raise length.max_epochs"

@@ -128,6 +128,12 @@ def test_batch_is_the_largest_that_gives_enough_steps(batch, epoch_windows, expe
     assert length.epochs == pytest.approx(2, rel=0.01)
 
 
+@pytest.mark.parametrize("epoch_windows", [201, 203, 207])
+def test_as_many_epochs_as_the_limit_are_allowed_although_steps_are_whole(epoch_windows):
+    length = resolve_length(make_recipe(length={"epochs": 4.0}), epoch_windows)
+    assert length.epochs == pytest.approx(4, abs=0.51 * length.global_batch_size / epoch_windows)
+
+
 def test_length_in_tokens_counts_whole_windows():
     recipe = make_recipe(length={"epochs": None, "tokens": 128 * 64 * 50}, batch={"global_batch_size": 64})
     assert resolve_length(recipe, 1000).steps == 50
