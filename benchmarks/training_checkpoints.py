@@ -8,7 +8,6 @@ training, compared with a blocking write of the same data; and how long a run ta
 replicas, compared with DeepSpeed's conversion to a universal checkpoint and its load.
 """
 
-import functools
 import json
 import statistics
 import subprocess
@@ -168,8 +167,8 @@ def resume_with_ours(folder: Path) -> None:
     start = time.perf_counter()
     manifest = store.find_newest()
     assert manifest is not None
-    read = functools.partial(store.load, manifest.step)
-    restore_state(engine, MODEL.num_layers, read, manifest.num_updates)
+    reader = store.open_slices(manifest.step)
+    restore_state(engine, MODEL.num_layers, reader, manifest.num_updates)
     dist.barrier()
     write_figures(folder / "ours.json", {"load_s": time.perf_counter() - start, "sums": sum_states(engine)})
     store.close()

@@ -7,13 +7,16 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import checkpoint as distributed_checkpoint
 
+from tests.memory import measure_peak_growth_bytes
 from yuan.train.checkpoint.checkpoints import CheckpointStore
 from yuan.train.checkpoint.dcp import TensorSlice
 from yuan.train.checkpoint_manifest import CHECKPOINT_MANIFEST_FILE, MANIFEST_DAMAGE
 from yuan.train.events import CheckpointDamagedEvent, CheckpointEvent, CheckpointFailedEvent
 
 ABOUT = {"model": {"name": "m", "num_layers": 2}, "order": {"seed": 1}}
+SLICE_ELEMENTS = 4 * 2**20
 SIZES = {"weight/a": 10, "exp_avg/a": 10, "weight/b": 7}
 
 
@@ -50,7 +53,7 @@ def test_any_slice_of_a_tensor_can_be_loaded(store):
     save_checkpoint(store, 3)
     cuts = {"weight/a": (2, 5), "exp_avg/a": (0, 10), "weight/b": (6, 1)}
     slices = {key: TensorSlice(start, SIZES[key], torch.zeros(length)) for key, (start, length) in cuts.items()}
-    store.load(3, slices)
+    store.open_slices(3).read(slices)
     for key, (start, length) in cuts.items():
         assert torch.equal(slices[key].values, make_values(3)[key][start : start + length])
 
@@ -60,8 +63,22 @@ def test_store_that_saves_synchronously_commits_before_it_returns(tmp_path, even
     store.save(3, {key: TensorSlice(0, len(t), t) for key, t in make_values(3).items()}, num_updates=3)
     assert [type(event) for event in events] == [CheckpointEvent] and store.get_write_seconds() > 0
     values = TensorSlice(2, SIZES["weight/a"], torch.zeros(5))
-    store.load(3, {"weight/a": values})
+    store.open_slices(3).read({"weight/a": values})
     assert torch.equal(values.values, make_values(3)["weight/a"][2:7]) and store.find_newest().step == 3
+    store.close()
+
+
+def test_synchronous_save_of_views_and_a_read_need_memory_for_one_slice(tmp_path, events):
+    flat = torch.ones(12 * SLICE_ELEMENTS)
+    names = ["weight/a", "weight/b", "weight/c", *(f"exp_avg/{name}" for name in "abcdefghi")]
+    views = dict(zip(names, flat.split(SLICE_ELEMENTS), strict=True))
+    slices = {key: TensorSlice(0, SLICE_ELEMENTS, view) for key, view in views.items()}
+    store = CheckpointStore(tmp_path, **ABOUT, keep=2, event=events.append, is_asynchronous=False)
+    growth = measure_peak_growth_bytes(lambda: store.save(1, slices, num_updates=1))
+    assert events == [CheckpointEvent(step=1)] and growth < 2 * 4 * SLICE_ELEMENTS, growth
+    flat.zero_()
+    growth = measure_peak_growth_bytes(lambda: store.open_slices(1).read(slices))
+    assert growth < 4 * SLICE_ELEMENTS and torch.equal(flat, torch.ones(12 * SLICE_ELEMENTS)), growth
     store.close()
 
 
@@ -69,7 +86,7 @@ def test_weights_can_be_loaded_without_the_files_of_the_moments(store, tmp_path)
     save_checkpoint(store, 3)
     (tmp_path / "step-00000003" / "__0_moments_0.distcp").unlink()
     read = {"weight/a": TensorSlice(0, 10, torch.zeros(10))}
-    store.load(3, read)
+    store.open_slices(3).read(read)
     assert torch.equal(read["weight/a"].values, make_values(3)["weight/a"])
 
 
@@ -84,7 +101,31 @@ def test_index_of_a_checkpoint_runs_no_code(store, tmp_path):
     save_checkpoint(store, 3)
     (tmp_path / "step-00000003" / ".metadata").write_bytes(pickle.dumps(Command()))
     with pytest.raises(ValueError, match=r"must name parts of an index alone, got posix\.system; .* do not use it"):
-        store.load(3, {"weight/a": TensorSlice(0, 10, torch.zeros(10))})
+        store.open_slices(3).read({"weight/a": TensorSlice(0, 10, torch.zeros(10))})
+
+
+def test_torch_reads_the_same_numbers_from_a_checkpoint(store, tmp_path):
+    save_checkpoint(store, 3)
+    tensors = {key: torch.zeros(size) for key, size in SIZES.items()}
+    distributed_checkpoint.load(tensors, checkpoint_id=tmp_path / "step-00000003")
+    for key, values in make_values(3).items():
+        assert torch.equal(tensors[key], values)
+
+
+def test_index_that_names_another_folder_or_other_numbers_is_refused(store, tmp_path):
+    save_checkpoint(store, 3)
+    index = tmp_path / "step-00000003" / ".metadata"
+    content = index.read_bytes()
+    values = TensorSlice(0, 10, torch.zeros(10))
+    index.write_bytes(content.replace(b"__0_0.distcp", b"../../a.safe"))
+    with pytest.raises(ValueError, match=r"must name files of its own folder, got \.\./\.\./a\.safe; do not use it"):
+        store.open_slices(3).read({"weight/a": values})
+    index.write_bytes(content.replace(b"__0_0.distcp", b"manifest.jsn"))
+    (tmp_path / "step-00000003" / "manifest.jsn").write_bytes(bytes(4000))
+    with pytest.raises(
+        ValueError, match=r"manifest\.jsn of the checkpoint has no 10 numbers of weight/a .* is damaged"
+    ):
+        store.open_slices(3).read({"weight/a": values})
 
 
 def test_checkpoint_has_the_values_at_the_time_of_the_save_call(store):
@@ -93,7 +134,7 @@ def test_checkpoint_has_the_values_at_the_time_of_the_save_call(store):
     tensor.zero_()
     read = {"weight/a": TensorSlice(0, 10, torch.zeros(10))}
     store.wait()
-    store.load(1, read)
+    store.open_slices(1).read(read)
     assert read["weight/a"].values.sum() == 10
 
 
@@ -182,7 +223,7 @@ def test_manifest_of_another_step_than_its_folder_is_reported_as_damage(store, t
 def test_error_for_a_missing_tensor_names_the_tensor(store):
     save_checkpoint(store, 1)
     with pytest.raises(ValueError, match=r"must have weight/c in 4 elements, got none"):
-        store.load(1, {"weight/c": TensorSlice(0, 4, torch.zeros(4))})
+        store.open_slices(1).read({"weight/c": TensorSlice(0, 4, torch.zeros(4))})
 
 
 def test_failed_save_is_an_event_and_the_previous_checkpoint_remains(store, tmp_path, events):

@@ -1,6 +1,5 @@
 """Training loop of one rank: read data, run guarded steps, write checkpoints, export the final weights."""
 
-import functools
 import logging
 import statistics
 import time
@@ -17,8 +16,8 @@ from yuan.model.shards import TensorReader
 from yuan.safe_files import replace_file_below
 from yuan.train.batches import read_micro_batches
 from yuan.train.checkpoint.checkpoints import CheckpointStore
-from yuan.train.checkpoint.dcp import read_slices
 from yuan.train.checkpoint.export import export_checkpoint
+from yuan.train.checkpoint.slice_reader import SliceReader
 from yuan.train.checkpoint_interval import CheckpointInterval
 from yuan.train.checkpoint_manifest import CheckpointManifest, format_checkpoint_name
 from yuan.train.early_stop import EarlyStop
@@ -352,15 +351,15 @@ class Trainer:
         if damage := self.checkpoints.find_damage(path, manifest, manifest.list_files(with_moments=state.with_moments)):
             raise ValueError(f"the parent's state in {path} is damaged: {damage}; start another round")
         num_updates = manifest.num_updates if state.with_moments else None
-        restore_state(self.engine, self.spec.model.num_layers, functools.partial(read_slices, path), num_updates)
+        restore_state(self.engine, self.spec.model.num_layers, SliceReader(path), num_updates)
         log.info("started from the state of %s, step %d", self.spec.parent, state.step)
 
     def _restore_checkpoint(self, manifest: CheckpointManifest) -> None:
         """Restore weights, optimizer, metrics and the judge's good steps from a checkpoint."""
         step = manifest.step
         self.heartbeat.record_progress("reading a checkpoint", uses_max_limit=True)
-        read = functools.partial(self.checkpoints.load, step)
-        restore_state(self.engine, self.spec.model.num_layers, read, manifest.num_updates)
+        reader = self.checkpoints.open_slices(step)
+        restore_state(self.engine, self.spec.model.num_layers, reader, manifest.num_updates)
         self.interval.note_checkpoint(step)
         self.run_log.drop_metrics_after(step)
         self.judge = StepJudge(self.train_config.spike_sigmas)

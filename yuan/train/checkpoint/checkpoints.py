@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from yuan.train.checkpoint.dcp import TensorSlice, read_slices, write_slices
+from yuan.train.checkpoint.dcp import TensorSlice, write_slices
+from yuan.train.checkpoint.slice_reader import SliceReader
 from yuan.train.checkpoint_manifest import (
     CHECKPOINT_MANIFEST_FILE,
     CHECKPOINT_PREFIX,
@@ -186,13 +187,9 @@ class CheckpointStore:
         log.warning("checkpoint %s is damaged: %s", path, damage)
         self._emit_event(CheckpointDamagedEvent(step=parse_step(path), reason=damage))
 
-    def load(self, step: int, slices: Mapping[str, TensorSlice]) -> None:
-        """Fill the slices from a checkpoint, written under any plan.
-
-        Raises:
-            ValueError: if a slice is missing, or has another size.
-        """
-        read_slices(self._build_path(step), slices)
+    def open_slices(self, step: int) -> SliceReader:
+        """Open a checkpoint, written under any plan, to read slices of it."""
+        return SliceReader(self._build_path(step))
 
     def close(self) -> None:
         """Wait for the pending checkpoint and stop the writer thread."""

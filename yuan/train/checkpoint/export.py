@@ -18,7 +18,8 @@ from yuan.model.dtypes import DTYPES_BY_NAME, cast_tensor
 from yuan.model.shards import write_shards
 from yuan.model.transformer import Yuan
 from yuan.safe_files import replace_folder
-from yuan.train.checkpoint.dcp import TensorSlice, read_slices
+from yuan.train.checkpoint.dcp import WEIGHT_KIND
+from yuan.train.checkpoint.slice_reader import SliceReader
 from yuan.train.checkpoint_manifest import (
     MANIFEST_DAMAGE,
     find_best_checkpoint,
@@ -53,11 +54,11 @@ def export_checkpoint(folder: RunFolder, checkpoint: Path, target: Path) -> None
     with torch.device("meta"):
         forms = {name: tensor.to(dtype) for name, tensor in Yuan(spec.model).state_dict().items()}
 
+    reader = SliceReader(checkpoint)
+
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, form in forms.items():
-            whole = torch.empty(form.numel())
-            read_slices(checkpoint, {f"weight/{name}": TensorSlice(0, len(whole), whole)})
-            yield name, cast_tensor(name, whole.view(form.shape), dtype, checkpoint)
+            yield name, _read_weight(reader, checkpoint, name, form)
 
     lineage = {"snapshot": spec.snapshot, "parent": spec.parent, "kind": spec.kind, "step": manifest.step}
     if spec.version_dtype is not None:
@@ -65,6 +66,14 @@ def export_checkpoint(folder: RunFolder, checkpoint: Path, target: Path) -> None
     with replace_folder(target) as scratch:
         files = write_shards(scratch, forms, tensors())
         weights.write_config(scratch, spec.model, tokenizers.load(folder.path), files, lineage)
+
+
+def _read_weight(reader: SliceReader, checkpoint: Path, name: str, form: Tensor) -> Tensor:
+    """Read a weight block by block into a tensor of a form's shape and dtype."""
+    weight = torch.empty(form.numel(), dtype=form.dtype)
+    for start, values in reader.read_blocks(f"{WEIGHT_KIND}/{name}", len(weight)):
+        weight[start : start + len(values)] = cast_tensor(name, values, form.dtype, checkpoint)
+    return weight.view(form.shape)
 
 
 def find_checkpoint(folder: RunFolder, name: str) -> Path:

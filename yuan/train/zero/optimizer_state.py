@@ -4,7 +4,7 @@ ZeRO-1 concatenates the parameters of a stage and assigns each replica a partiti
 parameters. The names, and so the saved slices, do not depend on stages or replicas.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from yuan.train.checkpoint.dcp import WEIGHT_KIND, TensorSlice
+from yuan.train.checkpoint.slice_reader import SliceReader
 from yuan.train.zero.pipeline import translate_parameter_name
 from yuan.train.zero.tied_embedding import TIED_WEIGHT_NAME
 
@@ -63,33 +64,24 @@ def collect_state(engine: Any, num_layers: int) -> OptimizerState:
     return OptimizerState(slices=slices, num_updates=num_updates)
 
 
-def restore_state(
-    engine: Any, num_layers: int, read: Callable[[dict[str, TensorSlice]], None], num_updates: int | None
-) -> None:
-    """Restore weights and optimizer of this rank from a checkpoint, written under any plan.
+def restore_state(engine: Any, num_layers: int, reader: SliceReader, num_updates: int | None) -> None:
+    """Restore weights and optimizer of this rank from a checkpoint, written under any plan, block by block.
 
     Args:
-        read: fills slices from a checkpoint.
+        reader: of the checkpoint.
         num_updates: number of optimizer updates before the checkpoint, for Adam's bias correction; None: restore the
             weights alone, and leave the optimizer as it is.
     """
     slices = collect_slices(engine, num_layers)
-
-    # A rank reads the whole weight of each of its parameters, but only its own slices of the moments.
-    weights = {
-        f"{WEIGHT_KIND}/{name}": torch.empty(p.numel()) for name, p in _iter_named_parameters(engine.module, num_layers)
-    }
-    moments = {key: tensor_slice for key, tensor_slice in slices.items() if key not in weights}
     if num_updates is None:
-        moments = {}
-    read(moments | {key: TensorSlice(0, len(values), values) for key, values in weights.items()})
+        slices = {key: tensor_slice for key, tensor_slice in slices.items() if key.startswith(f"{WEIGHT_KIND}/")}
+    reader.read(slices)
 
-    for key in slices.keys() & weights.keys():
-        tensor_slice = slices[key]
-        tensor_slice.values.copy_(weights[key].narrow(0, tensor_slice.start, len(tensor_slice.values)))
-    with torch.no_grad():
-        for name, parameter in _iter_named_parameters(engine.module, num_layers):
-            parameter.copy_(weights[f"{WEIGHT_KIND}/{name}"].view_as(parameter))
+    # A rank has the whole weight of each of its parameters, of which it may hold masters in part, or not at all.
+    for name, parameter in _iter_named_parameters(engine.module, num_layers):
+        flat = parameter.detach().view(-1)
+        for start, values in reader.read_blocks(f"{WEIGHT_KIND}/{name}", len(flat)):
+            flat[start : start + len(values)] = values
 
     if num_updates is None:
         return

@@ -3,11 +3,13 @@
 Stages pass a micro-batch on as (hidden states, document numbers).
 """
 
+import os
 import re
 from collections.abc import Collection
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -94,6 +96,18 @@ class SourceLossTally:
         return totals
 
 
+class _PlacedSpec(LayerSpec):
+    """Move a layer to the rank's device as soon as it is built, so that main memory holds one layer, not a stage."""
+
+    def build(self, log: bool = False) -> nn.Module:
+        module: nn.Module = super().build(log)
+        return module.to(get_accelerator().device_name(int(os.environ["LOCAL_RANK"])))
+
+
+class _PlacedTiedSpec(_PlacedSpec, TiedLayerSpec):
+    """Do the same with the tied embedding."""
+
+
 class PlannedPipeline(PipelineModule):
     """A DeepSpeed pipeline with explicit stage bounds.
 
@@ -120,10 +134,10 @@ class PlannedPipeline(PipelineModule):
     ) -> None:
         self._loss_block, self._tally = loss_block, tally
         rows = StageRows(config, isolated)
-        embedding = TiedLayerSpec("embedding", EmbeddingStage, config, tied_weight_attr=TIED_WEIGHT_NAME)
-        layers = [LayerSpec(LayerStage, config, rows, n in recomputed_layers) for n in range(config.num_layers)]
-        norm = LayerSpec(NormStage, config)
-        head = TiedLayerSpec(
+        embedding = _PlacedTiedSpec("embedding", EmbeddingStage, config, tied_weight_attr=TIED_WEIGHT_NAME)
+        layers = [_PlacedSpec(LayerStage, config, rows, n in recomputed_layers) for n in range(config.num_layers)]
+        norm = _PlacedSpec(NormStage, config)
+        head = _PlacedTiedSpec(
             "embedding", EmbeddingStage, config, forward_fn=pass_head_weight, tied_weight_attr=TIED_WEIGHT_NAME
         )
         modules = [embedding, *layers, norm, head]
