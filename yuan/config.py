@@ -20,6 +20,7 @@ MAX_SUGGESTED_NAME_CHARS = 60  # the time of comparing names grows with the squa
 MODEL_CONFIG_FILE = "config.json"  # of a model folder
 RUN_SPEC_FILE = "run.json"  # of a run folder
 KEEP_CHECKPOINTS = 2  # newest checkpoints of a run that stay; the one with the lowest loss stays as well
+NUM_STORED_CHECKPOINTS = 2  # newest ones that stay in the object store, besides those that the run has on disk
 
 
 class FieldError(ValueError):

@@ -129,13 +129,16 @@ def _estimate_node(
     )
 
 
-def count_rank_state_bytes(plan: PipelinePlan, model: ModelConfig, stage_number: int) -> int:
-    """Return the bytes of masters and moments of one rank of a stage, which its replicas share."""
-    stage = plan.stages[stage_number]
+def count_stage_parameters(plan: PipelinePlan, model: ModelConfig, stage_number: int) -> int:
+    """Return the parameters of a stage, counted from 0; the last one has the embedding too."""
     is_last = stage_number == plan.pipeline_size - 1
     embeddings = model.vocab_size * model.hidden_size if stage_number == 0 or is_last else 0
-    parameters = stage.layers * model.layer_parameters + embeddings + model.hidden_size * is_last
-    return STATE_BYTES * -(-parameters // plan.data_size)
+    return plan.stages[stage_number].layers * model.layer_parameters + embeddings + model.hidden_size * is_last
+
+
+def count_rank_state_bytes(plan: PipelinePlan, model: ModelConfig, stage_number: int) -> int:
+    """Return the bytes of masters and moments of one rank of a stage, which its replicas share."""
+    return STATE_BYTES * -(-count_stage_parameters(plan, model, stage_number) // plan.data_size)
 
 
 def _count_largest_tensor_bytes(plan: PipelinePlan, model: ModelConfig, stage_number: int) -> int:

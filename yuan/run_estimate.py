@@ -1,27 +1,34 @@
 """Estimate what a run by a recipe needs on a pool, before any device is taken: memory, disk, transfers, time."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from yuan.config import KEEP_CHECKPOINTS, ModelConfig, Precision
+from yuan.checkpoint_estimate import (
+    RestartEstimate,
+    SavingEstimate,
+    TransferEstimate,
+    count_stored_checkpoints,
+    estimate_checkpoint_bytes,
+    estimate_restart,
+    estimate_saving,
+    estimate_transfer,
+)
+from yuan.config import ModelConfig, Precision
 from yuan.data.tokens import BYTES_PER_TOKEN
 from yuan.node_memory import (
     MASTER_BYTES,
     STATE_BYTES,
     SYNCHRONOUS_NOTE,
     NodeEstimate,
-    count_rank_state_bytes,
     estimate_main_memory,
 )
 from yuan.plan.memory_model import GIB
 from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import make_plan
 from yuan.plan.pool import Pool
-from yuan.plan.replan import RESTART_ESTIMATE_S
 from yuan.plan.search import SizeLimits
-from yuan.plan.time_model import GIGA
 from yuan.plan.workload import Workload, compute_default_loss_block
 from yuan.recipe import Recipe
 from yuan.recipe_resolution import (
@@ -31,12 +38,8 @@ from yuan.recipe_resolution import (
     resolve_length,
     resolve_part_weights,
 )
-from yuan.train.checkpoint_interval import MAX_SAVING_SHARE, compute_save_pause_s
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
-ASSUMED_DISK_GB_S = 1.0  # of one node, where the pool does not say
-ASSUMED_STORE_GB_S = 0.125  # 1 Gb/s, where the pool does not say
-ASSUMED_COPY_GB_S = 2.0  # from one device to main memory, during which training waits
 FORWARD_SHARE = 1 / 3  # of a step's compute, which a validation runs alone
 CACHED_VERSIONS = 2  # that serving and evaluation hold on disk: the champion and a candidate
 KEPT_STATES = 2  # versions whose masters, or masters and moments, the store holds: the champion and the one before
@@ -60,58 +63,12 @@ class DataSize:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferEstimate:
-    """Bytes that pass between a run's disk and the object store.
-
-    Attributes:
-        interval_steps: between two checkpoints that are uploaded.
-        seconds: to upload one.
-        bytes_per_hour: of checkpoints, while the run trains.
-        link_share: fraction of the link that they take.
-    """
-
-    interval_steps: int
-    seconds: float
-    bytes_per_hour: float
-    link_gb_s: float
-    is_link_assumed: bool
-
-    @property
-    def link_share(self) -> float:
-        return self.bytes_per_hour / 3600 / (self.link_gb_s * GIGA)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RestartEstimate:
-    """The time that a run loses when a process or node fails.
-
-    Attributes:
-        interval_steps: between two checkpoints on disk.
-        read_seconds: to read and verify the newest checkpoint, on the node that takes longest.
-        lost_seconds: of the steps since that checkpoint, on average.
-        lost_disk_seconds: of the steps since the last uploaded one, on average, if the disk is lost as well.
-    """
-
-    interval_steps: int
-    start_seconds: float
-    read_seconds: float
-    lost_seconds: float
-    lost_disk_seconds: float
-    disk_gb_s: float
-    is_disk_assumed: bool
-
-    @property
-    def seconds(self) -> float:
-        return self.start_seconds + self.read_seconds + self.lost_seconds
-
-
-@dataclass(frozen=True, kw_only=True)
 class TimeEstimate:
     """The length of a run, and its time.
 
     Attributes:
         tokens: of all windows, padding included.
-        hours: of steps and validations.
+        hours: of steps, validations, and what checkpoints cost.
         device_hours: hours times the devices that the plan uses.
     """
 
@@ -147,6 +104,7 @@ class RunEstimate:
     nodes: tuple[NodeEstimate, ...] = ()
     disk_terms: Mapping[str, int] = field(default_factory=dict)
     store_terms: Mapping[str, int] = field(default_factory=dict)
+    saving: SavingEstimate | None = None
     transfer: TransferEstimate | None = None
     restart: RestartEstimate | None = None
     time: TimeEstimate | None = None
@@ -168,8 +126,9 @@ class RunEstimate:
             "notes": list(self.notes),
             "data": None if self.data is None else asdict(self.data),
         }
-        if self.plan is None or self.time is None or self.transfer is None or self.restart is None:
+        if self.plan is None or self.time is None:
             return result
+        assert self.saving is not None and self.transfer is not None and self.restart is not None, "of every plan"
         return {
             **result,
             "time": asdict(self.time),
@@ -181,6 +140,7 @@ class RunEstimate:
             "disk_terms": dict(self.disk_terms),
             "store_bytes": sum(self.store_terms.values()),
             "store_terms": dict(self.store_terms),
+            "saving": asdict(self.saving),
             "transfer": {**asdict(self.transfer), "link_share": self.transfer.link_share},
             "restart": {**asdict(self.restart), "seconds": self.restart.seconds},
         }
@@ -218,8 +178,10 @@ def estimate_run(
     disk_terms = _estimate_disk(recipe, model, length, data)
     _check_disk(pool, disk_terms, problems)
     version_bytes = model.num_parameters * DTYPE_BYTES[recipe.model.version_dtype]
-    interval = _estimate_interval(recipe, model, pool, plan, length, nodes)
-    transfer = _estimate_transfer(recipe, model, pool, plan, length, interval)
+    saving = estimate_saving(
+        recipe, model, pool, plan, length.steps, nodes, is_asynchronous=room.is_saving_asynchronous
+    )
+    transfer = estimate_transfer(recipe, model, pool, plan, length.steps, saving)
     _note_slow_upload(transfer, plan, length, notes)
     return RunEstimate(
         recipe=name,
@@ -229,10 +191,11 @@ def estimate_run(
         plan=plan,
         nodes=nodes,
         disk_terms=disk_terms,
-        store_terms=_estimate_store(recipe, model, data, version_bytes),
+        store_terms=_estimate_store(recipe, model, length, data, transfer, version_bytes),
+        saving=saving,
         transfer=transfer,
-        restart=_estimate_restart(model, pool, plan, nodes, interval, transfer.interval_steps),
-        time=_estimate_time(recipe, pool, plan, length, data),
+        restart=estimate_restart(model, pool, plan, nodes, saving, transfer),
+        time=_estimate_time(recipe, pool, plan, length, data, saving),
         is_saving_asynchronous=room.is_saving_asynchronous,
         problems=tuple(problems),
         notes=tuple(notes),
@@ -304,16 +267,6 @@ def _plan_run(
     return plan
 
 
-def count_kept_checkpoints() -> int:
-    """Return the checkpoints on disk at a time: the newest ones, one in writing, and the one with the lowest loss."""
-    return KEEP_CHECKPOINTS + 2
-
-
-def estimate_checkpoint_bytes(model: ModelConfig) -> int:
-    """Return the bytes of the checkpoints on disk at a time."""
-    return count_kept_checkpoints() * STATE_BYTES * model.num_parameters
-
-
 def estimate_growing_bytes(recipe: Recipe, model: ModelConfig) -> int:
     """Return the bytes that a prepared run writes while it trains: checkpoints and the exported weights."""
     return estimate_checkpoint_bytes(model) + DTYPE_BYTES[recipe.model.version_dtype] * model.num_parameters
@@ -350,46 +303,23 @@ def _check_disk(pool: Pool, terms: Mapping[str, int], problems: list[str]) -> No
         )
 
 
-def _estimate_store(recipe: Recipe, model: ModelConfig, data: DataSize | None, version_bytes: int) -> dict[str, int]:
-    kept_while_running = KEEP_CHECKPOINTS + (recipe.validation.share > 0)
+def _estimate_store(
+    recipe: Recipe,
+    model: ModelConfig,
+    length: RunLength,
+    data: DataSize | None,
+    transfer: TransferEstimate,
+    version_bytes: int,
+) -> dict[str, int]:
+    exports_best = recipe.validation.share > 0
+    num_checkpoints = count_stored_checkpoints(length.steps, transfer.interval_steps, exports_best=exports_best)
     kept_bytes = MASTER_BYTES if recipe.run.kind == "finetune" else STATE_BYTES
     return {
         "snapshot": 0 if data is None else data.num_stored_bytes,
-        "checkpoints": kept_while_running * STATE_BYTES * model.num_parameters,
+        "checkpoints": num_checkpoints * STATE_BYTES * model.num_parameters,
         "version": version_bytes,
         "masters": KEPT_STATES * kept_bytes * model.num_parameters,
     }
-
-
-def _estimate_interval(
-    recipe: Recipe, model: ModelConfig, pool: Pool, plan: PipelinePlan, length: RunLength, nodes: Sequence[NodeEstimate]
-) -> int:
-    """Return the most steps between two checkpoints on disk; each validation saves one."""
-    interval = recipe.checkpoints.every_steps
-    if interval is None:
-        states = [count_rank_state_bytes(plan, model, n) for n in range(plan.pipeline_size)]
-        copy_s = max(states) / (ASSUMED_COPY_GB_S * GIGA)
-        rate = (pool.disk_gb_s or ASSUMED_DISK_GB_S) * GIGA
-        write_s = max(sum(states[n - 1] for n in node.stages) for node in nodes) / rate
-        interval = math.ceil(compute_save_pause_s(copy_s, write_s) / plan.step_seconds)
-    validation = recipe.validation.every_steps if recipe.validation.share else length.steps
-    return min(interval, validation, length.steps)
-
-
-def _estimate_transfer(
-    recipe: Recipe, model: ModelConfig, pool: Pool, plan: PipelinePlan, length: RunLength, interval: int
-) -> TransferEstimate:
-    size, rate = STATE_BYTES * model.num_parameters, pool.store_gb_s or ASSUMED_STORE_GB_S
-    upload_s = size / (rate * GIGA)
-    chosen_steps = math.ceil(upload_s / MAX_SAVING_SHARE / plan.step_seconds)
-    interval_steps = min(max(interval, recipe.checkpoints.store_every_steps or chosen_steps), length.steps)
-    return TransferEstimate(
-        interval_steps=interval_steps,
-        seconds=upload_s,
-        bytes_per_hour=size * 3600 / (interval_steps * plan.step_seconds),
-        link_gb_s=rate,
-        is_link_assumed=pool.store_gb_s is None,
-    )
 
 
 def _note_slow_upload(transfer: TransferEstimate, plan: PipelinePlan, length: RunLength, notes: list[str]) -> None:
@@ -400,31 +330,13 @@ def _note_slow_upload(transfer: TransferEstimate, plan: PipelinePlan, length: Ru
         )
 
 
-def _estimate_restart(
-    model: ModelConfig,
+def _estimate_time(
+    recipe: Recipe,
     pool: Pool,
     plan: PipelinePlan,
-    nodes: Sequence[NodeEstimate],
-    interval: int,
-    store_interval: int,
-) -> RestartEstimate:
-    """Each node reads the states of its ranks, and verifies its share of all files."""
-    rate = (pool.disk_gb_s or ASSUMED_DISK_GB_S) * GIGA
-    verified = STATE_BYTES * model.num_parameters / len(nodes)
-    read = max(sum(count_rank_state_bytes(plan, model, n - 1) for n in node.stages) for node in nodes)
-    return RestartEstimate(
-        interval_steps=interval,
-        start_seconds=RESTART_ESTIMATE_S,
-        read_seconds=(read + verified) / rate,
-        lost_seconds=interval / 2 * plan.step_seconds,
-        lost_disk_seconds=store_interval / 2 * plan.step_seconds,
-        disk_gb_s=rate / GIGA,
-        is_disk_assumed=pool.disk_gb_s is None,
-    )
-
-
-def _estimate_time(
-    recipe: Recipe, pool: Pool, plan: PipelinePlan, length: RunLength, data: DataSize | None
+    length: RunLength,
+    data: DataSize | None,
+    saving: SavingEstimate,
 ) -> TimeEstimate:
     validation = recipe.validation
     num_validations = length.steps // validation.every_steps + 1 if validation.share else 0
@@ -432,6 +344,7 @@ def _estimate_time(
     windows = min(validation.max_windows, available)
     window_seconds = plan.step_seconds / length.global_batch_size
     seconds = length.steps * plan.step_seconds + num_validations * windows * window_seconds * FORWARD_SHARE
+    seconds += saving.num_saves * saving.cost_seconds
 
     used = {stage.device_class for stage in plan.stages}
     is_calibrated = all(group.measured is not None for group in pool.groups if group.device_class in used)

@@ -66,13 +66,14 @@ def _format_storage(estimate: RunEstimate) -> Iterator[str]:
     yield _name("disk", f"{_format_use(disk, limit)} GiB: {_format_terms(estimate.disk_terms)}")
     store = sum(estimate.store_terms.values())
     yield _name("object store", f"{store / GIB:,.1f} GiB: {_format_terms(estimate.store_terms)}")
-    transfer, restart = estimate.transfer, estimate.restart
-    assert transfer is not None and restart is not None, "an estimate with a plan has both"
+    saving, transfer, restart = estimate.saving, estimate.transfer, estimate.restart
+    assert saving is not None and transfer is not None and restart is not None, "an estimate with a plan has them"
     link = f"{transfer.link_gb_s:g} GB/s{' (assumed)' if transfer.is_link_assumed else ''}"
     disk_rate = f"{restart.disk_gb_s:g} GB/s{' (assumed)' if restart.is_disk_assumed else ''}"
     yield _name(
         "checkpoints",
-        f"on disk every {format_count(restart.interval_steps, 'step')}, in the object store every "
+        f"on disk every {format_count(saving.interval_steps, 'step')}, each stops training for "
+        f"{saving.blocked_seconds:,.1f} s and is written in {saving.write_seconds:,.0f} s; in the object store every "
         f"{format_count(transfer.interval_steps, 'step')}, each in {transfer.seconds / 60:,.1f} minutes: "
         f"{transfer.bytes_per_hour / GIGA:,.1f} GB an hour, "
         f"{transfer.link_share:.0%} of a link of {link}",

@@ -19,9 +19,10 @@ from flows.supervisor.stored_checkpoints import (
 )
 from infra.faults import OBJECT_STORE_ERRORS
 from infra.object_store import ObjectStore
+from yuan.config import NUM_STORED_CHECKPOINTS
 from yuan.data.text import make_printable
 from yuan.safe_files import NotRegularFileError, move_folder, open_file, read_file, remove_entry
-from yuan.train.checkpoint_interval import MAX_SAVING_SHARE
+from yuan.train.checkpoint_interval import compute_upload_pause_s
 from yuan.train.checkpoint_manifest import (
     CHECKPOINT_MANIFEST_FILE,
     MAX_CHECKPOINT_MANIFEST_BYTES,
@@ -38,7 +39,6 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT_UPLOAD_POLL_S = 2.0
 MAX_LOGGED_ERROR_CHARACTERS = 300
-NUM_STORED_CHECKPOINTS = 2  # the newest ones, besides those that the run has on disk
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class CheckpointUploader:
             self._objects, self._run_id, self._folder, self._refused, lambda name: name in names, is_stopped
         )
         seconds = time.monotonic() - start
-        pause_s = 0.0 if self._every_steps is not None else seconds * (1 / MAX_SAVING_SHARE - 1)
+        pause_s = 0.0 if self._every_steps is not None else compute_upload_pause_s(seconds)
         self._next_upload_at = time.monotonic() + pause_s
         for name in uploaded_names:
             event = CheckpointStoredEvent(step=parse_step(Path(name)), seconds=seconds, pause_seconds=pause_s)

@@ -16,10 +16,13 @@ from flows.supervisor.checkpoint_sync import (
     upload_in_background,
 )
 from infra.object_store import UPLOAD_PART_BYTES
+from yuan.checkpoint_estimate import count_stored_checkpoints
+from yuan.config import KEEP_CHECKPOINTS
 from yuan.train.checkpoint_interval import MAX_SAVING_SHARE
 from yuan.train.checkpoint_manifest import (
     CHECKPOINT_MANIFEST_FILE,
     CheckpointManifest,
+    find_best_checkpoint,
     list_committed_checkpoints,
 )
 from yuan.train.events import CheckpointStoredEvent
@@ -32,18 +35,25 @@ def run_id():
     return new_id()
 
 
-def write_checkpoint(folder, step, content=b"weights"):
+def prune(folder):
+    """Keep the newest two checkpoints, and the best one, as the ranks do."""
+    paths = list(list_committed_checkpoints(folder.checkpoints))
+    for path in set(paths[:-KEEP_CHECKPOINTS]) - {find_best_checkpoint(folder.checkpoints)}:
+        shutil.rmtree(path)
+
+
+def write_checkpoint(folder, step, content=b"weights", loss=None):
     path = folder.checkpoints / f"step-{step:08d}"
     path.mkdir(parents=True)
     (path / "__0_0.distcp").write_bytes(content)
-    (path / "manifest.json").write_bytes(make_manifest(step, {"__0_0.distcp": digest_content(content)}))
+    (path / "manifest.json").write_bytes(make_manifest(step, {"__0_0.distcp": digest_content(content)}, loss))
     return path
 
 
-def make_manifest(step, files):
+def make_manifest(step, files, loss=None):
     """Return a checkpoint's manifest as a run writes it."""
     manifest = CheckpointManifest(
-        step=step, model={}, order={}, num_updates=step, loss=None, decisions=None, files=files
+        step=step, model={}, order={}, num_updates=step, loss=loss, decisions=None, files=files
     )
     return json.dumps(manifest.to_json()).encode()
 
@@ -182,6 +192,28 @@ def test_without_given_steps_uploads_take_a_small_share_of_the_time(objects, run
         uploader.upload_due()
         time.sleep(0.01)
     assert time.monotonic() - start >= event.pause_seconds and list_stored_steps(folder) == [10, 20]
+
+
+@pytest.mark.parametrize("exports_best", [False, True])
+def test_store_holds_at_most_as_many_checkpoints_as_are_estimated(objects, run_id, tmp_path, exports_best):
+    """Upload every second checkpoint, of which each is better than the ones before, and every fifth the best so far."""
+    folder, counts = RunFolder(tmp_path), []
+    uploader = make_uploader(objects, run_id, folder, 20, exports_best=exports_best)
+
+    def count_stored(**named):
+        counts.append(
+            len([key for key in objects.list_keys(f"checkpoints/{run_id}/") if key.endswith("manifest.json")])
+        )
+
+    for step in range(10, 310, 10):
+        loss = 1 / step if step % 50 == 10 else 2.0
+        write_checkpoint(folder, step, loss=loss)
+        prune(folder)
+        objects.client.meta.events.register("after-call.s3.PutObject", count_stored)
+        uploader.upload_due()
+        objects.client.meta.events.unregister("after-call.s3.PutObject", count_stored)
+    assert max(counts) <= count_stored_checkpoints(300, 20, exports_best=exports_best)
+    assert max(counts) >= count_stored_checkpoints(300, 20, exports_best=exports_best) - 1
 
 
 def test_run_that_exports_its_best_checkpoint_uploads_it_too(objects, run_id, tmp_path):

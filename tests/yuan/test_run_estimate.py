@@ -6,11 +6,18 @@ import math
 import pytest
 
 from flows.recipe_files import load_recipe
+from yuan.checkpoint_estimate import HASH_GB_S
 from yuan.config import MODEL_PRESETS, tiny
-from yuan.node_memory import STATE_BYTES
+from yuan.node_memory import MASTER_BYTES, STATE_BYTES
 from yuan.plan.memory_model import GIB
 from yuan.plan.pool import DeviceGroup, Pool, load_pool
 from yuan.run_estimate import DataSize, RunEstimate, estimate_run
+from yuan.train.checkpoint_interval import (
+    MAX_SAVING_SHARE,
+    NUM_TIMED_STEPS,
+    CheckpointInterval,
+    compute_saving_cost_s,
+)
 
 ONE_DEVICE = Pool(
     name="one", groups=(DeviceGroup(device_class="A100-80", count=1, memory_gib=79.1, sustained_tflops=171.5),)
@@ -106,7 +113,10 @@ def test_longer_intervals_upload_less_and_lose_more(tmp_path):
     )
     assert many.transfer.bytes_per_hour == pytest.approx(5 * few.transfer.bytes_per_hour)
     assert many.restart.lost_seconds == pytest.approx(few.restart.lost_seconds / 5)
-    assert few.restart.read_seconds == pytest.approx(2 * STATE_BYTES * few.model.num_parameters / 2e9)
+    # It is verified at the rate of sha256, then masters, moments, and the weights of the stage are read from the disk.
+    verify_s = STATE_BYTES * few.model.num_parameters / (HASH_GB_S * 1e9)
+    read_s = (STATE_BYTES + MASTER_BYTES) * few.model.num_parameters / 2e9
+    assert few.restart.read_seconds == pytest.approx(verify_s + read_s)
     assert not few.transfer.is_link_assumed and not few.restart.is_disk_assumed
 
 
@@ -116,10 +126,55 @@ def test_intervals_that_are_left_out_cost_at_most_a_twentieth_of_the_time(tmp_pa
     step_seconds, transfer = result.plan.step_seconds, result.transfer
     assert result.restart.interval_steps * step_seconds >= 60
     assert transfer.interval_steps == result.time.steps  # 1.2 TB over 1 Gb/s: only the last
+    short = estimate(tmp_path, "finetune-102b", load_pool(PAPER_POOL)).transfer
+    assert short.seconds > 3600 and short.link_share == pytest.approx(1)  # the upload takes longer than the training
     fast = dataclasses.replace(load_pool(PAPER_POOL), store_gb_s=10.0)
     transfer = estimate(tmp_path, "finetune-102b", fast, changes=changes).transfer
     assert transfer.seconds / (transfer.interval_steps * step_seconds) == pytest.approx(0.05, rel=0.05)
     assert transfer.link_share == pytest.approx(0.05, rel=0.05)
+
+
+UNVALIDATED = {"length": {"epochs": None, "steps": 10_000}, "validation": {"share": 0.0, "patience": None}}
+
+
+@pytest.mark.parametrize("is_asynchronous", [True, False])
+@pytest.mark.parametrize("step_seconds", [0.05, 2.0, 300.0])
+def test_estimated_interval_is_the_one_that_a_run_with_these_times_chooses(tmp_path, is_asynchronous, step_seconds):
+    pool = ONE_DEVICE if is_asynchronous else with_host_memory(ONE_DEVICE, 8)
+    group = pool.groups[0]
+    estimated = estimate(tmp_path, "finetune-2b", pool, changes=UNVALIDATED)
+    rate = group.sustained_tflops * estimated.plan.step_seconds / step_seconds
+    pool = dataclasses.replace(pool, groups=(dataclasses.replace(group, sustained_tflops=rate),))
+    estimated = estimate(tmp_path, "finetune-2b", pool, changes=UNVALIDATED)
+    assert estimated.fits and estimated.is_saving_asynchronous == is_asynchronous
+    saving, step_seconds = estimated.saving, estimated.plan.step_seconds
+
+    interval = CheckpointInterval(None)
+    saved_steps = [0]
+    for step in range(1, 10_001):
+        if interval.add_step(step_seconds):
+            cost_s = compute_saving_cost_s(
+                saving.blocked_seconds, saving.write_seconds, is_asynchronous=is_asynchronous, is_on_cpu=False
+            )
+            interval.choose(cost_s, saving.write_seconds, step_seconds)
+        if interval.is_due(step):
+            saved_steps.append(step)
+            interval.note_checkpoint(step)
+    assert saved_steps[1] == saving.interval_steps == saving.chosen_steps >= NUM_TIMED_STEPS
+    assert len(saved_steps) == saving.num_saves or saved_steps[-1] + saving.interval_steps > 10_000
+    assert saving.cost_seconds <= MAX_SAVING_SHARE * saving.interval_steps * step_seconds
+
+
+def test_synchronous_saving_costs_the_whole_save(tmp_path):
+    fast, slow = (
+        estimate(tmp_path, "finetune-2b", pool, changes=UNVALIDATED)
+        for pool in (ONE_DEVICE, with_host_memory(ONE_DEVICE, 8))
+    )
+    size = STATE_BYTES * fast.model.num_parameters
+    assert fast.saving.blocked_seconds == fast.saving.cost_seconds == pytest.approx(size / 2e9)
+    assert slow.saving.cost_seconds == pytest.approx(size / 2e9 + size / 1e9 + size / (HASH_GB_S * 1e9))
+    assert slow.saving.interval_steps > 3 * fast.saving.interval_steps
+    assert slow.time.hours * 3600 == pytest.approx(10_000 * slow.plan.step_seconds * (1 + MAX_SAVING_SHARE), rel=0.01)
 
 
 def test_estimate_without_data_of_a_recipe_in_steps_has_no_epochs(tmp_path):

@@ -1,5 +1,7 @@
 """The interval between checkpoints: given, or as short as saving costs at most a share of the time. Without torch.
 
+Runs decide by these functions, and `yuan.checkpoint_estimate` estimates with them.
+
 A lost process or node costs the steps since the last checkpoint: at most one interval, and the start of the ranks.
 """
 
@@ -22,6 +24,35 @@ def compute_save_pause_s(cost_s: float, write_s: float) -> float:
     (100.0, 90.0, 60.0)
     """
     return max(cost_s / MAX_SAVING_SHARE, write_s, MIN_SAVE_PAUSE_S)
+
+
+def compute_saving_cost_s(blocked_s: float, write_s: float, *, is_asynchronous: bool, is_on_cpu: bool) -> float:
+    """Compute the seconds that training loses by one checkpoint.
+
+    Args:
+        blocked_s: for which training stops: to copy the states or, if saving is synchronous, until they are written.
+        write_s: until its files are written.
+        is_on_cpu: the threads that write take the processors from training.
+    """
+    return blocked_s + (write_s if is_asynchronous and is_on_cpu else 0.0)
+
+
+def compute_interval_steps(cost_s: float, write_s: float, step_seconds: float) -> int:
+    """Compute the steps from one checkpoint to the next, of at least NUM_TIMED_STEPS, by which they are timed.
+
+    >>> compute_interval_steps(5.0, 40.0, 10.0), compute_interval_steps(0.1, 1.0, 30.0)
+    (10, 4)
+    """
+    return max(NUM_TIMED_STEPS, math.ceil(compute_save_pause_s(cost_s, write_s) / step_seconds))
+
+
+def compute_upload_pause_s(upload_s: float) -> float:
+    """Compute the seconds from the end of an upload to the next one, which makes uploads MAX_SAVING_SHARE of the time.
+
+    >>> round(compute_upload_pause_s(2.0), 6)
+    38.0
+    """
+    return upload_s * (1 / MAX_SAVING_SHARE - 1)
 
 
 class CheckpointInterval:
@@ -59,7 +90,7 @@ class CheckpointInterval:
 
     def choose(self, cost_s: float, write_s: float, step_seconds: float) -> int:
         """Choose the interval from measured seconds, which must be the same on all ranks; return its steps."""
-        self.steps = max(NUM_TIMED_STEPS, math.ceil(compute_save_pause_s(cost_s, write_s) / step_seconds))
+        self.steps = compute_interval_steps(cost_s, write_s, step_seconds)
         return self.steps
 
     def is_due(self, step: int) -> bool:

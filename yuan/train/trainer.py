@@ -18,7 +18,7 @@ from yuan.train.batches import read_micro_batches
 from yuan.train.checkpoint.checkpoints import CheckpointStore
 from yuan.train.checkpoint.export import export_checkpoint
 from yuan.train.checkpoint.slice_reader import SliceReader
-from yuan.train.checkpoint_interval import CheckpointInterval
+from yuan.train.checkpoint_interval import CheckpointInterval, compute_saving_cost_s
 from yuan.train.checkpoint_manifest import CheckpointManifest, format_checkpoint_name
 from yuan.train.early_stop import EarlyStop
 from yuan.train.events import (
@@ -186,9 +186,11 @@ class Trainer:
         message = torch.tensor(times, dtype=torch.float64, device=self.engine.device)
         dist.all_reduce(message, op=dist.ReduceOp.MAX)
         blocked_seconds, write_seconds, step_seconds = message.tolist()
-        # On CPUs the threads that write take the processors from training.
-        cost_s = blocked_seconds + (
-            write_seconds if self.engine.device.type == "cpu" and self.checkpoints.is_asynchronous else 0.0
+        cost_s = compute_saving_cost_s(
+            blocked_seconds,
+            write_seconds,
+            is_asynchronous=self.checkpoints.is_asynchronous,
+            is_on_cpu=self.engine.device.type == "cpu",
         )
         every_steps = self.interval.choose(cost_s, write_seconds, step_seconds)
         if self._logged_interval is not None and 0.8 < every_steps / self._logged_interval < 1.25:
