@@ -163,7 +163,6 @@ class FlowSettings(RecordsAccess, StoreAccess, PrefectAccess, ModelServerAccess)
     max_account_cases: int = Field(default=5000, ge=0)
     max_token_cache_bytes: int = Field(default=50 * 2**30, ge=0)
     token_workers: int = Field(default=0, ge=0, le=1024)
-    mlflow_reader_password: SecretStr
 
 
 class Settings(PortalSettings, DispatcherSettings, FlowSettings):
@@ -173,6 +172,7 @@ class Settings(PortalSettings, DispatcherSettings, FlowSettings):
 
     operator_token: SecretStr
     mlflow_consumer_password: SecretStr
+    mlflow_reader_password: SecretStr
 
 
 SettingsT = TypeVar("SettingsT", bound=ProcessSettings)

@@ -19,9 +19,8 @@ ALLOWED = {
     ModelServerSettings: {"mlflow_reader", "model_server"},
     DispatcherSettings: {"database", "s3_access_key", "s3_secret_key", "mlflow", "prefect"},
     WorkerSettings: {"prefect"},
-    FlowSettings: {"database", "s3_access_key", "s3_secret_key", "mlflow", "mlflow_reader", "prefect", "model_server",
-                   "split_salt"},
-}  # fmt: skip
+    FlowSettings: {"database", "s3_access_key", "s3_secret_key", "mlflow", "prefect", "model_server", "split_salt"},
+}
 
 
 @pytest.fixture(scope="module")
