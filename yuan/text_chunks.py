@@ -44,6 +44,15 @@ class TextCutter:
         behind = range(limit + 1, last)
         return next((place for places in (before, behind) for place in places if self._can_cut(text, place)), last)
 
+    def find_last_cut(self, text: str, start: int, end: int) -> int:
+        """Return the last place to cut behind `start` and up to `end`; `start` if there is none.
+
+        A text may be cut at its end.
+        """
+        if end == len(text):
+            return end
+        return next((place for place in range(end, start, -1) if self._can_cut(text, place)), start)
+
     def _can_cut(self, text: str, place: int) -> bool:
         pair = text[place - 1 : place + 1].replace(" ", self._space_mark)
         return pair not in self._pairs and (not self._prefix or self._prefix + pair[1] not in self._pairs)

@@ -99,6 +99,38 @@ class Tokenizer:
             safe_ids += self._spell(token_id) if token_id in self._special_ids else [token_id]
         return safe_ids
 
+    def encode_many(self, texts: list[str]) -> list[Int32Array]:
+        """Return the ids of `encode` of each text, as arrays, with less work for each of many short texts."""
+        if not texts:
+            return []
+        arrays: list[Int32Array] = self._pieces.encode(texts, return_type="numpy", num_threads=1)
+        if not self._is_special[np.concatenate(arrays)].any():
+            return arrays
+        return [
+            np.array(self.encode(text), np.int32) if self._is_special[ids].any() else ids
+            for text, ids in zip(texts, arrays, strict=True)
+        ]
+
+    def encode_prefixes(self, text: str, ends: Sequence[int]) -> list[Int32Array]:
+        """Return the ids of `encode` of `text[:end]` for each end, while every character is encoded about once.
+
+        The ids up to a place where no piece is cut (`TextCutter`) are those of every longer prefix too. A model whose
+        texts cannot be cut encodes each prefix from its beginning.
+
+        Args:
+            ends: in ascending order.
+        """
+        cutter = self._text_cutter
+        if cutter is None:
+            return [self.encode_array(text[:end]) for end in ends]
+        prefixes = []
+        known, start = np.empty(0, np.int32), 0  # the ids of text[:start]
+        for end in ends:
+            cut = cutter.find_last_cut(text, start, end)
+            known, start = np.append(known, self._encode_part(text[start:cut], is_first=not start)), cut
+            prefixes.append(np.append(known, self._encode_part(text[cut:end], is_first=not cut)))
+        return prefixes
+
     def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return the ids of `encode`, and for each the characters it stands for, as (first, end).
 
@@ -125,13 +157,25 @@ class Tokenizer:
         return np.concatenate(list(self._encode_parts(cutter, text)))
 
     def _encode_parts(self, cutter: TextCutter, text: str) -> Iterator[Int32Array]:
-        """Yield the ids of each part; a newline before it takes the space with which the model begins a text."""
-        num_prefix_ids = len(self.encode(self._part_prefix)) if self._part_prefix else 0
         for number, part in enumerate(cutter.split(text)):
-            if number:
-                yield np.array(self.encode(self._part_prefix + part)[num_prefix_ids:], np.int32)
-            else:
-                yield np.array(self.encode(part), np.int32)
+            yield self._encode_part(part, is_first=not number)
+
+    def _encode_part(self, part: str, *, is_first: bool) -> Int32Array:
+        """Return the ids of a part; a newline before it takes the space with which the model begins a text."""
+        if is_first or not part:
+            return np.array(self.encode(part), np.int32)
+        return np.array(self.encode(self._part_prefix + part)[self._num_part_prefix_ids :], np.int32)
+
+    @cached_property
+    def _num_part_prefix_ids(self) -> int:
+        return len(self.encode(self._part_prefix))
+
+    @cached_property
+    def _is_special(self) -> npt.NDArray[np.bool_]:
+        """Return of each id whether it is a special token's."""
+        is_special = np.zeros(len(self), np.bool_)
+        is_special[list(self._special_ids)] = True
+        return is_special
 
     @cached_property
     def _part_prefix(self) -> str:

@@ -15,7 +15,7 @@ from yuan.config import ModelConfig
 from yuan.data.conversation import CHAT_TEMPLATE, Turn, encode_prompt, find_answer_spans, join_turns
 from yuan.data.packing import pack_samples
 from yuan.data.rows import Row
-from yuan.data.samples import encode_row
+from yuan.data.samples import encode_conversation, encode_row
 from yuan.model import weights
 from yuan.model.convert import export_hf
 from yuan.model.transformer import Yuan
@@ -76,6 +76,41 @@ def test_each_answer_is_trained_on_as_v1_asks_for_it(tokenizer):
         (prompt,) = ChatIn(messages=messages[:end]).encode_prompts(tokenizer)
         assert sample.tokens[~sample.loss_mask].tolist() == prompt
         assert sample.tokens[-1] == tokenizer.eod
+
+
+def test_prompts_of_all_answers_have_the_ids_of_each_prompt(tokenizer):
+    for seed in range(20):
+        messages = draw_messages(seed, 8)
+        row = Row(messages=messages)
+        ends = [n + 1 for n, message in enumerate(messages) if message["role"] == "assistant"]
+        expected = [encode_row(Row(messages=messages[:end]), tokenizer, target_answers="last")[0] for end in ends]
+        assert encode_row(row, tokenizer, target_answers="each") == expected
+
+
+def test_system_text_behind_an_answer_goes_before_the_later_prompts(tokenizer):
+    turns = [Turn(*turn) for turn in zip(("user", "assistant", "system", "user", "assistant"), "abcde", strict=True)]
+    first, second = encode_conversation(turns, tokenizer)
+    assert first.tokens[~first.loss_mask].tolist() == encode_prompt("a", tokenizer)
+    assert second.tokens[~second.loss_mask].tolist() == encode_prompt("c\na<n>b<n>d", tokenizer)
+
+
+class CountingTokenizer(tokenizers.Tokenizer):
+    """Count the characters that are encoded."""
+
+    num_chars = 0
+
+    def encode(self, text):
+        self.num_chars += len(text)
+        return super().encode(text)
+
+
+@pytest.mark.parametrize("name", ["published", "characters"])
+def test_turns_of_a_long_conversation_are_encoded_about_once(name):
+    tokenizer = CountingTokenizer(TOKENIZERS[name]().model)
+    texts = [f"What is {n} plus 34?\nThe answer is {n + 34}, or 四十六。" for n in range(200)]
+    row = Row(messages=[{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)])
+    samples = encode_row(row, tokenizer, target_answers="each")
+    assert len(samples) == 100 and tokenizer.num_chars < 3 * len(row.prompt + row.answer)
 
 
 @pytest.mark.parametrize("trim", [True, False])

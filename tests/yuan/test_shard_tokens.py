@@ -14,7 +14,7 @@ import pytest
 from yuan import tokenizer as tokenizers
 from yuan.data.packing import PackingStats, pack_samples
 from yuan.data.rows import Row, dump_rows
-from yuan.data.samples import encode_row
+from yuan.data.samples import encode_row, encode_rows
 from yuan.data.shard_tokens import (
     SampleRules,
     ShardReport,
@@ -27,6 +27,7 @@ from yuan.data.shard_tokens import (
 )
 from yuan.data.token_workers import MAX_IN_PROCESS_BYTES, TokenizingFailed, TokenJob, TokenWorkers
 from yuan.data.tokens import TokenFiles
+from yuan.text_chunks import CHUNK_CHARS
 
 ROWS = [Row(prompt=f"Reverse: {n}", answer=str(n)[::-1]) for n in range(100, 160)]
 ROWS += [Row(answer=f"document {n} " * n) for n in range(1, 40)]
@@ -100,6 +101,22 @@ def test_shard_without_a_usable_row_has_only_a_report(tmp_path, tokenizer):
     folder, report = write_shard(tmp_path, tokenizer, b"{}\n[]\n")
     assert report.training == report.validation == PackingStats() and report.excluded == 2
     assert list(read_files(folder)) == ["report.json"]
+
+
+def test_rows_encoded_in_batches_have_the_samples_of_each(tokenizer):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+    long = Row(answer="abc " * CHUNK_CHARS)
+    special = Row(prompt="<sep>a", answer="b<eod>")
+    for rows in ([], ROWS, [long], [ROWS[0], Row(messages=chat), special, long, ROWS[-1]]):
+        by_row = [encode_row(row, tokenizer) for row in rows]
+        in_batch = encode_rows(rows, tokenizer)
+        assert in_batch == by_row
+        for one, other in zip(itertools.chain(*in_batch), itertools.chain(*by_row), strict=True):
+            assert (one.num_targets, one.first_target, one.can_be_cut) == (
+                other.num_targets,
+                other.first_target,
+                other.can_be_cut,
+            )
 
 
 @pytest.mark.parametrize("data", [b"", b"\n", b"a", b"a\n", b"a\n\nbc", b"x" * 3_000_000 + b"\ny\n"])

@@ -1,9 +1,8 @@
 """Pack token sequences into constant-length windows, deterministically and with memory for a few windows."""
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +13,28 @@ from yuan.tokenizer import Int32Array
 NUM_OPEN_WINDOWS = 16  # windows with room that wait for a sample that fits
 
 
+class Segment(Protocol):
+    """Name what windows are built of: arrays (n,) of consecutive tokens of one sample."""
+
+    @property
+    def tokens(self) -> Int32Array: ...
+
+    @property
+    def loss_mask(self) -> npt.NDArray[np.bool_]: ...
+
+
 class SampleSegment(NamedTuple):
-    """A segment of a sample as arrays (n,): the whole sample, or a part between the borders of windows."""
+    """A segment of a sample as arrays (n,): the whole sample, or a part between the borders of windows.
+
+    Attributes:
+        row: hash of the sample's row.
+        num_targets: number of target tokens behind the first token.
+    """
 
     tokens: Int32Array
     loss_mask: npt.NDArray[np.bool_]
+    row: int
+    num_targets: int
 
 
 @dataclass(frozen=True)
@@ -40,7 +56,7 @@ class PackedWindows:
         return len(self.tokens)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class PackingStats:
     """Count what became of the tokens of samples; those of several sources, or shards, are added with `+`.
 
@@ -106,8 +122,11 @@ def pack_samples(samples: Iterable[Sample], *, seq_len: int, pad: int) -> Packed
 class _OpenWindow:
     """A window that has room."""
 
+    __slots__ = ("num_targets", "room", "segments")
+
     def __init__(self, seq_len: int) -> None:
         self.room = seq_len
+        self.num_targets = 0
         self.segments: list[SampleSegment] = []
 
 
@@ -130,16 +149,11 @@ class WindowPacker:
 
     def __init__(self, seq_len: int) -> None:
         self.seq_len = seq_len
+        self.stats = PackingStats()
         self._open: list[_OpenWindow] = []  # oldest first
-        self._counts = Counter[str]()
-
-    @property
-    def stats(self) -> PackingStats:
-        """Return the counts so far; they are complete after the last window."""
-        return PackingStats(**self._counts)
 
     def pack(self, samples: Iterable[Sample]) -> Iterator[list[SampleSegment]]:
-        """Yield windows as lists of segments.
+        """Yield windows as lists of segments; afterwards the counts are complete.
 
         Raises:
             ValueError: if there is no sample with a target token.
@@ -151,67 +165,74 @@ class WindowPacker:
         if not self.stats.windows:
             raise ValueError("nothing to pack: no sample has target tokens; accept reports or datasets first")
 
-    def _add_sample(self, sample: Sample) -> Iterator[list[SampleSegment]]:
-        num_predictions = len(sample.tokens) - 1
-        if not sample.loss_mask[1:].any():
-            self._counts["dropped"] += max(num_predictions, 0)
-            return
+    def _add_sample(self, sample: Sample) -> list[list[SampleSegment]]:
+        """Add a sample, and return the windows that it completes."""
+        stats, num_predictions = self.stats, len(sample.tokens) - 1
+        if not sample.num_targets:
+            stats.dropped += max(num_predictions, 0)
+            return []
 
         # Of a prompt that does not fit, the end stays with the answer, at most half a window of it.
-        first_target = int(sample.loss_mask[1:].argmax())
-        start = max(0, min(first_target - self.seq_len // 2, num_predictions - self.seq_len))
-        self._counts["dropped"] += start
+        start = max(0, min(sample.first_target - self.seq_len // 2, num_predictions - self.seq_len))
+        stats.dropped += start
 
         num_cut = 0
+        completed = []
         while start < num_predictions:
             window = self._choose_window(num_predictions - start, sample.can_be_cut and start == 0)
             size = min(num_predictions - start, window.room if window else self.seq_len)
             segment = _take_segment(sample, start, size)
             start += size
-            if not segment.loss_mask[1:].any():
-                self._counts["dropped"] += size
+            if not segment.num_targets:
+                stats.dropped += size
                 continue
             num_cut += size if start > size else 0
             if window is None:
                 window = _OpenWindow(self.seq_len)
                 self._open.append(window)
             window.segments.append(segment)
+            window.num_targets += segment.num_targets
             window.room -= size
             if not window.room:
-                yield self._close(window)
+                completed.append(self._close(window))
             elif len(self._open) > NUM_OPEN_WINDOWS:
-                yield self._close(min(self._open, key=lambda other: other.room))
+                completed.append(self._close(min(self._open, key=lambda other: other.room)))
 
-        self._counts["samples"] += 1
-        self._counts["cut_samples"] += num_cut > 0
-        self._counts["cut"] += num_cut
+        stats.samples += 1
+        stats.cut_samples += num_cut > 0
+        stats.cut += num_cut
+        return completed
 
     def _choose_window(self, num_predictions: int, can_be_cut: bool) -> _OpenWindow | None:
         """Return the open window in which a sample begins; None for a new one."""
-        fitting = [window for window in self._open if window.room >= num_predictions]
-        if fitting:
-            return min(fitting, key=lambda window: window.room)
-        return max(self._open, key=lambda window: window.room, default=None) if can_be_cut else None
+        chosen = None
+        least_room = self.seq_len + 1
+        for window in self._open:
+            if num_predictions <= window.room < least_room:
+                chosen, least_room = window, window.room
+        if chosen is None and can_be_cut:
+            return max(self._open, key=lambda window: window.room, default=None)
+        return chosen
 
     def _close(self, window: _OpenWindow) -> list[SampleSegment]:
         self._open.remove(window)
-        num_targets = sum(int(segment.loss_mask[1:].sum()) for segment in window.segments)
-        self._counts["windows"] += 1
-        self._counts["targets"] += num_targets
-        self._counts["masked"] += self.seq_len - window.room - num_targets
-        self._counts["padding"] += window.room
+        self.stats.windows += 1
+        self.stats.targets += window.num_targets
+        self.stats.masked += self.seq_len - window.room - window.num_targets
+        self.stats.padding += window.room
         return window.segments
 
 
 def _take_segment(sample: Sample, start: int, size: int) -> SampleSegment:
     """Return the segment of `size` predictions behind token `start`; a part is copied, which frees the rest."""
-    part = slice(start, start + size + 1)
     if size == len(sample.tokens) - 1:
-        return SampleSegment(sample.tokens, sample.loss_mask)
-    return SampleSegment(sample.tokens[part].copy(), sample.loss_mask[part].copy())
+        return SampleSegment(sample.tokens, sample.loss_mask, sample.row, sample.num_targets)
+    part = slice(start, start + size + 1)
+    loss_mask = sample.loss_mask[part].copy()
+    return SampleSegment(sample.tokens[part].copy(), loss_mask, sample.row, int(np.count_nonzero(loss_mask[1:])))
 
 
-def build_windows(windows: Sequence[Sequence[SampleSegment]], seq_len: int, pad: int) -> PackedWindows:
+def build_windows(windows: Sequence[Sequence[Segment]], seq_len: int, pad: int) -> PackedWindows:
     """Convert windows of segments into arrays padded to seq_len."""
     shape = (len(windows), seq_len)
     tokens, labels = np.full(shape, pad, np.int32), np.full(shape, pad, np.int32)

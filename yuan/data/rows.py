@@ -36,6 +36,7 @@ MAX_DOCUMENT_BYTES = 64 * 2**20  # of UTF-8: a book has one or two MB
 # A window of 8,192 tokens, the longest of the published models, has at most 16 characters a token.
 MAX_CONVERSATION_CHARS = 8192 * 16
 MAX_MESSAGES = 200
+NUM_MESSAGE_KEYS = 2  # role and content, which both must be there
 # JSON writes a character in 12 bytes at most, as two `\uXXXX`; with names and quotes for each of the messages.
 MAX_SHORT_LINE_BYTES = 2 * 2**20
 # A document's characters in two bytes for one of UTF-8, as `\uXXXX` for Chinese, and its row's other fields.
@@ -186,9 +187,8 @@ class Row(BaseModel):
         return hash_texts(fold_coarsely(self.prompt))
 
 
-# Every key of a row and of a checker, as JSON writes it; an escape such as \\u0061 is another way to write one.
-_QUOTED_KEYS = tuple(f'"{name}"'.encode() for name in (*Row.model_fields, "type", "value", "values", "tolerance"))
-_QUOTED_MESSAGE_KEYS = tuple(f'"{name}"'.encode() for name in RowMessage.model_fields)
+# The end of each key of JSON, and of some texts in it.
+_KEY_END_PATTERN = re.compile(rb'"\s*+:')
 # A string of JSON; possessive, so that one of 64 MiB takes no memory to match.
 _JSON_STRING_PATTERN = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 
@@ -222,18 +222,27 @@ def parse_rows(data: bytes | BinaryIO) -> Iterator[Row | BadRow]:
     """
     stream = io.BytesIO(data) if isinstance(data, bytes) else data
     for number, line in enumerate(_read_lines(stream), start=1):
-        if line is None:
-            yield BadRow(
-                row=number,
-                reason=f"line: has more than the {MAX_LINE_BYTES:,} bytes that a row can need; shorten it, or write "
-                "its text in UTF-8 instead of escapes",
-            )
-            continue
-        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        if len(line) > MAX_SHORT_LINE_BYTES and (fault := _find_long_line_fault(line)):
-            yield BadRow(row=number, reason=fault)
-        elif line.strip():
-            yield _parse_row(number, line)
+        row = parse_line(line if number > 1 or line is None else line.removeprefix(codecs.BOM_UTF8), number)
+        if row is not None:
+            yield row
+
+
+def parse_line(line: bytes | None, number: int = 1) -> Row | BadRow | None:
+    """Read one line of JSONL; None if it is empty.
+
+    Args:
+        line: with or without its newline; None: it has more than MAX_LINE_BYTES.
+        number: of the line, for its error.
+    """
+    if line is None:
+        return BadRow(
+            row=number,
+            reason=f"line: has more than the {MAX_LINE_BYTES:,} bytes that a row can need; shorten it, or write its "
+            "text in UTF-8 instead of escapes",
+        )
+    if len(line) > MAX_SHORT_LINE_BYTES and (fault := _find_long_line_fault(line)):
+        return BadRow(row=number, reason=fault)
+    return None if not line or line.isspace() else _parse_row(number, line)
 
 
 def _parse_row(number: int, line: bytes) -> Row | BadRow:
@@ -245,17 +254,21 @@ def _parse_row(number: int, line: bytes) -> Row | BadRow:
         json_fault = _find_json_fault(line) if is_short or error.errors()[0]["type"] == "json_invalid" else None
         return BadRow(row=number, reason=json_fault or _find_inexact_number(line) or describe_errors(error, Row))
     # pydantic takes the last value of a repeated key; the slow parser runs only where a key may be repeated.
-    num_messages = len(row.messages or ())
-    has_repeated_key = (
-        b"\\u00" in line
-        or any(line.count(name) > 1 for name in _QUOTED_KEYS)
-        or any(line.count(name) > num_messages for name in _QUOTED_MESSAGE_KEYS)
-    )
-    if has_repeated_key and (fault := _find_json_fault(line)):
+    if len(_KEY_END_PATTERN.findall(line)) != _count_keys(row) and (fault := _find_json_fault(line)):
         return BadRow(row=number, reason=fault)
     if isinstance(row.checker, Numeric) and (fault := _find_inexact_number(line)):
         return BadRow(row=number, reason=fault)
     return row
+
+
+def _count_keys(row: Row) -> int:
+    """Return the number of keys in a row's JSON, where none is repeated."""
+    num_keys = len(row.model_fields_set)
+    if row.messages is not None:
+        num_keys += NUM_MESSAGE_KEYS * len(row.messages)
+    if row.checker is not None:
+        num_keys += len(row.checker.model_fields_set)
+    return num_keys
 
 
 def _find_long_line_fault(line: bytes) -> str | None:

@@ -12,28 +12,40 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from yuan.data.conversation import Turn, encode_answer, encode_prompt, find_answer_spans, join_turns
+from yuan.data.conversation import SYSTEM_ROLES, Turn, encode_answer, encode_prompt, find_answer_spans, join_turns
 from yuan.data.rows import Row
+from yuan.text_chunks import CHUNK_CHARS
 from yuan.tokenizer import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Int32Array, Tokenizer
 
 TargetAnswers = Literal["last", "all", "each"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Sample:
     """Token ids (n,) and their loss mask (n,), which is true for the target tokens; sequences become arrays.
 
+    Nothing predicts the first token, so the counts are those of the others.
+
     Attributes:
         can_be_cut: it is a document, which a border of a window may cut; others are cut only if longer than a window.
+        row: hash of the row that it is made of, 0 if there is none.
+        num_targets: number of target tokens behind the first token; -1: counted here.
+        first_target: number of tokens between the first token and the first target; -1: found here.
     """
 
     tokens: Int32Array
     loss_mask: npt.NDArray[np.bool_]
     can_be_cut: bool = False
+    row: int = 0
+    num_targets: int = -1
+    first_target: int = -1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", np.asarray(self.tokens, np.int32))
-        object.__setattr__(self, "loss_mask", np.asarray(self.loss_mask, np.bool_))
+        if self.num_targets < 0:
+            self.tokens = np.asarray(self.tokens, np.int32)
+            self.loss_mask = np.asarray(self.loss_mask, np.bool_)
+            self.num_targets = int(np.count_nonzero(self.loss_mask[1:]))
+            self.first_target = int(self.loss_mask[1:].argmax()) if self.num_targets else 0
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -62,6 +74,51 @@ def encode_row(row: Row, tokenizer: Tokenizer, *, target_answers: TargetAnswers 
     return [_make_document(tokenizer.encode_array(row.answer), tokenizer)]
 
 
+def encode_rows(
+    rows: Sequence[Row], tokenizer: Tokenizer, *, target_answers: TargetAnswers = "each"
+) -> list[list[Sample]]:
+    """Return the samples of `encode_row` of each row, with less work for each of many short rows."""
+    is_short = [row.messages is None and len(row.prompt) + len(row.answer) <= CHUNK_CHARS for row in rows]
+    short_rows = [row for row, short in zip(rows, is_short, strict=True) if short]
+    short_samples = iter(_encode_short_rows(short_rows, tokenizer))
+    return [
+        [next(short_samples)] if short else encode_row(row, tokenizer, target_answers=target_answers)
+        for row, short in zip(rows, is_short, strict=True)
+    ]
+
+
+def _encode_short_rows(rows: Sequence[Row], tokenizer: Tokenizer) -> list[Sample]:
+    """Encode documents, and prompts with their answers, into parts of two arrays."""
+    texts = [text for row in rows for text in ((row.prompt, row.answer) if row.prompt else (row.answer,))]
+    ids = iter(tokenizer.encode_many(texts))
+    sep, eod = np.array([tokenizer.sep], np.int32), np.array([tokenizer.eod], np.int32)
+
+    parts: list[Int32Array] = []
+    lengths: list[int] = []  # of what is masked and of what is a target, in turn
+    for row in rows:
+        if row.prompt:
+            prompt = next(ids)
+            parts += (prompt, sep)
+            lengths.append(len(prompt) + 1)
+        else:
+            lengths.append(0)
+        answer = next(ids)
+        parts += (answer, eod)
+        lengths.append(len(answer) + 1)
+    tokens = np.concatenate(parts) if parts else np.empty(0, np.int32)
+    loss_mask = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
+
+    samples = []
+    start = 0
+    for row, num_masked, num_targets in zip(rows, lengths[::2], lengths[1::2], strict=True):
+        end = start + num_masked + num_targets
+        is_document = not row.prompt
+        num_predicted, first_target = (num_targets - 1, 0) if is_document else (num_targets, num_masked - 1)
+        samples.append(Sample(tokens[start:end], loss_mask[start:end], is_document, 0, num_predicted, first_target))
+        start = end
+    return samples
+
+
 def encode_conversation(
     turns: Sequence[Turn], tokenizer: Tokenizer, *, target_answers: TargetAnswers = "each"
 ) -> list[Sample]:
@@ -74,13 +131,31 @@ def encode_conversation(
             and is ended by `<eod>`, as in generation.
     """
     if target_answers == "each":
-        ends = [number + 1 for number, turn in enumerate(turns) if turn.role == "assistant"]
-        return [_encode_last_answer(turns[:end], tokenizer) for end in ends]
+        return _encode_each_answer(turns, tokenizer)
     sample = _encode_last_answer(turns, tokenizer)
     if target_answers == "all":
         earlier_mask = _mask_answers(turns[:-1], tokenizer)
-        sample.loss_mask[: len(earlier_mask)] = earlier_mask
+        loss_mask = sample.loss_mask
+        loss_mask[: len(earlier_mask)] = earlier_mask
+        return [Sample(sample.tokens, loss_mask)]
     return [sample]
+
+
+def _encode_each_answer(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[Sample]:
+    """Encode the turns once: the prompt of each answer is the beginning of the text of all."""
+    starts, texts = [], []
+    for number, turn in enumerate(turns):
+        if turn.role == "assistant":
+            starts.append(number)
+            texts.append(turn.text)
+    if any(turn.role in SYSTEM_ROLES for turn in turns[starts[0] :]):  # join_turns would put it before earlier turns
+        return [_encode_last_answer(turns[: start + 1], tokenizer) for start in starts]
+    ends = [len(join_turns(turns[:start])) for start in starts]
+    prompts = tokenizer.encode_prefixes(join_turns(turns[: starts[-1]]), ends)
+    return [
+        _join_parts([(np.append(prompt, tokenizer.sep), False), (encode_answer(text, tokenizer), True)])
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
 
 
 def _encode_last_answer(turns: Sequence[Turn], tokenizer: Tokenizer) -> Sample:
@@ -143,7 +218,7 @@ def _make_document(tokens: Int32Array, tokenizer: Tokenizer) -> Sample:
     return Sample(ids, np.ones(len(ids), np.bool_), can_be_cut=True)
 
 
-def _join_parts(parts: Sequence[tuple[list[int], bool]]) -> Sample:
+def _join_parts(parts: Sequence[tuple[Sequence[int] | Int32Array, bool]]) -> Sample:
     tokens = np.concatenate([np.asarray(ids, np.int32) for ids, _ in parts])
     loss_mask = np.repeat([is_target for _, is_target in parts], [len(ids) for ids, _ in parts])
     return Sample(tokens, loss_mask)

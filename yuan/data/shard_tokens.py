@@ -4,8 +4,11 @@ The result depends on the shard, the tokenizer and the sample rules only, so rou
 folder of token files has those of the rows that train, those of the rows that validate, and a report.
 """
 
+import codecs
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import chain
@@ -15,8 +18,8 @@ from typing import BinaryIO
 import numpy as np
 
 from yuan.data.packing import PackingStats
-from yuan.data.rows import MAX_LINE_BYTES, BadRow, Row, parse_rows
-from yuan.data.samples import Sample, TargetAnswers, encode_fill_in_middle, encode_row
+from yuan.data.rows import MAX_LINE_BYTES, BadRow, Row, parse_line
+from yuan.data.samples import Sample, TargetAnswers, encode_fill_in_middle, encode_row, encode_rows
 from yuan.data.shuffle import Int64Array, derive_keys, permute
 from yuan.data.text import make_printable, parse_json
 from yuan.data.tokens import write_token_files
@@ -33,6 +36,10 @@ MAX_EXCLUSION_REASON_CHARACTERS = 500
 MAX_SHARD_REPORT_BYTES = 16 * 2**20
 LINE_SCAN_BYTES = 2**20
 SHUFFLE_CHUNK_LINES = 2**16
+BATCH_ROWS = 256  # encoded at once
+BATCH_CHARS = 2**18  # from which on a batch is complete
+
+NumberedRow = tuple[int, Row | BadRow]  # with its line's number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,23 +145,25 @@ def write_shard_tokens(
         validating: list[int] = []
         num_rows = 0
 
-        def encode_training_rows() -> Iterator[Sample]:
+        def read_training_rows() -> Iterator[NumberedRow]:
             nonlocal num_rows
             for number in order:
                 row = _read_row(stream, starts, number)
                 num_rows += row is not None
                 if isinstance(row, Row) and is_validating(row, rules.validation_share):
                     validating.append(number)
-                else:
-                    yield from _encode_or_exclude(row, number, tokenizer, rules, exclusions)
+                elif row is not None:
+                    yield number, row
 
-        def encode_validation_rows() -> Iterator[Sample]:
+        def read_validation_rows() -> Iterator[NumberedRow]:
             for number in validating:
                 row = _read_row(stream, starts, number)
-                yield from _encode_or_exclude(row, number, tokenizer, rules, exclusions)
+                assert row is not None, "it was read before"
+                yield number, row
 
-        training = _write_packed(folder / TRAINING_FOLDER, encode_training_rows(), rules.seq_len)
-        validation = _write_packed(folder / VALIDATION_FOLDER, encode_validation_rows(), rules.seq_len)
+        encoder = _RowEncoder(tokenizer, rules, exclusions)
+        training = _write_packed(folder / TRAINING_FOLDER, encoder.encode(read_training_rows()), rules.seq_len)
+        validation = _write_packed(folder / VALIDATION_FOLDER, encoder.encode(read_validation_rows()), rules.seq_len)
     report = ShardReport(
         rows=num_rows,
         excluded=exclusions.count,
@@ -220,30 +229,69 @@ def _shuffle_lines(count: int, seed: int) -> Iterator[int]:
 
 def _read_row(stream: BinaryIO, starts: Int64Array, number: int) -> Row | BadRow | None:
     """Read a line; None if it is empty. Of a line that is longer than any row, only the beginning is read."""
-    stream.seek(int(starts[number]))
-    line = stream.read(min(int(starts[number + 1] - starts[number]), MAX_LINE_BYTES + 1))
-    return next(parse_rows(line), None)
+    start = int(starts[number])
+    num_bytes = int(starts[number + 1]) - start
+    if num_bytes > MAX_LINE_BYTES + 1:
+        return parse_line(None)
+    return parse_line(_read_exactly(stream.fileno(), num_bytes, start).removeprefix(codecs.BOM_UTF8))
 
 
-def _encode_or_exclude(
-    row: Row | BadRow | None, number: int, tokenizer: Tokenizer, rules: SampleRules, exclusions: _Exclusions
-) -> Iterator[Sample]:
-    if isinstance(row, BadRow):
-        exclusions.add(f"line {number + 1}", row.reason)
-    elif row is not None:
+def _read_exactly(descriptor: int, num_bytes: int, start: int) -> bytes:
+    data = os.pread(descriptor, num_bytes, start)
+    while len(data) < num_bytes:  # at most 2 GiB at once, or a signal
+        part = os.pread(descriptor, num_bytes - len(data), start + len(data))
+        if not part:
+            raise OSError(errno.EIO, "the file of rows became shorter as it was read")
+        data += part
+    return data
+
+
+class _RowEncoder:
+    """Encode rows in batches, in order; a row that cannot be encoded costs itself."""
+
+    def __init__(self, tokenizer: Tokenizer, rules: SampleRules, exclusions: _Exclusions) -> None:
+        self._tokenizer, self._rules, self._exclusions = tokenizer, rules, exclusions
+
+    def encode(self, rows: Iterator[NumberedRow]) -> Iterator[Sample]:
+        """Yield the samples of all rows."""
+        batch: list[Row] = []
+        num_chars = 0
+        for number, row in rows:
+            if isinstance(row, BadRow):
+                self._exclusions.add(f"line {number + 1}", row.reason)
+                continue
+            batch.append(row)
+            num_chars += len(row.prompt) + len(row.answer)
+            if num_chars >= BATCH_CHARS or len(batch) == BATCH_ROWS:
+                yield from self._encode_batch(batch)
+                batch, num_chars = [], 0
+        yield from self._encode_batch(batch)
+
+    def _encode_batch(self, rows: list[Row]) -> Iterator[Sample]:
+        if self._rules.fim_rate:
+            yield from chain.from_iterable(map(self._encode_or_exclude, rows))
+            return
         try:
-            samples = encode_by_rules(row, tokenizer, rules)
+            samples = encode_rows(rows, self._tokenizer, target_answers=self._rules.target_answers)
+        except (OSError, MemoryError):
+            raise
+        except Exception:  # of one of the rows; by itself, each is encoded or excluded
+            samples = list(map(self._encode_or_exclude, rows))
+        yield from chain.from_iterable(samples)
+
+    def _encode_or_exclude(self, row: Row) -> list[Sample]:
+        try:
+            return encode_by_rules(row, self._tokenizer, self._rules)
         except (OSError, MemoryError):
             raise
         except Exception as error:  # of any kind: the row costs itself, never the shard
-            exclusions.add(row.key, f"it cannot be encoded: {str(error) or type(error).__name__}")
-        else:
-            yield from samples
+            self._exclusions.add(row.key, f"it cannot be encoded: {str(error) or type(error).__name__}")
+            return []
 
 
 def _write_packed(folder: Path, samples: Iterator[Sample], seq_len: int) -> PackingStats:
     """Write the token files of samples, none if no sample has a target, and return their counts."""
-    first = next((sample for sample in samples if sample.loss_mask[1:].any()), None)
+    first = next((sample for sample in samples if sample.num_targets), None)
     if first is None:
         return PackingStats()
     return write_token_files(folder, chain([first], samples), seq_len=seq_len)

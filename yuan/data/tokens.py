@@ -8,12 +8,14 @@ each window, `learned.npy` each window's number of target tokens. Only the windo
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from yuan.data.packing import PackedWindows, PackingStats, SampleSegment, WindowPacker, build_windows
+from yuan.data.packing import PackedWindows, PackingStats, WindowPacker, build_windows
 from yuan.data.samples import Sample
+from yuan.tokenizer import Int32Array
 
 TOKENS_FILE = "tokens.bin"
 SEGMENTS_FILE = "pieces.npy"
@@ -39,19 +41,26 @@ def write_token_files(folder: Path, samples: Iterable[Sample], *, seq_len: int) 
     packer = WindowPacker(seq_len)
     with (folder / TOKENS_FILE).open("wb") as file:
         for window in packer.pack(samples):
+            tokens = np.concatenate([segment.tokens for segment in window]).view(np.uint32)
+            loss_mask = np.concatenate([segment.loss_mask for segment in window])
+            file.write((tokens | loss_mask * np.uint32(LOSS_MASK_BIT)).data)
             for segment in window:
-                mask_bits = segment.loss_mask * np.uint32(LOSS_MASK_BIT)
-                file.write((segment.tokens.astype(np.uint32) | mask_bits).tobytes())
                 segments.extend((start, len(segment.tokens)))
                 start += len(segment.tokens)
             windows.append(len(segments) // 2)  # a segment is two numbers
-            # Nothing predicts the first token of a segment.
-            target_counts.append(sum(int(segment.loss_mask[1:].sum()) for segment in window))
+            target_counts.append(sum(segment.num_targets for segment in window))
 
     np.save(folder / SEGMENTS_FILE, np.frombuffer(segments, np.int64).reshape(-1, 2))
     np.save(folder / WINDOWS_FILE, np.frombuffer(windows, np.int64))
     np.save(folder / TARGET_COUNTS_FILE, np.frombuffer(target_counts, np.int64))
     return packer.stats
+
+
+class StoredSegment(NamedTuple):
+    """A segment as it is read: arrays (n,)."""
+
+    tokens: Int32Array
+    loss_mask: npt.NDArray[np.bool_]
 
 
 class TokenFiles:
@@ -86,11 +95,11 @@ class TokenFiles:
         """Return the windows with these numbers."""
         return build_windows([self._read_window(int(number)) for number in numbers], self.seq_len, self.pad)
 
-    def _read_window(self, number: int) -> list[SampleSegment]:
+    def _read_window(self, number: int) -> list[StoredSegment]:
         window = []
         for start, length in self._segments[self._windows[number] : self._windows[number + 1]]:
             stored = self._tokens[start : start + length]
             tokens = (stored & np.uint32(LOSS_MASK_BIT - 1)).astype(np.int32)
             loss_mask = stored >= LOSS_MASK_BIT
-            window.append(SampleSegment(tokens, loss_mask))
+            window.append(StoredSegment(tokens, loss_mask))
         return window
