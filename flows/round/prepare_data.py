@@ -6,16 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from flows.round.row_records import RowRecords
 from flows.round.run_model import RoundUnfit
 from flows.round.token_cache import TokenCache
 from flows.round.tokenize_shards import FetchShard, TokenizedShard
-from yuan.data.consumed_samples import ConsumedSamples
+from yuan.data.consumed_samples import ConsumedSamples, ConsumedShard
 from yuan.data.corpus import ShardOrigin, get_shard_folder, write_corpus_index
 from yuan.data.packing import PackingStats
 from yuan.data.read_order import ReadHistory
 from yuan.data.row_shards import SnapshotManifest
 from yuan.data.rows import Row, parse_rows
 from yuan.data.shard_tokens import TRAINING_FOLDER, VALIDATION_FOLDER, SampleRules
+from yuan.data.window_rows import WindowRows, find_earlier_reads
 from yuan.recipe import Recipe
 from yuan.recipe_resolution import (
     RecipeUnfit,
@@ -32,6 +36,7 @@ log = logging.getLogger(__name__)
 
 UNVALIDATED_PART = "corrections"  # all trained on, since their reporters wait for that
 MAX_TOKENIZER_TEXT_BYTES = 64 * 2**20  # of rows, on which a tokenizer is trained; more make it no better
+MAX_LOOKED_UP_SAMPLES = 2**22  # of changed shards whose earlier readings are found at once, with 40 bytes for each
 MAX_EXCLUDED_ROWS = 20_000  # of a snapshot that are named to their owners; all are counted
 
 
@@ -42,6 +47,14 @@ class _ShardTokens:
     tokenized: TokenizedShard
     folder_name: str
     counts: PackingStats
+
+    @property
+    def digest(self) -> str:
+        return self.tokenized.tokens.digest
+
+    @property
+    def folder(self) -> Path:
+        return self.tokenized.tokens.folder / self.folder_name
 
 
 @dataclass(frozen=True)
@@ -100,11 +113,13 @@ def write_run_data(
     *,
     pad: int,
     consumed: ConsumedSamples,
+    records: RowRecords,
 ) -> PreparedData:
     """Copy token files into the run folder, and write the corpora that train and validate.
 
     Args:
         consumed: samples that the parent was trained on; the order begins with the others.
+        records: of the rows of earlier shards; those of this run's shards are stored there.
 
     Raises:
         RoundUnfit: if the recipe does not fit the data, or nothing can be trained on.
@@ -114,7 +129,7 @@ def write_run_data(
     training, validation = _split_parts(parts)
     if not training:
         raise RoundUnfit("no row of the snapshot can be trained on; see the reasons on the datasets' timelines")
-    origins = {name: _make_origins(name, shards, consumed) for name, shards in training.items()}
+    origins = {name: _make_origins(name, shards, consumed, records) for name, shards in training.items()}
     windows = {name: sum(tokens.counts.windows for tokens in shards) for name, shards in training.items()}
     try:
         weights = resolve_part_weights(recipe, windows)
@@ -130,7 +145,10 @@ def write_run_data(
     write_corpus_index(folder.data, origins, seq_len=seq_len, pad=pad, weights=weights)
     if validation:
         digests |= _copy_tokens(folder, cache, folder.validation, validation)
-        fresh_origins = {name: _make_origins(name, shards, ConsumedSamples()) for name, shards in validation.items()}
+        fresh_origins = {
+            name: [ShardOrigin(tokens.digest, tokens.tokenized.shard.sha256) for tokens in shards]
+            for name, shards in validation.items()
+        }
         write_corpus_index(folder.validation, fresh_origins, seq_len=seq_len, pad=pad)
     folder.seal_inputs(digests)
     reports = [tokenized.tokens.report for shards in parts.values() for tokenized in shards]
@@ -168,25 +186,66 @@ def _split_parts(
     return training, validation
 
 
-def _make_origins(part: str, shards: Sequence[_ShardTokens], consumed: ConsumedSamples) -> list[ShardOrigin]:
-    """Return digest and earlier readings of each shard."""
-    origins = []
-    num_changed = 0
-    for tokens in shards:
-        digest, sha256 = tokens.tokenized.tokens.digest, tokens.tokenized.shard.sha256
-        earlier = consumed.find(part, digest, sha256)
-        history = ReadHistory() if earlier is None else earlier.history
-        if earlier is not None and (earlier.digest, earlier.windows) != (digest, tokens.counts.windows):
-            history = ReadHistory(history.epochs)
-            num_changed += 1
-        origins.append(ShardOrigin(digest, sha256, history))
-    if num_changed:
-        log.info(
-            "%d shards of %s have other windows than when they were read: only their completed epochs count",
-            num_changed,
-            part,
+def _make_origins(
+    part: str, shards: Sequence[_ShardTokens], consumed: ConsumedSamples, records: RowRecords
+) -> list[ShardOrigin]:
+    """Return digest, record of rows, and earlier readings of each shard."""
+    return [
+        ShardOrigin(
+            tokens.digest, tokens.tokenized.shard.sha256, records.store(WindowRows.read(tokens.folder)), history
         )
-    return origins
+        for tokens, history in zip(shards, _find_histories(part, shards, consumed, records), strict=True)
+    ]
+
+
+def _find_histories(
+    part: str, shards: Sequence[_ShardTokens], consumed: ConsumedSamples, records: RowRecords
+) -> list[ReadHistory]:
+    """Return the earlier readings of each shard: its own, or those of its rows in shards that are no longer there."""
+    histories: dict[int, ReadHistory] = {}
+    for number, tokens in enumerate(shards):
+        earlier = consumed.find(part, tokens.digest, tokens.tokenized.shard.sha256)
+        if earlier is not None and (earlier.digest, earlier.windows) == (tokens.digest, tokens.counts.windows):
+            histories[number] = earlier.history
+    present = {shards[number].digest for number in histories}
+    replaced = [shard for shard in consumed.shards if shard.source == part and shard.digest not in present]
+
+    num_unread = num_windows = 0
+    for group in _group_by_samples([number for number in range(len(shards)) if number not in histories], shards):
+        group_rows = [WindowRows.read(shards[number].folder) for number in group]
+        for number, num_reads in zip(
+            group, find_earlier_reads(group_rows, _fetch_rows(replaced, records)), strict=True
+        ):
+            same_rows = consumed.find(part, "", shards[number].tokenized.shard.sha256)
+            if same_rows is not None:  # with another tokenizer or other rules, and perhaps without a record of rows
+                num_reads = np.maximum(num_reads, same_rows.history.epochs)
+            histories[number] = ReadHistory.from_counts(num_reads)
+            num_unread += int((num_reads == 0).sum())
+            num_windows += len(num_reads)
+    if replaced and num_windows:
+        log.info("%d of %d windows of the changed shards of %s have unread rows", num_unread, num_windows, part)
+    return [histories[number] for number in range(len(shards))]
+
+
+def _group_by_samples(numbers: Sequence[int], shards: Sequence[_ShardTokens]) -> Iterator[list[int]]:
+    """Split shards into groups of about MAX_LOOKED_UP_SAMPLES, or of one."""
+    group: list[int] = []
+    num_samples = 0
+    for number in numbers:
+        num_samples += shards[number].counts.samples
+        if group and num_samples > MAX_LOOKED_UP_SAMPLES:
+            yield group
+            group, num_samples = [], shards[number].counts.samples
+        group.append(number)
+    if group:
+        yield group
+
+
+def _fetch_rows(replaced: Sequence[ConsumedShard], records: RowRecords) -> Iterator[tuple[ReadHistory, WindowRows]]:
+    for shard in replaced:
+        rows = records.fetch(shard.rows)
+        if rows is not None and len(rows) == shard.windows:
+            yield shard.history, rows
 
 
 def _count_mean_epochs(

@@ -14,6 +14,7 @@ from flows.round.masters import check_optimizer_state, prepare_start
 from flows.round.prepare_data import PreparedData, make_sample_rules, sample_texts, write_run_data
 from flows.round.progress import CANCEL_POLL_S, raise_if_cancelled
 from flows.round.round_recipe import settle_recipe
+from flows.round.row_records import RowRecords
 from flows.round.run_model import choose_parent, prepare_model
 from flows.round.run_room import check_room
 from flows.round.token_cache import TOKEN_CACHE_FOLDER, CacheDamageError, TokenCache
@@ -160,7 +161,8 @@ def _prepare_data(
             num_workers=settings.token_workers or count_available_cpus(),
             report=report,
         )
-        return write_run_data(folder, cache, parts, recipe, pad=pad, consumed=consumed)
+        records = RowRecords(context.objects)
+        return write_run_data(folder, cache, parts, recipe, pad=pad, consumed=consumed, records=records)
 
     with cache.hold():
         try:

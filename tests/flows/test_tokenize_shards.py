@@ -1,5 +1,7 @@
 """Tokenizing a snapshot: only new shards, in parallel, restartable, with progress; order of data over rounds."""
 
+import dataclasses
+import hashlib
 import itertools
 import json
 import subprocess
@@ -12,6 +14,7 @@ import pytest
 
 from flows.recipe_files import load_recipe
 from flows.round.prepare_data import make_sample_rules, sample_texts, write_run_data
+from flows.round.row_records import RowRecords
 from flows.round.run_model import RoundUnfit
 from flows.round.token_cache import TokenCache
 from flows.round.tokenize_shards import tokenize_snapshot
@@ -22,6 +25,7 @@ from yuan.data.row_shards import RowShard, ShardWriter, SnapshotManifest, Snapsh
 from yuan.data.rows import Row, dump_rows
 from yuan.data.shard_tokens import is_validating
 from yuan.data.token_workers import MAX_IN_PROCESS_BYTES
+from yuan.data.window_rows import WindowRows
 from yuan.recipe import validate_recipe
 from yuan.train.run_folder import RunFolder
 
@@ -73,7 +77,8 @@ def make_recipe(**sections):
 class Preparation:
     """Prepare run folders as rounds do."""
 
-    def __init__(self, tmp_path, stored, tokenizer):
+    def __init__(self, tmp_path, stored, tokenizer, objects):
+        self.records = RowRecords(objects)
         self.tmp_path, self.stored, self.tokenizer = tmp_path, stored, tokenizer
         self.cache = TokenCache(tmp_path / "cache")
         self.number = 0
@@ -97,13 +102,15 @@ class Preparation:
                 report=self.progress.append,
             )
             pad, consumed = self.tokenizer.pad, consumed or ConsumedSamples()
-            data = write_run_data(folder, self.cache, tokenized, recipe, pad=pad, consumed=consumed)
+            data = write_run_data(
+                folder, self.cache, tokenized, recipe, pad=pad, consumed=consumed, records=self.records
+            )
         return folder, data
 
 
 @pytest.fixture
-def rounds(tmp_path, stored, tokenizer):
-    return Preparation(tmp_path, stored, tokenizer)
+def rounds(tmp_path, stored, tokenizer, objects):
+    return Preparation(tmp_path, stored, tokenizer, objects)
 
 
 def test_two_rounds_over_ten_shards_with_one_changed_tokenize_one(rounds, stored):
@@ -197,25 +204,111 @@ def test_nothing_is_read_twice_before_everything_was_read_once_over_three_rounds
             num_reads[window] = num_reads.get(window, 0) + 1
         consumed = ConsumedSamples.parse(consumed.replace(count_consumed(corpus, num_positions)).dump())
     for shard in consumed.shards:
-        history = shard.history
-        marks = np.zeros(shard.windows, np.bool_) if history.is_read is None else history.is_read
         expected = [num_reads.get((shard.source, shard.digest, n), 0) for n in range(shard.windows)]
-        assert (history.epochs + marks).tolist() == expected
+        assert shard.history.count_reads(shard.windows).tolist() == expected
     assert len(consumed.shards) == 9
 
 
-def test_epochs_of_a_shard_with_other_token_files_count(rounds, stored, caplog):
-    shards = [stored.write(make_rows(100 * n)) for n in range(2)]
+def list_windows(folder, corpus):
+    """Return the rows, as line hashes, of each window of a corpus of one source."""
+    windows = []
+    for number in range(len(corpus.sources[0].shards)):
+        rows = WindowRows.read(folder.data / "0" / str(number))
+        windows += [set(hashes.tolist()) for hashes in np.split(rows.hashes, np.cumsum(rows.counts)[:-1])]
+    return windows
+
+
+def read_places(folder, seed, count):
+    """Return the rows of each window of a run's corpus, and the numbers of the windows that its steps read."""
+    corpus = folder.open_corpus(seed)
+    return list_windows(folder, corpus), corpus.mixture.locate_windows(np.arange(count))[1].tolist(), corpus
+
+
+def count_row_reads(windows, window_reads):
+    """Return how often each row was read in all of its windows."""
+    row_reads = {}
+    for rows, count in zip(windows, window_reads, strict=True):
+        for row in rows:
+            row_reads[row] = min(row_reads.get(row, count), count)
+    return row_reads
+
+
+@pytest.mark.parametrize("num_read", [23, 64, 140, 205])
+def test_changed_shard_is_read_again_only_where_it_has_an_unread_row(rounds, stored, num_read):
+    """Ten shards; of one, a row is removed and a row is new. The oracle counts the readings of each row."""
+    shards = [stored.write(make_rows(100 * n)) for n in range(10)]
     recipe = make_recipe()
-    corpus = rounds.prepare({"base": shards}, recipe)[0].open_corpus(0)
+    folder, _ = rounds.prepare({"base": shards}, recipe)
+    windows, places, corpus = read_places(folder, 0, num_read)
+    row_reads = count_row_reads(windows, np.bincount(places, minlength=len(windows)))
+    consumed = ConsumedSamples().replace(count_consumed(corpus, num_read))
+
+    changed = stored.write([*make_rows(400)[:12], *make_rows(5000, 1), *make_rows(400)[13:]])
+    folder, _ = rounds.prepare({"base": [*shards[:4], changed, *shards[5:]]}, recipe, consumed)
+    assert stored.read == [changed.sha256], "one shard is tokenized"
+    windows, places, corpus = read_places(folder, 1, 3 * len(windows))
+    num_reads = [min(row_reads.get(row, 0) for row in rows) for rows in windows]
+    assert sum(row not in row_reads for rows in windows for row in rows) == 1
+    for place in places:
+        assert num_reads[place] == min(num_reads)
+        num_reads[place] += 1
+    if num_read == 205:  # everything was read once before
+        (first,) = (place for place in places[:1])
+        assert not windows[first] <= row_reads.keys(), "the window with the new row"
+
+
+def test_rows_that_come_back_in_another_shard_count_as_read(rounds, stored):
+    """As base rows do that each round draws anew: a shard of rows of two earlier ones, of which one was read."""
+    shards = [stored.write(make_rows(100 * n)) for n in range(3)]
+    recipe, consumed = make_recipe(), ConsumedSamples()
+    for number, shard in enumerate(shards[:2]):
+        corpus = rounds.prepare({"base": [shard]}, recipe, consumed)[0].open_corpus(number)
+        consumed = consumed.replace(count_consumed(corpus, 2 * corpus.sources[0].windows * (number == 0)))
+    drawn = stored.write([*make_rows(0, 12), *make_rows(112, 18)])
+    folder, _ = rounds.prepare({"base": [drawn, shards[2]]}, recipe, consumed)
+    corpus = folder.open_corpus(0)
+    old = {hash_row(row) for row in make_rows(0, 12)}
+    num_reads = [
+        history.count_reads(shard.windows)
+        for history, shard in zip(corpus.read_histories(0), corpus.sources[0].shards, strict=True)
+    ]
+    expected = [2 if rows <= old else 0 for rows in list_windows(folder, corpus)]
+    assert 2 in expected and np.concatenate(num_reads).tolist() == expected
+
+
+def hash_row(row):
+    return int.from_bytes(hashlib.blake2b(dump_rows([row]).rstrip(), digest_size=8).digest(), "little")
+
+
+@pytest.mark.parametrize("content", [None, b"damaged"])
+def test_rows_whose_record_is_missing_or_damaged_count_as_unread(rounds, stored, objects, caplog, content):
+    recipe = make_recipe()
+    corpus = rounds.prepare({"base": [stored.write(make_rows(0))]}, recipe)[0].open_corpus(0)
+    consumed = ConsumedSamples().replace(count_consumed(corpus, corpus.sources[0].windows))
+    key = f"window-rows/{consumed.shards[0].rows}"
+    record = objects.get(key)
+    objects.delete(key) if content is None else objects.put(key, content)
+    folder, _ = rounds.prepare({"base": [stored.write(make_rows(1))]}, recipe, consumed)
+    assert [history.mean_epochs for history in folder.open_corpus(0).read_histories(0)] == [0.0]
+    assert ("is missing" if content is None else "is damaged, they count as unread") in caplog.text
+    objects.put(key, record)
+    folder, _ = rounds.prepare({"base": [stored.write(make_rows(1))]}, recipe, consumed)
+    assert folder.open_corpus(0).read_histories(0)[0].mean_epochs > 0.5
+
+
+@pytest.mark.parametrize("has_record", [True, False])
+def test_readings_of_a_shard_with_other_token_files_count(rounds, stored, has_record):
+    """Those of each row, or without a record, as of earlier releases, the completed epochs."""
+    shards = [stored.write(make_rows(100 * n)) for n in range(2)]
+    corpus = rounds.prepare({"base": shards}, make_recipe())[0].open_corpus(0)
     num_windows = corpus.sources[0].windows
-    consumed = ConsumedSamples().replace(count_consumed(corpus, 2 * num_windows + 3))
-    changed = make_recipe(data={"seq_len": 64})
-    with caplog.at_level("INFO"):
-        folder, _ = rounds.prepare({"base": shards}, changed, consumed)
-    assert [shard.epochs for shard in folder.open_corpus(0).sources[0].shards] == [2, 2]
-    assert "2 shards of base have other windows" in caplog.text
-    assert [history.is_read for history in folder.open_corpus(0).read_histories(0)] == [None, None]
+    consumed = ConsumedSamples().replace(count_consumed(corpus, 3 * num_windows - 6))
+    if not has_record:
+        consumed = ConsumedSamples(tuple(dataclasses.replace(shard, rows="") for shard in consumed.shards))
+    folder, _ = rounds.prepare({"base": shards}, make_recipe(data={"seq_len": 64}), consumed)
+    histories = folder.open_corpus(0).read_histories(0)
+    assert [history.epochs for history in histories] == [2, 2]
+    assert any(history.further is not None for history in histories) == has_record
 
 
 def test_epochs_of_earlier_rounds_count_for_a_recipe_that_continues(rounds, stored):
@@ -248,7 +341,7 @@ def test_skipped_data_does_not_count_as_read(rounds, stored):
     windows = corpus.mixture.locate_windows(np.arange(size))[1]
     (shard,) = count_consumed(corpus, size - 2, left_out=[(0, 2)], not_applied=[(4, 5)])
     assert shard.history.epochs == 0
-    assert np.flatnonzero(~shard.history.is_read).tolist() == sorted([windows[0], windows[1], windows[4]])
+    assert np.flatnonzero(shard.history.further == 0).tolist() == sorted([windows[0], windows[1], windows[4]])
 
 
 def dump_entry(entry):
@@ -257,13 +350,22 @@ def dump_entry(entry):
 
 @pytest.mark.parametrize(
     "change",
-    [{"windows": 0}, {"epochs": -1}, {"epochs": True}, {"read": "////"}, {"read": "!"}, {"read": 1}, {"source": 1}],
+    [
+        {"windows": 0},
+        {"epochs": -1},
+        {"epochs": True},
+        {"read": "////"},
+        {"read": "!"},
+        {"read": 1},
+        {"source": 1},
+        {"rows": 1},
+    ],
 )
 def test_damaged_record_of_consumed_samples_is_refused(change):
     entry = {"source": "base", "digest": "d", "sha256": "s", "windows": 10, "epochs": 1, "read": "gAA="}
     content = b'{"schema": 1, "shards": [%s]}'
     parsed = ConsumedSamples.parse(content % dump_entry(entry))
-    assert parsed.shards[0].history.is_read.sum() == 1 and ConsumedSamples.parse(parsed.dump()).dump() == parsed.dump()
+    assert parsed.shards[0].history.further.sum() == 1 and ConsumedSamples.parse(parsed.dump()).dump() == parsed.dump()
     with pytest.raises(ValueError, match="of a shard"):
         ConsumedSamples.parse(content % dump_entry({**entry, **change}))
 

@@ -186,20 +186,20 @@ def test_histories_are_stored_with_the_corpus_and_change_its_order(samples, tmp_
     write_shards(tmp_path / "plain", samples, [ShardOrigin()] * 3)
     plain = Corpus(tmp_path / "plain", seed=1)
     sizes = [shard.windows for shard in plain.sources[0].shards]
-    histories = [ReadHistory(2), ReadHistory(1, np.arange(sizes[1]) % 3 == 0), ReadHistory(1)]
+    histories = [ReadHistory(2), ReadHistory(1, (np.arange(sizes[1]) % 3 == 0).astype(np.uint8)), ReadHistory(1)]
     write_shards(tmp_path / "read", samples, [ShardOrigin(history=history) for history in histories])
     corpus = Corpus(tmp_path / "read", seed=1)
     stored = corpus.read_histories(0)
     assert [history.epochs for history in stored] == [2, 1, 1]
-    assert stored[0].is_read is None and (stored[1].is_read == histories[1].is_read).all()
-    num_unread = (~histories[1].is_read).sum() + sizes[2]
+    assert stored[0].further is None and (stored[1].further == histories[1].further).all()
+    num_unread = (histories[1].further == 0).sum() + sizes[2]
     first = corpus.mixture.locate_windows(np.arange(num_unread))[1]
     assert len(set(first)) == num_unread and first.min() > sizes[0]
     assert corpus.order["a"][:3] == plain.order["a"][:3] and corpus.order != plain.order
     assert tmp_path / "read" / "0" / "read.npy" in list_corpus_files(tmp_path / "read")
 
     np.save(tmp_path / "read" / "0" / "read.npy", np.zeros(3, np.uint8))
-    with pytest.raises(ValueError, match="read marks of another corpus"):
+    with pytest.raises(ValueError, match="readings of another corpus"):
         corpus.read_histories(0)
 
 

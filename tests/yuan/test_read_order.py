@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from yuan.data.mixture import MAX_BLOCK_PLACES, Mixture, compute_quotas
-from yuan.data.read_order import ReadHistory, ReadOrder
+from yuan.data.read_order import (
+    MAX_FURTHER_READS,
+    ReadHistory,
+    ReadOrder,
+    pack_further_reads,
+    unpack_further_reads,
+)
 
 
 @st.composite
@@ -17,20 +23,15 @@ def draw_shards(draw):
     sizes = draw(st.lists(st.integers(1, 12), min_size=1, max_size=5))
     histories = []
     for size in sizes:
-        marks = np.array(draw(st.lists(st.booleans(), min_size=size, max_size=size)))
-        is_partly_read = marks.any() and not marks.all()
-        histories.append(ReadHistory(draw(st.integers(0, 4)), marks if is_partly_read else None))
+        further = np.array(draw(st.lists(st.integers(0, 3), min_size=size, max_size=size)), np.uint8)
+        further -= further.min()
+        histories.append(ReadHistory(draw(st.integers(0, 4)), further if further.any() else None))
     return sizes, histories
 
 
 def list_reads(sizes, histories):
     """Return how often each window of a source was read before."""
-    return np.concatenate(
-        [
-            np.full(size, history.epochs) + (0 if history.is_read is None else history.is_read)
-            for size, history in zip(sizes, histories, strict=True)
-        ]
-    )
+    return np.concatenate([history.count_reads(size) for size, history in zip(sizes, histories, strict=True)])
 
 
 @given(shards=draw_shards(), seed=st.integers(0, 2**40), count=st.integers(1, 200))
@@ -59,16 +60,14 @@ def test_history_of_the_next_round_continues_the_order(shards, seed, count):
     num_reads = np.bincount(windows, minlength=sum(sizes))
     by_shard = np.split(num_reads, np.cumsum(sizes)[:-1])
     advanced = [history.advance(counts) for history, counts in zip(histories, by_shard, strict=True)]
-    assert (list_reads(sizes, advanced) == list_reads(sizes, histories) + num_reads).all() or np.ptp(
-        list_reads(sizes, histories)
-    ) > 1  # a window far behind its shard's others cannot occur in one history
+    assert (list_reads(sizes, advanced) == list_reads(sizes, histories) + num_reads).all()
     mean = sum(history.mean_epochs * size for history, size in zip(advanced, sizes, strict=True)) / sum(sizes)
     assert mean == pytest.approx(list_reads(sizes, advanced).mean())
 
 
 def test_windows_that_the_guard_skipped_are_due_first():
     skipped = ReadHistory().advance(np.array([2, 0, 1, 2]))
-    assert skipped.epochs == 0 and skipped.is_read.tolist() == [True, False, True, True]
+    assert skipped.epochs == 0 and skipped.further.tolist() == [2, 0, 1, 2]
     assert ReadOrder([4], [skipped]).locate_windows(np.arange(1), 0).tolist() == [1]
 
 
@@ -79,10 +78,29 @@ def test_levels_of_many_epochs_take_no_memory():
     assert set(order.locate_windows(places - 5, 1)) == {3, 4}
 
 
-@pytest.mark.parametrize("marks", [[True] * 3, [True, True], [False] * 2])
-def test_history_of_another_shard_is_refused(marks):
+@pytest.mark.parametrize("further", [[1] * 3, [1, 0], [0] * 3, []])
+def test_history_of_another_shard_is_refused(further):
     with pytest.raises(ValueError, match="start the next round without it"):
-        ReadOrder([3], [ReadHistory(0, np.array(marks))])
+        ReadOrder([3], [ReadHistory(0, np.array(further, np.uint8))])
+
+
+@given(further=st.lists(st.integers(0, MAX_FURTHER_READS), min_size=1, max_size=40))
+def test_stored_readings_are_read_back_and_those_of_one_epoch_are_bits(further):
+    counts = np.array(further, np.uint8)
+    packed = pack_further_reads(counts)
+    assert unpack_further_reads(packed, len(counts)).tolist() == further
+    if max(further) <= 1:
+        assert packed.tolist() == np.packbits(counts.astype(np.bool_)).tolist()
+    for size in (len(counts) + 8 * len(packed), 1 if len(packed) > 8 else 10**6):
+        with pytest.raises(ValueError, match="are not the readings"):
+            unpack_further_reads(packed, size)
+
+
+def test_windows_far_ahead_wait_for_the_others():
+    history = ReadHistory.from_counts(np.array([3, 0, 400, 3]))
+    assert history.further.tolist() == [3, 0, MAX_FURTHER_READS, 3]
+    windows = ReadOrder([4], [history]).locate_windows(np.arange(6), 0).tolist()
+    assert windows[:3] == [1] * 3 and sorted(windows[3:]) == [0, 1, 3]
 
 
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4), data=st.data(), seed=st.integers(0, 1000))

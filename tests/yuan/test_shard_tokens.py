@@ -75,7 +75,7 @@ def test_every_row_is_in_one_of_the_two_sets_in_a_shuffled_order(tmp_path, token
 def test_files_depend_on_rows_tokenizer_and_rules_only(tmp_path, tokenizer):
     first = read_files(write_shard(tmp_path, tokenizer, dump_rows(ROWS))[0])
     assert read_files(write_shard(tmp_path, tokenizer, dump_rows(ROWS), name="again")[0]) == first
-    assert len(first) == 9
+    assert len(first) == 11
     digest = compute_digest("a" * 64, tokenizer, RULES)
     others = [
         compute_digest("b" * 64, tokenizer, RULES),
@@ -111,11 +111,11 @@ def test_rows_encoded_in_batches_have_the_samples_of_each(tokenizer):
         by_row = [encode_row(row, tokenizer) for row in rows]
         in_batch = encode_rows(rows, tokenizer)
         assert in_batch == by_row
-        for one, other in zip(itertools.chain(*in_batch), itertools.chain(*by_row), strict=True):
-            assert (one.num_targets, one.first_target, one.can_be_cut) == (
-                other.num_targets,
-                other.first_target,
-                other.can_be_cut,
+        for sample, expected in zip(itertools.chain(*in_batch), itertools.chain(*by_row), strict=True):
+            assert (sample.num_targets, sample.first_target, sample.can_be_cut) == (
+                expected.num_targets,
+                expected.first_target,
+                expected.can_be_cut,
             )
 
 

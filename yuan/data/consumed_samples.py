@@ -1,7 +1,6 @@
-"""Record of the samples that a version was trained on: for each shard, completed epochs and the windows read since."""
+"""Record of the samples that a version was trained on: for each shard, how often each of its windows was read."""
 
 import base64
-import binascii
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import numpy as np
 
 from yuan.data.corpus import Corpus
 from yuan.data.mixture import PositionSpan, find_unskipped_positions
-from yuan.data.read_order import ReadHistory, ReadMarks
+from yuan.data.read_order import FurtherReads, ReadHistory, pack_further_reads, unpack_further_reads
 from yuan.data.shuffle import Int64Array
 from yuan.data.text import parse_json
 
@@ -31,6 +30,7 @@ class ConsumedShard:
         digest: address of its token files.
         sha256: of the shard of rows.
         windows: number of windows in the token files.
+        rows: sha256 of the record of the rows in each window (`yuan.data.window_rows`); empty if there is none.
     """
 
     source: str
@@ -38,16 +38,18 @@ class ConsumedShard:
     sha256: str
     windows: int
     history: ReadHistory
+    rows: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        marks = self.history.is_read
+        further = self.history.further
         return {
             "source": self.source,
             "digest": self.digest,
             "sha256": self.sha256,
             "windows": self.windows,
             "epochs": self.history.epochs,
-            "read": None if marks is None else base64.b64encode(np.packbits(marks).tobytes()).decode(),
+            "read": None if further is None else base64.b64encode(pack_further_reads(further).tobytes()).decode(),
+            "rows": self.rows,
         }
 
     @classmethod
@@ -71,7 +73,8 @@ class ConsumedShard:
             digest=_get_short_text(data, "digest"),
             sha256=_get_short_text(data, "sha256"),
             windows=windows,
-            history=ReadHistory(epochs, None if data.get("read") is None else _parse_marks(data["read"], windows)),
+            history=ReadHistory(epochs, None if data.get("read") is None else _parse_reads(data["read"], windows)),
+            rows=_get_short_text({"rows": "", **data}, "rows"),
         )
 
 
@@ -86,17 +89,15 @@ def _is_count(value: object, limit: int) -> TypeGuard[int]:
     return type(value) is int and 0 <= value <= limit
 
 
-def _parse_marks(text: object, windows: int) -> ReadMarks:
+def _parse_reads(text: object, windows: int) -> FurtherReads:
     try:
         packed = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
-    except binascii.Error:
-        packed = b""
-    if len(packed) != -(-windows // 8):
-        raise ValueError(f"the marks of a shard of {windows} windows must be as many bits in base64")
-    marks = np.unpackbits(np.frombuffer(packed, np.uint8), count=windows).astype(np.bool_)
-    if marks.all() or not marks.any():
-        raise ValueError("the marks of a shard must leave windows read and unread")
-    return marks
+        further = unpack_further_reads(np.frombuffer(packed, np.uint8), windows)
+    except ValueError:  # also that of base64
+        raise ValueError(f"the readings of a shard of {windows} windows must be bits for each, in base64") from None
+    if further.min() > 0 or not further.any():
+        raise ValueError("the readings of a shard must leave a window without one, and another one with some")
+    return further
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class ConsumedSamples:
     shards: tuple[ConsumedShard, ...] = ()
 
     def find(self, source: str, digest: str, sha256: str) -> ConsumedShard | None:
-        """Return a shard by its token files, else by its rows: with other token files, its completed epochs count."""
+        """Return a shard by its token files, else by its rows."""
         of_rows = [shard for shard in self.shards if (shard.source, shard.sha256) == (source, sha256)]
         return next((shard for shard in of_rows if shard.digest == digest), of_rows[-1] if of_rows else None)
 
@@ -167,7 +168,7 @@ def count_consumed(
         by_shard = np.split(num_reads[number], np.cumsum([shard.windows for shard in source.shards])[:-1])
         for shard, history, counts in zip(source.shards, corpus.read_histories(number), by_shard, strict=True):
             advanced = history.advance(counts.astype(np.int64))
-            consumed.append(ConsumedShard(source.name, shard.digest, shard.sha256, shard.windows, advanced))
+            consumed.append(ConsumedShard(source.name, shard.digest, shard.sha256, shard.windows, advanced, shard.rows))
     return consumed
 
 

@@ -1,8 +1,8 @@
 """Training data of a run: a folder of sources as token files, and random access to their mixture by position.
 
 A source consists of shards, each with token files of its own in `SOURCE/SHARD/`, numbered from 0. Its windows are
-numbered over its shards in order. `SOURCE/read.npy` marks the windows that earlier rounds read in the present epoch of
-their shard; the index has the shard's completed epochs.
+numbered over its shards in order. The index has the completed epochs of each shard in earlier rounds,
+`SOURCE/read.npy` the readings of each window beyond these.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from yuan.data.mixture import Mixture, UnorderedMixture, compute_quotas
 from yuan.data.packing import PackedWindows, PackingStats
-from yuan.data.read_order import ReadHistory, ReadOrder
+from yuan.data.read_order import ReadHistory, ReadOrder, pack_further_reads, unpack_further_reads
 from yuan.data.samples import Sample
 from yuan.data.shuffle import Int64Array
 from yuan.data.tokens import TOKEN_FILE_NAMES, TokenFiles, write_token_files
@@ -26,7 +26,7 @@ from yuan.data.tokens import TOKEN_FILE_NAMES, TokenFiles, write_token_files
 CORPUS_INDEX_FILE = "data.json"
 CORPUS_SCHEMA = 2
 SINGLE_SHARD_SCHEMA = 1  # of releases without shards: a source's token files were in the folder SOURCE
-READ_MARKS_FILE = "read.npy"
+FURTHER_READS_FILE = "read.npy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,7 @@ class CorpusShard:
         digest: address of its token files; empty if they come from a program.
         sha256: of the shard of rows; empty if they come from a program.
         epochs: completed epochs of earlier rounds.
+        rows: sha256 of the record of the rows in each window; empty if there is none.
     """
 
     digest: str = ""
@@ -45,9 +46,13 @@ class CorpusShard:
     tokens: int
     target_tokens: int
     epochs: int = 0
+    rows: str = ""
 
     def to_json(self) -> dict[str, Any]:
+        """Return the shard's entry in the index; without rows, that of earlier releases."""
+        rows = {"rows": self.rows} if self.rows else {}
         return {
+            **rows,
             "digest": self.digest,
             "sha256": self.sha256,
             "windows": self.windows,
@@ -104,11 +109,12 @@ class ShardOrigin:
     """Origin of a shard whose token files are written, and its readings in earlier rounds.
 
     Attributes:
-        digest, sha256: as in `CorpusShard`.
+        digest, sha256, rows: as in `CorpusShard`.
     """
 
     digest: str = ""
     sha256: str = ""
+    rows: str = ""
     history: ReadHistory = field(default_factory=ReadHistory)
 
 
@@ -180,7 +186,7 @@ def write_corpus_index(
         histories = [origin.history for origin in origins]
         ReadOrder([shard.windows for shard in shards], histories)  # checks the histories
         shards_by_source.append(shards)
-        _write_read_marks(folder / str(number), shards, histories)
+        _write_further_reads(folder / str(number), shards, histories)
 
     sizes = [sum(shard.windows for shard in shards) for shards in shards_by_source]
     quotas = compute_quotas(sizes, None if weights is None else [weights[name] for name in sources])
@@ -192,7 +198,7 @@ def write_corpus_index(
             tokens=sum(shard.tokens for shard in shards),
             target_tokens=sum(shard.target_tokens for shard in shards),
             shards=tuple(shards),
-            has_marks=any(origin.history.is_read is not None for origin in sources[name]),
+            has_marks=any(origin.history.further is not None for origin in sources[name]),
         )
         for name, quota, shards in zip(sources, quotas, shards_by_source, strict=True)
     ]
@@ -216,18 +222,18 @@ def _describe_shard(folder: Path, origin: ShardOrigin, *, seq_len: int, pad: int
         tokens=files.num_tokens,
         target_tokens=int(files.target_counts.sum()),
         epochs=origin.history.epochs,
+        rows=origin.rows,
     )
 
 
-def _write_read_marks(folder: Path, shards: Sequence[CorpusShard], histories: Sequence[ReadHistory]) -> None:
-    """Write which windows of a source were read in the present epoch of their shard, eight to a byte."""
-    if all(history.is_read is None for history in histories):
+def _write_further_reads(folder: Path, shards: Sequence[CorpusShard], histories: Sequence[ReadHistory]) -> None:
+    if all(history.further is None for history in histories):
         return
-    marks = [
-        np.zeros(shard.windows, np.bool_) if history.is_read is None else history.is_read
+    further = [
+        np.zeros(shard.windows, np.uint8) if history.further is None else history.further
         for shard, history in zip(shards, histories, strict=True)
     ]
-    np.save(folder / READ_MARKS_FILE, np.packbits(np.concatenate(marks)))
+    np.save(folder / FURTHER_READS_FILE, pack_further_reads(np.concatenate(further)))
 
 
 class _SourceWindows:
@@ -315,20 +321,22 @@ class Corpus:
         """Return the readings of each shard of a source before this run.
 
         Raises:
-            ValueError: if the marks do not match the index.
+            ValueError: if they do not match the index.
         """
         shards = self.sources[source].shards
         if not self.sources[source].has_marks:
             return [ReadHistory(shard.epochs) for shard in shards]
-        num_windows = self.sources[source].windows
-        packed = np.load(self.folder / str(source) / READ_MARKS_FILE, allow_pickle=False)
-        if packed.dtype != np.uint8 or packed.shape != (-(-num_windows // 8),):
-            raise ValueError(f"{self.folder} has read marks of another corpus; prepare the run again")
-        marks = np.unpackbits(packed, count=num_windows).astype(np.bool_)
-        by_shard = np.split(marks, np.cumsum([shard.windows for shard in shards])[:-1])
+        packed = np.load(self.folder / str(source) / FURTHER_READS_FILE, allow_pickle=False)
+        try:
+            if packed.dtype != np.uint8 or packed.ndim != 1:
+                raise ValueError("they are no bits")
+            further = unpack_further_reads(packed, self.sources[source].windows)
+        except ValueError as error:
+            raise ValueError(f"{self.folder} has readings of another corpus ({error}); prepare the run again") from None
+        by_shard = np.split(further, np.cumsum([shard.windows for shard in shards])[:-1])
         return [
-            ReadHistory(shard.epochs, is_read if is_read.any() else None)
-            for shard, is_read in zip(shards, by_shard, strict=True)
+            ReadHistory(shard.epochs, counts if counts.any() else None)
+            for shard, counts in zip(shards, by_shard, strict=True)
         ]
 
     @property
@@ -346,7 +354,7 @@ class Corpus:
             return []
         digest = hashlib.sha256(json.dumps([shard.to_json() for shard in source.shards], sort_keys=True).encode())
         if source.has_marks:
-            digest.update((self.folder / str(number) / READ_MARKS_FILE).read_bytes())
+            digest.update((self.folder / str(number) / FURTHER_READS_FILE).read_bytes())
         return [digest.hexdigest()]
 
     def count_target_tokens(self, positions: Int64Array) -> int:
@@ -387,6 +395,6 @@ def list_corpus_files(folder: Path) -> list[Path]:
     """Return the paths of every file of a corpus, the index first."""
     index = json.loads((folder / CORPUS_INDEX_FILE).read_text())
     sources = [CorpusSource.from_json(source) for source in index["sources"]]
-    marks = [folder / str(number) / READ_MARKS_FILE for number, source in enumerate(sources) if source.has_marks]
+    marks = [folder / str(number) / FURTHER_READS_FILE for number, source in enumerate(sources) if source.has_marks]
     token_folders = [path for paths in _list_shard_folders(folder, sources) for path in paths]
     return [folder / CORPUS_INDEX_FILE, *marks, *(path / name for path in token_folders for name in TOKEN_FILE_NAMES)]

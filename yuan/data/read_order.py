@@ -13,7 +13,9 @@ import numpy.typing as npt
 
 from yuan.data.shuffle import Int64Array, derive_keys, permute
 
-ReadMarks = npt.NDArray[np.bool_]
+FurtherReads = npt.NDArray[np.uint8]
+
+MAX_FURTHER_READS = 255
 
 
 @dataclass(frozen=True)
@@ -22,28 +24,56 @@ class ReadHistory:
 
     Attributes:
         epochs: completed epochs, in which every window was read once.
-        is_read: of each window, True if it was read in the present epoch too; None: none was.
+        further: of each window, the readings beyond these, at most MAX_FURTHER_READS; None: no window has any.
     """
 
     epochs: int = 0
-    is_read: ReadMarks | None = None
+    further: FurtherReads | None = None
+
+    @classmethod
+    def from_counts(cls, num_reads: Int64Array) -> "ReadHistory":
+        """Return the history of windows that were read this often."""
+        completed = int(num_reads.min())
+        further = np.minimum(num_reads - completed, MAX_FURTHER_READS).astype(np.uint8)
+        return cls(completed, further if further.any() else None)
 
     @property
     def mean_epochs(self) -> float:
         """Return the times that a window was read on average."""
-        return self.epochs + (0.0 if self.is_read is None else float(self.is_read.mean()))
+        return self.epochs + (0.0 if self.further is None else float(self.further.mean()))
+
+    def count_reads(self, size: int) -> Int64Array:
+        """Return how often each of a shard's windows was read."""
+        num_reads = np.full(size, self.epochs, np.int64)
+        return num_reads if self.further is None else num_reads + self.further
 
     def advance(self, num_reads: Int64Array) -> "ReadHistory":
-        """Return the history after further readings.
+        """Return the history after further readings of each window."""
+        return ReadHistory.from_counts(self.count_reads(len(num_reads)) + num_reads)
 
-        Args:
-            num_reads: further readings of each window. Windows that are ahead of the slowest by more than one reading,
-                which happens after the guard has skipped data, count as read in the present epoch.
-        """
-        totals = num_reads if self.is_read is None else num_reads + self.is_read
-        completed = int(totals.min())
-        is_read = totals > completed
-        return ReadHistory(self.epochs + completed, is_read if is_read.any() else None)
+
+def pack_further_reads(further: FurtherReads) -> FurtherReads:
+    """Return counts as bit planes, the lowest bit first: as many as the largest needs, each padded to whole bytes.
+
+    Counts that are 0 or 1 are one plane, which is the form in which earlier releases stored them.
+    """
+    num_planes = max(int(further.max()).bit_length(), 1)
+    return np.concatenate([np.packbits(further >> plane & 1) for plane in range(num_planes)])
+
+
+def unpack_further_reads(packed: FurtherReads, size: int) -> FurtherReads:
+    """Return the counts of `pack_further_reads`.
+
+    Raises:
+        ValueError: if they are not those of as many windows.
+    """
+    num_planes, rest = divmod(len(packed), -(-size // 8))
+    if rest or not 1 <= num_planes <= 8:
+        raise ValueError(f"{len(packed)} bytes are not the readings of {size} windows")
+    further = np.zeros(size, np.uint8)
+    for plane, bits in enumerate(np.split(packed, num_planes)):
+        further |= np.unpackbits(bits, count=size) << plane
+    return further
 
 
 @dataclass(frozen=True)
@@ -56,8 +86,8 @@ class _LevelRun:
         size: windows of each level.
         ends: cumulative number of windows of the shards in it.
         offsets: for each shard, what is added to the number of a window within the level: to get the window's number in
-            the source or, for a shard of which only unread windows are in it, its index in the list of these.
-        is_partial: for each shard, True if only its unread windows are in the level.
+            the source or, for a shard of which only some windows are in it, its index in the list of these.
+        is_partial: for each shard, True if only some of its windows, those read less often, are in the level.
     """
 
     first_place: int
@@ -65,13 +95,13 @@ class _LevelRun:
     size: int
     ends: Int64Array
     offsets: Int64Array
-    is_partial: ReadMarks
+    is_partial: npt.NDArray[np.bool_]
 
 
 class ReadOrder:
     """Map places, the running numbers of a source's readings, to its windows, numbered over all shards.
 
-    Needs four bytes of memory for each unread window of the shards that are partly read.
+    Needs four bytes of memory for each window that was read less often than another one of its shard.
 
     Args:
         sizes: number of windows of each shard, at least one.
@@ -89,26 +119,30 @@ class ReadOrder:
         self._sizes = np.array(sizes, np.int64)
         self._starts = np.cumsum(self._sizes) - self._sizes
         self._epochs = np.array([history.epochs for history in histories], np.int64)
-        self._is_partial = np.array([history.is_read is not None for history in histories])
 
-        # The numbers of the unread windows of partly read shards, shard after shard.
+        # The numbers of the windows that others of their shard are ahead of, by readings, shard after shard.
         dtype = np.dtype(np.uint32 if self.size < 2**32 else np.int64)
-        lists = [np.empty(0, dtype)]
+        lists = []
+        self._counts: list[Int64Array] = []  # of each shard, its windows with at most 0, 1, 2, ... further readings
+        levels = set(self._epochs.tolist())
         for size, start, history in zip(sizes, self._starts, histories, strict=True):
-            if history.is_read is not None:
-                lists.append((_find_unread(history.is_read, size) + start).astype(dtype))
-        self._unread = np.concatenate(lists)
-        self._unread_counts = self._sizes.copy()
-        self._unread_counts[self._is_partial] = [len(numbers) for numbers in lists[1:]]
-        partial_counts = np.where(self._is_partial, self._unread_counts, 0)
-        self._unread_starts = np.cumsum(partial_counts) - partial_counts
+            if history.further is None:
+                lists.append(np.empty(0, dtype))
+                self._counts.append(np.array([size], np.int64))
+                continue
+            _check_further_reads(history.further, size)
+            counts = np.cumsum(np.bincount(history.further))
+            order = np.argsort(history.further, kind="stable")[: counts[-2]]
+            lists.append((order + start).astype(dtype))
+            self._counts.append(counts)
+            levels.update((np.unique(history.further) + history.epochs).tolist())
+        self._behind = np.concatenate(lists)
+        behind_counts = np.array([len(numbers) for numbers in lists], np.int64)
+        self._behind_starts = np.cumsum(behind_counts) - behind_counts
 
         self._runs: list[_LevelRun] = []
-        levels = np.unique(self._epochs).tolist()
-        for level, next_level in zip(levels, [*levels[1:], None], strict=True):
-            self._add_run(level)  # at its own level a shard has its unread windows, afterwards all of them
-            if next_level != level + 1:
-                self._add_run(level + 1)
+        for level in sorted(levels):
+            self._add_run(level)
         self._first_places = np.array([run.first_place for run in self._runs], np.int64)
 
     def _add_run(self, level: int) -> None:
@@ -117,11 +151,13 @@ class ReadOrder:
         if self._runs:
             previous = self._runs[-1]
             first_place = previous.first_place + previous.size * (level - previous.first_level)
-        joins = self._epochs == level
-        shards = self._epochs <= level
-        counts = np.where(joins, self._unread_counts, self._sizes)[shards]
-        is_partial = (joins & self._is_partial)[shards]
-        starts = np.where(is_partial, self._unread_starts[shards], self._starts[shards])
+        shards = np.flatnonzero(self._epochs <= level)
+        ahead = level - self._epochs[shards]
+        counts = np.array(
+            [self._counts[shard][min(n, len(self._counts[shard]) - 1)] for shard, n in zip(shards, ahead, strict=True)]
+        )
+        is_partial = counts < self._sizes[shards]
+        starts = np.where(is_partial, self._behind_starts[shards], self._starts[shards])
         ends = np.cumsum(counts)
         self._runs.append(_LevelRun(first_place, level, int(ends[-1]), ends, starts - (ends - counts), is_partial))
 
@@ -136,17 +172,14 @@ class ReadOrder:
             shard = np.searchsorted(run.ends, index, side="right")
             located = index + run.offsets[shard]
             is_partial = run.is_partial[shard]
-            located[is_partial] = self._unread[located[is_partial]]
+            located[is_partial] = self._behind[located[is_partial]]
             windows[is_in_run] = located
         return windows
 
 
-def _find_unread(is_read: ReadMarks, size: int) -> Int64Array:
-    """Return the numbers of a shard's unread windows."""
-    unread = np.flatnonzero(~is_read)
-    if len(is_read) != size or not len(unread):
+def _check_further_reads(further: FurtherReads, size: int) -> None:
+    if len(further) != size or further.min() > 0 or not further.any():
         raise ValueError(
-            f"the history of a shard of {size} windows must mark each and leave one unread, got {len(is_read)} marks "
-            f"and {len(unread)} unread; start the next round without it"
+            f"the history of a shard of {size} windows must count the readings of each, with one that has none and one "
+            f"that has some, got {len(further)} counts; start the next round without it"
         )
-    return unread

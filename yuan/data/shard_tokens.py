@@ -9,7 +9,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -26,7 +26,7 @@ from yuan.data.tokens import write_token_files
 from yuan.safe_files import read_file
 from yuan.tokenizer import Tokenizer
 
-SAMPLE_RULE_VERSION = 1  # raise it when the same rows and tokenizer give other token files
+SAMPLE_RULE_VERSION = 2  # raise it when the same rows and tokenizer give other token files
 TRAINING_FOLDER = "training"
 VALIDATION_FOLDER = "validation"
 SHARD_REPORT_FILE = "report.json"
@@ -39,7 +39,7 @@ SHUFFLE_CHUNK_LINES = 2**16
 BATCH_ROWS = 256  # encoded at once
 BATCH_CHARS = 2**18  # from which on a batch is complete
 
-NumberedRow = tuple[int, Row | BadRow]  # with its line's number
+LineResult = tuple[int, int, Row | BadRow]  # number and hash of a line, and its row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,21 +145,23 @@ def write_shard_tokens(
         validating: list[int] = []
         num_rows = 0
 
-        def read_training_rows() -> Iterator[NumberedRow]:
+        def read_training_rows() -> Iterator[LineResult]:
             nonlocal num_rows
             for number in order:
-                row = _read_row(stream, starts, number)
+                line = _read_line(stream, starts, number)
+                row = parse_line(line)
                 num_rows += row is not None
                 if isinstance(row, Row) and is_validating(row, rules.validation_share):
                     validating.append(number)
                 elif row is not None:
-                    yield number, row
+                    yield number, _hash_line(line), row
 
-        def read_validation_rows() -> Iterator[NumberedRow]:
+        def read_validation_rows() -> Iterator[LineResult]:
             for number in validating:
-                row = _read_row(stream, starts, number)
+                line = _read_line(stream, starts, number)
+                row = parse_line(line)
                 assert row is not None, "it was read before"
-                yield number, row
+                yield number, _hash_line(line), row
 
         encoder = _RowEncoder(tokenizer, rules, exclusions)
         training = _write_packed(folder / TRAINING_FOLDER, encoder.encode(read_training_rows()), rules.seq_len)
@@ -227,13 +229,19 @@ def _shuffle_lines(count: int, seed: int) -> Iterator[int]:
         yield from permute(numbers, count, derive_keys(seed, np.zeros_like(numbers))).tolist()
 
 
-def _read_row(stream: BinaryIO, starts: Int64Array, number: int) -> Row | BadRow | None:
-    """Read a line; None if it is empty. Of a line that is longer than any row, only the beginning is read."""
+def _read_line(stream: BinaryIO, starts: Int64Array, number: int) -> bytes | None:
+    """Read a line; None if it is longer than any row."""
     start = int(starts[number])
     num_bytes = int(starts[number + 1]) - start
     if num_bytes > MAX_LINE_BYTES + 1:
-        return parse_line(None)
-    return parse_line(_read_exactly(stream.fileno(), num_bytes, start).removeprefix(codecs.BOM_UTF8))
+        return None
+    return _read_exactly(stream.fileno(), num_bytes, start).removeprefix(codecs.BOM_UTF8)
+
+
+def _hash_line(line: bytes | None) -> int:
+    """Return 64 bits that name a row over rounds, whatever its shard, tokenizer and rules are."""
+    digest = hashlib.blake2b(b"" if line is None else line.removesuffix(b"\n"), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
 
 
 def _read_exactly(descriptor: int, num_bytes: int, start: int) -> bytes:
@@ -252,32 +260,38 @@ class _RowEncoder:
     def __init__(self, tokenizer: Tokenizer, rules: SampleRules, exclusions: _Exclusions) -> None:
         self._tokenizer, self._rules, self._exclusions = tokenizer, rules, exclusions
 
-    def encode(self, rows: Iterator[NumberedRow]) -> Iterator[Sample]:
+    def encode(self, lines: Iterator[LineResult]) -> Iterator[Sample]:
         """Yield the samples of all rows."""
         batch: list[Row] = []
+        hashes: list[int] = []
         num_chars = 0
-        for number, row in rows:
+        for number, line_hash, row in lines:
             if isinstance(row, BadRow):
                 self._exclusions.add(f"line {number + 1}", row.reason)
                 continue
             batch.append(row)
+            hashes.append(line_hash)
             num_chars += len(row.prompt) + len(row.answer)
             if num_chars >= BATCH_CHARS or len(batch) == BATCH_ROWS:
-                yield from self._encode_batch(batch)
-                batch, num_chars = [], 0
-        yield from self._encode_batch(batch)
+                yield from self._encode_batch(batch, hashes)
+                batch, hashes, num_chars = [], [], 0
+        yield from self._encode_batch(batch, hashes)
 
-    def _encode_batch(self, rows: list[Row]) -> Iterator[Sample]:
+    def _encode_batch(self, rows: list[Row], hashes: list[int]) -> Iterator[Sample]:
+        for samples, row_hash in zip(self._encode_rows(rows), hashes, strict=True):
+            for sample in samples:
+                sample.row = row_hash
+                yield sample
+
+    def _encode_rows(self, rows: list[Row]) -> Iterable[list[Sample]]:
         if self._rules.fim_rate:
-            yield from chain.from_iterable(map(self._encode_or_exclude, rows))
-            return
+            return map(self._encode_or_exclude, rows)
         try:
-            samples = encode_rows(rows, self._tokenizer, target_answers=self._rules.target_answers)
+            return encode_rows(rows, self._tokenizer, target_answers=self._rules.target_answers)
         except (OSError, MemoryError):
             raise
         except Exception:  # of one of the rows; by itself, each is encoded or excluded
-            samples = list(map(self._encode_or_exclude, rows))
-        yield from chain.from_iterable(samples)
+            return map(self._encode_or_exclude, rows)
 
     def _encode_or_exclude(self, row: Row) -> list[Sample]:
         try:

@@ -3,6 +3,7 @@
 `tokens.bin` stores a token in four bytes; the highest bit is the loss mask. `pieces.npy` stores the offset in that file
 and the number of tokens of each segment (a sample, or a part of a long one), `windows.npy` the range of segments of
 each window, `learned.npy` each window's number of target tokens. Only the windows of a requested batch are read.
+`rows.npy` stores the hash of the row of each segment, for `yuan.data.window_rows`; training does not read it.
 """
 
 from array import array
@@ -22,6 +23,7 @@ SEGMENTS_FILE = "pieces.npy"
 WINDOWS_FILE = "windows.npy"
 TARGET_COUNTS_FILE = "learned.npy"
 TOKEN_FILE_NAMES = (TOKENS_FILE, SEGMENTS_FILE, WINDOWS_FILE, TARGET_COUNTS_FILE)
+ROWS_FILE = "rows.npy"
 LOSS_MASK_BIT = 1 << 31
 BYTES_PER_TOKEN = 4
 
@@ -36,7 +38,7 @@ def write_token_files(folder: Path, samples: Iterable[Sample], *, seq_len: int) 
         ValueError: if there is no sample.
     """
     folder.mkdir(parents=True)
-    segments, windows, target_counts = array("q"), array("q", [0]), array("q")
+    segments, windows, target_counts, rows = array("q"), array("q", [0]), array("q"), array("Q")
     start = 0
     packer = WindowPacker(seq_len)
     with (folder / TOKENS_FILE).open("wb") as file:
@@ -46,6 +48,7 @@ def write_token_files(folder: Path, samples: Iterable[Sample], *, seq_len: int) 
             file.write((tokens | loss_mask * np.uint32(LOSS_MASK_BIT)).data)
             for segment in window:
                 segments.extend((start, len(segment.tokens)))
+                rows.append(segment.row)
                 start += len(segment.tokens)
             windows.append(len(segments) // 2)  # a segment is two numbers
             target_counts.append(sum(segment.num_targets for segment in window))
@@ -53,6 +56,7 @@ def write_token_files(folder: Path, samples: Iterable[Sample], *, seq_len: int) 
     np.save(folder / SEGMENTS_FILE, np.frombuffer(segments, np.int64).reshape(-1, 2))
     np.save(folder / WINDOWS_FILE, np.frombuffer(windows, np.int64))
     np.save(folder / TARGET_COUNTS_FILE, np.frombuffer(target_counts, np.int64))
+    np.save(folder / ROWS_FILE, np.frombuffer(rows, np.uint64))
     return packer.stats
 
 

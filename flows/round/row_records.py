@@ -1,0 +1,48 @@
+"""Records of the rows in the windows of each shard, in the object store under their sha256."""
+
+import hashlib
+import logging
+
+from botocore.exceptions import ClientError
+
+from infra.object_store import ObjectStore, is_not_found
+from yuan.data.row_shards import SHA256_PATTERN
+from yuan.data.text import make_printable
+from yuan.data.window_rows import WindowRows
+
+log = logging.getLogger(__name__)
+
+ROWS_KEY_PREFIX = "window-rows"
+
+
+class RowRecords:
+    """Store and fetch the rows of a shard's windows; one shard's are in memory at a time, 16 bytes for each row."""
+
+    def __init__(self, objects: ObjectStore) -> None:
+        self._objects = objects
+
+    def store(self, rows: WindowRows) -> str:
+        """Store a record if it is not there, and return its name."""
+        content = rows.dump()
+        name = hashlib.sha256(content).hexdigest()
+        if not self._objects.exists(f"{ROWS_KEY_PREFIX}/{name}"):
+            self._objects.put(f"{ROWS_KEY_PREFIX}/{name}", content)
+        return name
+
+    def fetch(self, name: str) -> WindowRows | None:
+        """Return a record; None if it is missing or damaged, so that its rows count as unread."""
+        if not SHA256_PATTERN.fullmatch(name):
+            return None
+        try:
+            content = self._objects.get(f"{ROWS_KEY_PREFIX}/{name}")
+            if hashlib.sha256(content).hexdigest() != name:
+                raise ValueError("its bytes have another sha256")
+            return WindowRows.parse(content)
+        except ClientError as error:
+            if not is_not_found(error):
+                raise
+            log.warning("the record %s of the rows of a shard is missing; they count as unread", name[:12])
+        except ValueError as error:
+            reason = make_printable(str(error))
+            log.warning("the record %s of the rows of a shard is damaged, they count as unread: %s", name[:12], reason)
+        return None
