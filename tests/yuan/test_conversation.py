@@ -168,6 +168,7 @@ def test_export_names_the_ids_of_all_special_tokens(tokenizer, exported):
     )
     ids = {entry["content"]: int(token_id) for token_id, entry in fields["added_tokens_decoder"].items()}
     assert ids == tokenizer.special
+    assert "token ids of SentencePiece over tokenizer.model" in fields["token_ids_note"]
     assert (config["eod_token"], config["sep_token"], config["sep_token_id"]) == (
         ids["<eod>"],
         ids["<sep>"],

@@ -36,6 +36,10 @@ TIED_NAMES = {hf_layout.HF_EMBEDDING, hf_layout.HF_HEAD}
 COMPARED_ROWS = 256  # of a matrix at a time
 GENERATION_CONFIG_FILE = "generation_config.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+TOKEN_IDS_NOTE = (
+    "The model was trained on the token ids of SentencePiece over tokenizer.model. Fast tokenizers made of it can give "
+    "others: they merge pieces in the order of their ids, SentencePiece in that of their scores."
+)
 
 
 def export_hf(
@@ -319,6 +323,7 @@ def _build_tokenizer_config(config: ModelConfig, tokenizer: tokenizers.Tokenizer
         "additional_special_tokens": [name for name, _ in ids],
         "added_tokens_decoder": {str(token_id): {"content": name, **flags} for name, token_id in ids},
         "chat_template": CHAT_TEMPLATE,
+        "token_ids_note": TOKEN_IDS_NOTE,
         "model_max_length": config.seq_len,
         "clean_up_tokenization_spaces": False,
     }
