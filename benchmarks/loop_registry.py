@@ -32,13 +32,14 @@ from pairs import PAIRS, make_at_least_line, make_line, measure_ratios, print_li
 
 from flows.stack.services import make_services
 from flows.stack.stack_config import load_config, load_or_make_config, write_environment
-from infra.artifact_transfer import ArtifactSource, ArtifactTransfer, UploadProgress
+from infra.artifact_transfer import ArtifactSource, ArtifactTransfer
 from infra.keeper import Keeper, find_stack_pids
 from infra.logs import configure_logging
 from infra.object_store import ObjectStore, open_object_store
 from infra.polling import poll_until
 from infra.settings import Settings, StoreAccess
 from infra.tracker import Tracker
+from infra.transfer_records import UploadProgress
 
 GB = 10**9
 FULL_BYTES = 12 * GB

@@ -13,20 +13,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
 from urllib.parse import quote
 
 import httpx
 
-from infra.files import check_free_disk, write_private
+from infra.mlflow_rules import UPLOAD_PARAMETER
+from infra.store_connections import StoreConnections, write_at
+from infra.transfer_records import ARTIFACT_PART_BYTES, MAX_ARTIFACT_PARTS, PartialFile, UploadProgress
 
 TransferredT = TypeVar("TransferredT")
 ArtifactTransferMode = Literal["direct", "streamed"]
 ARTIFACT_API = "api/2.0/mlflow-artifacts"
-ARTIFACT_PART_BYTES = 16 * 2**20
-MAX_ARTIFACT_PARTS = 10_000  # of an upload, the limit of S3
 TRANSFER_THREADS = 4
 TRANSFER_BLOCK_BYTES = 2**20
 TRANSFER_TIMEOUT_S = 120.0  # without a byte
@@ -38,6 +38,10 @@ DOWNLOAD_ADDRESS_VALID_S = 150.0  # the server signs them for five minutes
 
 class DamagedArtifact(ValueError):
     """Report that the bytes of a file are not those that its sha256 promises."""
+
+
+class UploadLost(OSError):
+    """Report that the store does not have the parts of an upload any more."""
 
 
 @dataclass(frozen=True)
@@ -54,49 +58,6 @@ class ArtifactSource:
     sha256: str | None = None
 
 
-@dataclass
-class UploadProgress:
-    """The record on disk of an upload that is resumed after an interruption.
-
-    Attributes:
-        part_bytes: the size of all parts but the last.
-        addresses: of the parts, in order.
-        parts: ETag and prefix digest by part number. The prefix digest is the sha256 of all bytes up to the part's end,
-            so that equal ones show that the file still is what was sent.
-        sha256: of the whole file, once the object exists.
-    """
-
-    folder: str
-    name: str
-    num_bytes: int
-    upload_id: str = ""
-    part_bytes: int = 0
-    created_at: float = 0.0
-    addresses: Sequence[str] = ()
-    parts: dict[int, tuple[str, str]] = field(default_factory=dict)
-    sha256: str | None = None
-
-    @classmethod
-    def read(cls, file: Path) -> "UploadProgress | None":
-        """Read a progress file; None if there is none, or it is damaged."""
-        try:
-            header, *lines = file.read_text().split("\n")
-            progress = cls(**json.loads(header))
-            for line in lines:
-                with contextlib.suppress(ValueError):  # a line that was cut off
-                    number, tag, digest = json.loads(line)
-                    progress.parts[int(number)] = (str(tag), str(digest))
-        except (OSError, ValueError, TypeError):
-            return None
-        return progress
-
-    def write(self, file: Path) -> None:
-        """Write the file anew, without parts. The addresses are secrets while they are valid."""
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fields = {name: value for name, value in vars(self).items() if name != "parts"}
-        write_private(file, json.dumps(fields) + "\n")
-
-
 class ArtifactTransfer:
     """Move files between this machine and the artifact store of one tracking server.
 
@@ -107,14 +68,11 @@ class ArtifactTransfer:
     """
 
     def __init__(self, url: str, auth: tuple[str, str], mode: ArtifactTransferMode, progress_folder: Path) -> None:
-        # A connection serves one request, since a part takes far longer than a connection, and none is left open.
-        options: dict[str, Any] = {
-            "timeout": TRANSFER_TIMEOUT_S,
-            "limits": httpx.Limits(max_keepalive_connections=0),
-        }
-        self._server = httpx.Client(base_url=f"{url}/{ARTIFACT_API}/", auth=auth, **options)
-        # Addresses carry their own signature; no account is sent to the store, and no proxy of the environment is used.
-        self._store = httpx.Client(trust_env=False, **options)
+        # A connection serves one request, since a file takes far longer than a connection, and none is left open.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._server = httpx.Client(
+            base_url=f"{url}/{ARTIFACT_API}/", auth=auth, timeout=TRANSFER_TIMEOUT_S, limits=limits
+        )
         self._mode = mode
         self._progress_folder = progress_folder
 
@@ -212,17 +170,38 @@ class ArtifactTransfer:
         file: Path,
     ) -> str:
         """Send a file's parts to the store, those that an earlier call has sent excepted; return the file's sha256."""
-        if progress is not None and (
-            progress.num_bytes != num_bytes or time.time() - progress.created_at > UPLOAD_ADDRESS_VALID_S
-        ):
+        if progress is not None and progress.num_bytes != num_bytes:
             self._abort(progress)
             progress = None
-        if progress is None:
-            progress = self._create_upload(folder, source.name, num_bytes)
-            progress.write(file)
+        if progress is not None and self._has_object(progress):  # the process was killed before it recorded this
+            sha256 = _hash_rest(stream)
+            if sha256 == progress.parts[progress.num_parts][1]:
+                _check_digest(source, sha256)
+                return sha256
+            progress = None
+        if progress is not None:
+            try:
+                return self._send_parts(stream, source, progress, file)
+            except UploadLost:
+                self._abort(progress)
+        progress = self._create_upload(folder, source.name, num_bytes)
+        progress.write(file)
+        return self._send_parts(stream, source, progress, file)
 
+    def _send_parts(self, stream: BinaryIO, source: ArtifactSource, progress: UploadProgress, file: Path) -> str:
+        """Send the parts of an upload that its record lacks, and create the object; return the file's sha256.
+
+        Raises:
+            UploadLost: if the store does not have the upload.
+        """
+        addresses = SignedAddresses(lambda: self.sign_upload(progress), UPLOAD_ADDRESS_VALID_S)
         digest = hashlib.sha256()
-        with open(file, "a", encoding="utf-8") as record, ThreadPoolExecutor(TRANSFER_THREADS) as pool:
+        stream.seek(0)
+        with (
+            open(file, "a", encoding="utf-8") as record,
+            StoreConnections() as store,
+            ThreadPoolExecutor(TRANSFER_THREADS) as pool,
+        ):
             pending: dict[Future[str], tuple[int, str]] = {}
 
             def collect(futures: Sequence[Future[str]]) -> None:
@@ -233,61 +212,85 @@ class ArtifactTransfer:
                     record.flush()
 
             try:
-                for number, address in enumerate(progress.addresses, start=1):
+                for number in range(1, progress.num_parts + 1):
                     data = stream.read(progress.part_bytes)
                     digest.update(data)
                     prefix = digest.copy().hexdigest()
                     if progress.parts.get(number, ("", ""))[1] == prefix:
                         continue
-                    pending[pool.submit(self._put_part, address, data)] = (number, prefix)
+                    pending[pool.submit(_put_part, store, addresses, number, data)] = (number, prefix)
                     if len(pending) >= TRANSFER_THREADS:  # so that few parts are in memory
                         collect(list(wait(pending, return_when=FIRST_COMPLETED).done))
                 collect(list(wait(pending).done))
             except BaseException:
                 pool.shutdown(cancel_futures=True)
+                collect([future for future in pending if not future.cancelled() and future.exception() is None])
                 raise
 
         try:
-            _check_digest(source, digest.hexdigest(), is_cut=stream.tell() != num_bytes or bool(stream.read(1)))
+            is_cut = stream.tell() != progress.num_bytes or bool(stream.read(1))
+            _check_digest(source, digest.hexdigest(), is_cut=is_cut)
         except DamagedArtifact:
             self._abort(progress)
             file.unlink(missing_ok=True)
             raise
-        self._post(
-            "complete",
-            folder,
-            {
-                "path": source.name,
-                "upload_id": progress.upload_id,
-                "parts": [
-                    {"part_number": number, "etag": progress.parts[number][0]}
-                    for number in range(1, len(progress.addresses) + 1)
-                ],
-            },
-        )
+        self._complete(progress)
         return digest.hexdigest()
 
     def _create_upload(self, folder: str, name: str, num_bytes: int) -> UploadProgress:
         part_bytes = max(ARTIFACT_PART_BYTES, -(-num_bytes // MAX_ARTIFACT_PARTS))
-        created_at = time.time()
-        answer = self._post("create", folder, {"path": name, "num_parts": -(-num_bytes // part_bytes)})
+        answer = self._post("create", folder, {"path": name, "num_parts": 1})
+        return UploadProgress(folder, name, num_bytes, str(answer["upload_id"]), part_bytes)
+
+    def sign_upload(self, progress: UploadProgress) -> list[str]:
+        """Return new signed addresses of an upload's parts, in order.
+
+        Raises:
+            UploadLost: if the store does not have the upload.
+        """
+        body = {"path": progress.name, "num_parts": progress.num_parts}
+        answer = self._post_to_upload("create", progress, body, {UPLOAD_PARAMETER: progress.upload_id})
         parts = sorted(answer["credentials"], key=lambda part: int(part["part_number"]))
-        addresses = [str(part["url"]) for part in parts]
-        return UploadProgress(folder, name, num_bytes, str(answer["upload_id"]), part_bytes, created_at, addresses)
+        return [str(part["url"]) for part in parts]
+
+    def _complete(self, progress: UploadProgress) -> None:
+        """Create the object of the parts.
+
+        Raises:
+            UploadLost: if the store does not have the upload, or not these parts.
+        """
+        parts = [{"part_number": number, "etag": progress.parts[number][0]} for number in sorted(progress.parts)]
+        body = {"path": progress.name, "upload_id": progress.upload_id, "parts": parts}
+        self._post_to_upload("complete", progress, body)
+
+    def _has_object(self, progress: UploadProgress) -> bool:
+        """Return True if the store has the object that the recorded parts make."""
+        tag, path = progress.compute_object_tag(), quote(f"{progress.folder}/{progress.name}")
+        if tag is None:
+            return False
+        with self._server.stream("GET", f"artifacts/{path}", headers={"Range": "bytes=0-0"}) as response:
+            return response.is_success and response.headers.get("ETag") == tag
 
     def _abort(self, progress: UploadProgress) -> None:
         """Remove the parts of an upload from the store, if it still knows them."""
         with contextlib.suppress(httpx.HTTPStatusError):
             self._post("abort", progress.folder, {"path": progress.name, "upload_id": progress.upload_id})
 
-    def _post(self, action: str, folder: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        response = self._server.post(f"mpu/{action}/{quote(folder)}", json=body).raise_for_status()
-        return dict(response.json() or {})
+    def _post_to_upload(
+        self, action: str, progress: UploadProgress, body: Mapping[str, Any], params: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        try:
+            return self._post(action, progress.folder, body, params)
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != 404:
+                raise
+            raise UploadLost(describe_lost_upload(progress.name)) from None
 
-    def _put_part(self, address: str, data: bytes) -> str:
-        """Send one part, and return its ETag."""
-        response = retry_transfer(lambda: self._store.put(address, content=data).raise_for_status())
-        return str(response.headers["ETag"])
+    def _post(
+        self, action: str, folder: str, body: Mapping[str, Any], params: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        response = self._server.post(f"mpu/{action}/{quote(folder)}", json=body, params=params).raise_for_status()
+        return dict(response.json() or {})
 
     def download(self, path: str, target: Path, num_bytes: int, sha256: str | None) -> None:
         """Fetch a file; after an interruption only its missing parts are fetched. The target is complete or missing.
@@ -313,15 +316,22 @@ class ArtifactTransfer:
                 break
         raise DamagedArtifact(f"{path} must have the sha256 {sha256}, got {actual}; it is damaged in the store")
 
-    def _fetch_parts(self, path: str, partial: "PartialFile") -> str:
+    def _fetch_parts(self, path: str, partial: PartialFile) -> str:
         """Fetch the missing parts, and return the sha256 of the whole, computed while later parts arrive."""
-        address = _Address(lambda: self._sign_download(path)) if self._mode == "direct" else None
-        digest = hashlib.sha256()
-        with partial.open() as descriptor, ThreadPoolExecutor(TRANSFER_THREADS) as pool:
+        addresses = SignedAddresses(lambda: [self._sign_download(path)], DOWNLOAD_ADDRESS_VALID_S)
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(TRANSFER_BLOCK_BYTES))
+        with (
+            partial.open() as descriptor,
+            StoreConnections() as store,
+            ThreadPoolExecutor(TRANSFER_THREADS) as pool,
+        ):
 
             def fetch(number: int) -> None:
                 start, end = partial.get_range(number)
-                retry_transfer(lambda: self._get_range(path, address, descriptor, start, end))
+                if self._mode == "direct":
+                    retry_transfer(lambda: _get_range(store, addresses, descriptor, start, end))
+                else:
+                    retry_transfer(lambda: self._stream_range(path, descriptor, start, end))
                 partial.record(number)
 
             futures = {number: pool.submit(fetch, number) for number in partial.list_missing()}
@@ -331,9 +341,9 @@ class ArtifactTransfer:
                         futures[number].result()
                     start, end = partial.get_range(number)
                     while start < end:
-                        block = os.pread(descriptor, min(TRANSFER_BLOCK_BYTES, end - start), start)
-                        digest.update(block)
-                        start += len(block)
+                        num_read = os.preadv(descriptor, [buffer[: end - start]], start)
+                        digest.update(buffer[:num_read])
+                        start += num_read
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -349,113 +359,79 @@ class ArtifactTransfer:
             return None
         return int(response.raise_for_status().json()["file_size"])
 
-    def _get_range(self, path: str, address: "_Address | None", descriptor: int, start: int, end: int) -> None:
-        """Fetch the bytes from start to end into the open file, at the same place."""
-        client, url = (self._server, f"artifacts/{quote(path)}") if address is None else (self._store, address.get())
+    def _stream_range(self, path: str, descriptor: int, start: int, end: int) -> None:
+        """Fetch the bytes from start to end through the server into the open file, at the same place."""
         headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-        with client.stream("GET", url, headers=headers) as response:
-            if response.status_code == 403 and address is not None:
-                address.renew()
+        with self._server.stream("GET", f"artifacts/{quote(path)}", headers=headers) as response:
             response.raise_for_status()
             if response.status_code != 206:
                 raise httpx.RemoteProtocolError(f"{path}: a part must come with status 206, got {response.status_code}")
             for block in response.iter_raw(TRANSFER_BLOCK_BYTES):
                 block = block[: end - start]
-                os.pwrite(descriptor, block, start)
+                write_at(descriptor, memoryview(block), start)
                 start += len(block)
         if start != end:
             raise httpx.RemoteProtocolError(f"{path}: {end - start} bytes of a part are missing")
 
 
-class _Address:
-    """A signed address that is renewed before it expires, shared by threads."""
+class SignedAddresses:
+    """Signed addresses that are renewed before they expire, shared by threads.
 
-    def __init__(self, sign: Callable[[], str]) -> None:
-        self._sign = sign
-        self._lock = threading.Lock()
-        self._url = ""
-        self._expires_at = 0.0
-
-    def get(self) -> str:
-        with self._lock:
-            if time.monotonic() >= self._expires_at:
-                self._url = self._sign()
-                self._expires_at = time.monotonic() + DOWNLOAD_ADDRESS_VALID_S
-            return self._url
-
-    def renew(self) -> None:
-        """Make the next `get` sign again."""
-        with self._lock:
-            self._expires_at = 0.0
-
-
-class PartialFile:
-    """A file that is being fetched: `.NAME.part`, and beside it `.NAME.parts`, the numbers of its complete parts.
-
-    Attributes:
-        complete: numbers of the parts that are on disk.
+    Args:
+        sign: returns new ones, which are valid for longer than `valid_s` seconds.
     """
 
-    def __init__(self, target: Path, num_bytes: int, sha256: str | None) -> None:
-        self._target = target
-        self._num_bytes = num_bytes
-        self._data = target.with_name(f".{target.name}.part")
-        self._record = target.with_name(f".{target.name}.parts")
-        self._header = json.dumps([num_bytes, ARTIFACT_PART_BYTES, sha256])
+    def __init__(self, sign: Callable[[], Sequence[str]], valid_s: float) -> None:
+        self._sign = sign
+        self._valid_s = valid_s
         self._lock = threading.Lock()
-        self.num_parts = -(-num_bytes // ARTIFACT_PART_BYTES)
-        self.complete = self._read_complete()
+        self._signed: Sequence[str] = ()
+        self._expires_at = 0.0
 
-    def _read_complete(self) -> set[int]:
-        """Read the complete parts of an earlier attempt at the same file; a last line that was cut off is ignored."""
-        with contextlib.suppress(OSError, ValueError):
-            header, *numbers = self._record.read_text().split("\n")[:-1]
-            if header == self._header and self._data.stat().st_size == self._num_bytes:
-                return {number for number in map(int, numbers) if 0 <= number < self.num_parts}
-        return set()
-
-    def list_missing(self) -> list[int]:
-        return [number for number in range(self.num_parts) if number not in self.complete]
-
-    def get_range(self, number: int) -> tuple[int, int]:
-        """Return where a part starts, and where the next one does."""
-        start = number * ARTIFACT_PART_BYTES
-        return start, min(start + ARTIFACT_PART_BYTES, self._num_bytes)
-
-    @contextlib.contextmanager
-    def open(self) -> Iterator[int]:
-        """Open the file for parts; keep those of an earlier attempt.
-
-        Raises:
-            OSError: if the disk has too little room.
-        """
-        if not self.complete:
-            self.discard()
-            self._data.touch(0o600)
-            self._record.write_text(f"{self._header}\n")
-        check_free_disk(self._target.parent, self._target.name, self._num_bytes - 512 * self._data.stat().st_blocks)
-        descriptor = os.open(self._data, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            os.ftruncate(descriptor, self._num_bytes)
-            yield descriptor
-        finally:
-            os.close(descriptor)
-
-    def record(self, number: int) -> None:
+    def get(self, index: int) -> str:
         with self._lock:
-            self.complete.add(number)
-            with self._record.open("a") as record:
-                record.write(f"{number}\n")
+            if time.monotonic() >= self._expires_at:
+                self._signed = self._sign()
+                self._expires_at = time.monotonic() + self._valid_s
+            return self._signed[index]
 
-    def finish(self) -> None:
-        """Move the complete file to its name."""
-        self._data.replace(self._target)
-        self._record.unlink(missing_ok=True)
+    def expire(self, index: int, address: str) -> None:
+        """Make the next `get` sign again, unless another thread has done so since it got this address."""
+        with self._lock:
+            if self._signed[index] == address:
+                self._expires_at = 0.0
 
-    def discard(self) -> None:
-        self._data.unlink(missing_ok=True)
-        self._record.unlink(missing_ok=True)
-        self.complete = set()
+
+def _put_part(store: StoreConnections, addresses: SignedAddresses, number: int, data: bytes) -> str:
+    """Send one part, and return its ETag."""
+
+    def put() -> str:
+        address = addresses.get(number - 1)
+        try:
+            return store.put(address, data)
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code == 404:
+                raise UploadLost(describe_lost_upload(error.request.url.path)) from None
+            if error.response.status_code == 403:
+                addresses.expire(number - 1, address)
+            raise
+
+    return retry_transfer(put)
+
+
+def _get_range(store: StoreConnections, addresses: SignedAddresses, descriptor: int, start: int, end: int) -> None:
+    """Fetch the bytes from start to end into the open file, at the same place."""
+    address = addresses.get(0)
+    try:
+        store.fetch_range(address, start, end, descriptor)
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code == 403:
+            addresses.expire(0, address)
+        raise
+
+
+def describe_lost_upload(name: str) -> str:
+    return f"the parts of {name} that were sent are missing in the store; retry, which sends the file from its start"
 
 
 def retry_transfer(transfer: Callable[[], TransferredT]) -> TransferredT:

@@ -104,6 +104,9 @@ def create_app() -> AsgiApp:
     # Imported here, since the keeper imports this module's names, and MLflow's server takes seconds to import.
     from mlflow.server.auth import create_app as create_mlflow
 
+    from infra.resumable_artifacts import register_resumable_artifacts
+
+    register_resumable_artifacts()
     return MlflowGate(
         ArtifactStreamer(create_mlflow()), os.environ[ADMINISTRATOR_VARIABLE], os.environ[DIGESTS_VARIABLE].split()
     )

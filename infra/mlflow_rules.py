@@ -50,6 +50,7 @@ def parse_rules(text: str) -> tuple[RouteRule, ...]:
 
 CONSUMER_ACCOUNT = "consumer"  # the read-only account that consumers of the model share
 READER_ACCOUNT = "cotrain-reader"  # the platform's read-only account, for the model server
+UPLOAD_PARAMETER = "upload_id"  # of the URL of `mpu/create`: sign addresses for this upload, and create none
 
 # Without sign-in: routes for probes and the sign-in page.
 PUBLIC_RULES = parse_rules("""

@@ -13,16 +13,11 @@ from io import BytesIO
 import httpx
 import pytest
 
-from infra.artifact_transfer import (
-    ARTIFACT_PART_BYTES,
-    ArtifactSource,
-    ArtifactTransfer,
-    DamagedArtifact,
-    UploadProgress,
-)
+from infra.artifact_transfer import ArtifactSource, ArtifactTransfer, DamagedArtifact
 from infra.object_store import ObjectStore, open_object_store
 from infra.polling import poll_until
 from infra.settings import StoreAccess
+from infra.transfer_records import ARTIFACT_PART_BYTES, UploadProgress
 from tests.infra.mlflow import get_credentials
 
 pytestmark = pytest.mark.slow  # the server takes 6 s to start
