@@ -11,7 +11,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 import httpx
 
-from infra.mlflow_rules import UPLOAD_PARAMETER
+from infra.mlflow_rules import PART_PARAMETER, UPLOAD_PARAMETER
 from infra.store_connections import StoreConnections, write_at
 from infra.transfer_records import ARTIFACT_PART_BYTES, MAX_ARTIFACT_PARTS, PartialFile, UploadProgress
 
@@ -95,7 +95,7 @@ class ArtifactTransfer:
             if num_bytes <= ARTIFACT_PART_BYTES:
                 data = stream.read()
                 _check_digest(source, hashlib.sha256(data).hexdigest())
-                self._put_whole(path, data, len(data))
+                self._put_whole(path, data)
                 return
             file = self.get_progress_file(path)
             progress = UploadProgress.read(file)
@@ -105,10 +105,7 @@ class ArtifactTransfer:
                     return
                 stream.seek(0)
                 progress = None
-            if self._mode == "streamed":
-                sha256 = self._stream_upload(path, stream, num_bytes, source)
-            else:
-                sha256 = self._upload_parts(folder, stream, num_bytes, source, progress, file)
+            sha256 = self._upload_parts(folder, stream, num_bytes, source, progress, file)
             UploadProgress(folder, source.name, num_bytes, sha256=sha256).write(file)
 
     def get_progress_file(self, path: str) -> Path:
@@ -138,27 +135,8 @@ class ArtifactTransfer:
         """Delete a file from the artifact store."""
         self._server.delete(f"artifacts/{quote(path)}").raise_for_status()
 
-    def _put_whole(self, path: str, content: bytes | Iterator[bytes], num_bytes: int) -> None:
-        headers = {"Content-Length": str(num_bytes)}
-        response = self._server.put(f"artifacts/{quote(path)}", content=content, headers=headers)
-        response.raise_for_status()
-
-    def _stream_upload(self, path: str, stream: BinaryIO, num_bytes: int, source: ArtifactSource) -> str:
-        """Send a file through the server; the last block only if the file is the expected one."""
-        digest = hashlib.sha256()
-
-        def read_blocks() -> Iterator[bytes]:
-            num_left = num_bytes
-            while num_left:
-                block = stream.read(min(TRANSFER_BLOCK_BYTES, num_left))
-                digest.update(block)
-                num_left -= len(block)
-                if not block or not num_left:
-                    _check_digest(source, digest.hexdigest(), is_cut=bool(num_left))
-                yield block
-
-        self._put_whole(path, read_blocks(), num_bytes)
-        return digest.hexdigest()
+    def _put_whole(self, path: str, data: bytes) -> None:
+        self._server.put(f"artifacts/{quote(path)}", content=data).raise_for_status()
 
     def _upload_parts(
         self,
@@ -204,6 +182,11 @@ class ArtifactTransfer:
         ):
             pending: dict[Future[str], tuple[int, str]] = {}
 
+            def put(number: int, data: bytes) -> str:
+                if self._mode == "direct":
+                    return retry_transfer(lambda: _put_part(store, addresses, number, data))
+                return retry_transfer(lambda: self._stream_part(progress, number, data))
+
             def collect(futures: Sequence[Future[str]]) -> None:
                 for future in futures:
                     number, prefix = pending.pop(future)
@@ -218,7 +201,7 @@ class ArtifactTransfer:
                     prefix = digest.copy().hexdigest()
                     if progress.parts.get(number, ("", ""))[1] == prefix:
                         continue
-                    pending[pool.submit(_put_part, store, addresses, number, data)] = (number, prefix)
+                    pending[pool.submit(put, number, data)] = (number, prefix)
                     if len(pending) >= TRANSFER_THREADS:  # so that few parts are in memory
                         collect(list(wait(pending, return_when=FIRST_COMPLETED).done))
                 collect(list(wait(pending).done))
@@ -252,6 +235,18 @@ class ArtifactTransfer:
         answer = self._post_to_upload("create", progress, body, {UPLOAD_PARAMETER: progress.upload_id})
         parts = sorted(answer["credentials"], key=lambda part: int(part["part_number"]))
         return [str(part["url"]) for part in parts]
+
+    def _stream_part(self, progress: UploadProgress, number: int, data: bytes) -> str:
+        """Send one part through the server, and return its ETag."""
+        path = f"{progress.folder}/{progress.name}"
+        params = {UPLOAD_PARAMETER: progress.upload_id, PART_PARAMETER: str(number)}
+        response = self._server.put(f"artifacts/{quote(path)}", params=params, content=data)
+        if response.status_code == 404:
+            raise UploadLost(describe_lost_upload(path))
+        tag = response.raise_for_status().headers.get("ETag")
+        if tag is None:
+            raise httpx.RemoteProtocolError(f"{path}: the server must answer a part with its ETag; update the server")
+        return str(tag)
 
     def _complete(self, progress: UploadProgress) -> None:
         """Create the object of the parts.
@@ -404,19 +399,15 @@ class SignedAddresses:
 
 def _put_part(store: StoreConnections, addresses: SignedAddresses, number: int, data: bytes) -> str:
     """Send one part, and return its ETag."""
-
-    def put() -> str:
-        address = addresses.get(number - 1)
-        try:
-            return store.put(address, data)
-        except httpx.HTTPStatusError as error:
-            if error.response.status_code == 404:
-                raise UploadLost(describe_lost_upload(error.request.url.path)) from None
-            if error.response.status_code == 403:
-                addresses.expire(number - 1, address)
-            raise
-
-    return retry_transfer(put)
+    address = addresses.get(number - 1)
+    try:
+        return store.put(address, data)
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code == 404:
+            raise UploadLost(describe_lost_upload(error.request.url.path)) from None
+        if error.response.status_code == 403:
+            addresses.expire(number - 1, address)
+        raise
 
 
 def _get_range(store: StoreConnections, addresses: SignedAddresses, descriptor: int, start: int, end: int) -> None:

@@ -50,7 +50,10 @@ def parse_rules(text: str) -> tuple[RouteRule, ...]:
 
 CONSUMER_ACCOUNT = "consumer"  # the read-only account that consumers of the model share
 READER_ACCOUNT = "cotrain-reader"  # the platform's read-only account, for the model server
-UPLOAD_PARAMETER = "upload_id"  # of the URL of `mpu/create`: sign addresses for this upload, and create none
+# Parameters of the URL of an upload. On `mpu/create`: sign addresses for this upload, from this part on, and create
+# none. On `artifacts`: the body is this part of this upload, and not a whole file.
+UPLOAD_PARAMETER = "upload_id"
+PART_PARAMETER = "part_number"
 
 # Without sign-in: routes for probes and the sign-in page.
 PUBLIC_RULES = parse_rules("""

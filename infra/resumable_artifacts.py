@@ -15,11 +15,12 @@ from mlflow.entities.multipart_upload import (
     MultipartUploadPart,
 )
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST
 from mlflow.store.artifact import artifact_repository_registry
 from mlflow.store.artifact.s3_artifact_repo import S3ArtifactRepository
 
-from infra.mlflow_rules import UPLOAD_PARAMETER
+from infra.mlflow_rules import PART_PARAMETER, UPLOAD_PARAMETER
+from infra.transfer_records import MAX_ARTIFACT_PARTS
 
 UPLOAD_ADDRESS_S = 3600
 LOST_UPLOAD_CODES = ("NoSuchUpload", "InvalidPart")
@@ -33,8 +34,11 @@ class ResumableArtifacts(S3ArtifactRepository):  # type: ignore[misc]  # MLflow'
     ) -> CreateMultipartUploadResponse:
         """Create an upload, or sign addresses for the one that the HTTP request names in its parameter `upload_id`.
 
+        The first address is that of the part `part_number`, if the request has this parameter too.
+
         Raises:
-            MlflowException: if the store does not have that upload (status 404).
+            MlflowException: if the store does not have that upload (status 404), which is not asked where a part is
+                named, or for a part that no upload has (400).
         """
         upload_id = request.args.get(UPLOAD_PARAMETER) if has_request_context() else None
         if upload_id is None:
@@ -42,12 +46,14 @@ class ResumableArtifacts(S3ArtifactRepository):  # type: ignore[misc]  # MLflow'
 
         client = self._get_s3_client()
         upload = {**self._locate(local_file, artifact_path), "UploadId": upload_id}
-        try:
-            client.list_parts(**upload, MaxParts=1)
-        except ClientError as error:
-            raise _translate_lost_upload(error) from error
+        first = parse_part_number(request.args.get(PART_PARAMETER, "1"))
+        if PART_PARAMETER not in request.args:
+            try:
+                client.list_parts(**upload, MaxParts=1)
+            except ClientError as error:
+                raise _translate_lost_upload(error) from error
         credentials = []
-        for number in range(1, num_parts + 1):
+        for number in range(first, first + num_parts):
             params = {**upload, "PartNumber": number}
             url = client.generate_presigned_url("upload_part", Params=params, ExpiresIn=UPLOAD_ADDRESS_S)
             credentials.append(MultipartUploadCredential(url=url, part_number=number, headers={}))
@@ -80,6 +86,21 @@ class ResumableArtifacts(S3ArtifactRepository):  # type: ignore[misc]  # MLflow'
 def register_resumable_artifacts() -> None:
     """Make the MLflow server in this process use `ResumableArtifacts` for `s3://` destinations."""
     artifact_repository_registry._artifact_repository_registry.register("s3", ResumableArtifacts)
+
+
+def parse_part_number(text: str) -> int:
+    """Read the number of a part.
+
+    Raises:
+        MlflowException: if no upload has such a part (status 400).
+
+    >>> parse_part_number("17")
+    17
+    """
+    if text.isascii() and text.isdecimal() and 1 <= int(text[:6]) <= MAX_ARTIFACT_PARTS:
+        return int(text[:6])
+    message = f"{PART_PARAMETER} must be from 1 to {MAX_ARTIFACT_PARTS}, got {text[:20]!r}; send the number of a part"
+    raise MlflowException(message, INVALID_PARAMETER_VALUE)
 
 
 def _translate_lost_upload(error: ClientError) -> Exception:

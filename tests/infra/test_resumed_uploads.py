@@ -6,6 +6,7 @@ import random
 import time
 from io import BytesIO
 
+import httpx
 import pytest
 
 from flows.stack.stack_config import load_config
@@ -70,9 +71,9 @@ def arguments(stores, tmp_path):
     return stores.mlflow_url, get_credentials(stores)["administrator"], "direct", tmp_path / "uploads"
 
 
-@pytest.fixture
-def transfer(arguments):
-    return ArtifactTransfer(*arguments)
+@pytest.fixture(params=["direct", "streamed"])
+def transfer(arguments, request):
+    return ArtifactTransfer(*arguments[:2], request.param, arguments[3])
 
 
 def send(transfer, folder, stream=BytesIO):
@@ -101,8 +102,8 @@ def test_upload_that_the_store_has_forgotten_starts_again_in_the_same_call(trans
     assert bucket.get(key) == CONTENT and bucket.find_unfinished_upload(key) is None
 
 
-def test_expired_addresses_are_renewed_and_the_parts_are_kept(transfer, folder, bucket, arguments):
-    progress = cut_off(transfer, folder)
+def test_expired_addresses_are_renewed_and_the_parts_are_kept(folder, bucket, arguments):
+    progress = cut_off(ArtifactTransfer(*arguments), folder)
     key = find_key(bucket, progress)
     hasty = HastyTransfer(bucket, key, *arguments)
     send(hasty, folder)
@@ -142,3 +143,24 @@ def test_part_that_the_record_has_and_the_store_has_not_is_sent_again(transfer, 
     write_record(progress, transfer.get_progress_file(f"{folder}/big"))
     send(transfer, folder)
     assert bucket.get(key) == CONTENT and bucket.find_unfinished_upload(key) is None
+
+
+def test_part_is_stored_only_for_the_account_that_may_and_as_a_part(stores, transfer, folder, bucket):
+    progress = cut_off(transfer, folder)
+    key = find_key(bucket, progress)
+    url = f"{stores.mlflow_url}/api/2.0/mlflow-artifacts/artifacts/{folder}/big"
+
+    def put(account, **params):
+        auth = get_credentials(stores)[account]
+        return httpx.put(url, params={"upload_id": progress.upload_id, **params}, content=b"part", auth=auth)
+
+    assert put("administrator", part_number=4).headers["ETag"] == f'"{hashlib.md5(b"part").hexdigest()}"'
+    assert [put("administrator", part_number=number).status_code for number in (0, 10_001, "x", "")] == [400] * 4
+    assert put("administrator", upload_id="0" * 32, part_number=4).status_code == 404
+    assert [put(account, part_number=4).status_code for account in ("reader", "consumer", "anonymous")] == [
+        403,
+        403,
+        401,
+    ]
+    assert [part.number for part in bucket.list_parts(key, progress.upload_id)] == [1, 2, 3, 4]
+    assert key not in bucket.list_keys("")
