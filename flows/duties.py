@@ -2,11 +2,12 @@
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from enum import StrEnum
+from enum import Enum, StrEnum
 from pathlib import Path
 
 from infra.error_text import describe_error, format_redacted_traceback
@@ -38,6 +39,12 @@ class Duty(StrEnum):
     ADVANCE_ROUND = "advance the round"
     START_REPRODUCTION = "start reproduction"
     START_DATASET_CHECKS = "start checks of datasets"
+
+
+class DutyProgress(Enum):
+    """Say that a duty's work goes on in a thread, so that it has neither succeeded nor failed yet."""
+
+    IN_PROGRESS = "in progress"
 
 
 # Names in a duties.json of version 0.2, which is read once after an upgrade.
@@ -85,7 +92,8 @@ class Duties:
     """Run duties when they are due, and write their status file, which `status` and `doctor` read.
 
     Args:
-        functions: functions by the name of the duty, called in this order.
+        functions: functions by the name of the duty, called in this order. One that returns `IN_PROGRESS` changes
+            nothing: a duty that failed stays failing until its work has succeeded.
         status_file: written after every pass and read at the start, so that a restart keeps the last successes.
         expected_errors: errors of servers that do not answer, which are logged without traceback.
         send_heartbeat: called before each duty, since a duty may block until the timeout of a server that hangs.
@@ -114,11 +122,12 @@ class Duties:
             if time.monotonic() < self._retry_at[name]:
                 continue
             try:
-                run_duty()
+                result = run_duty()
             except Exception as error:  # of any kind: the other duties continue, and doctor shows the error
                 self._note_failure(name, error)
             else:
-                self._note_success(name)
+                if result is not DutyProgress.IN_PROGRESS:
+                    self._note_success(name)
         self._write_status_file()
 
     def wake(self) -> None:
@@ -148,6 +157,51 @@ class Duties:
     def _write_status_file(self) -> None:
         self._status_file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         replace_file(self._status_file, json.dumps({name: asdict(status) for name, status in self.statuses.items()}))
+
+
+class BackgroundDuty:
+    """Run a duty's work in a thread, since it may take minutes, in which the other duties run.
+
+    Args:
+        name: of the thread.
+        work: is never run twice at once.
+        pause_s: from the end of work that succeeded to the next begin.
+    """
+
+    def __init__(self, name: str, work: Callable[[], object], pause_s: float) -> None:
+        self._name = name
+        self._work = work
+        self._pause_s = pause_s
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._next_begin_at = 0.0
+
+    def advance(self) -> DutyProgress | None:
+        """Begin the work if it is due; return None once it has succeeded.
+
+        Raises:
+            Exception: the error with which the work ended; the next call begins it again.
+        """
+        if self._thread is not None:
+            if self._thread.is_alive():
+                return DutyProgress.IN_PROGRESS
+            self._thread = None
+            error, self._error = self._error, None
+            if error is not None:
+                raise error
+            self._next_begin_at = time.monotonic() + self._pause_s
+            return None
+        if time.monotonic() < self._next_begin_at:
+            return None
+        self._thread = threading.Thread(target=self._run, daemon=True, name=self._name)
+        self._thread.start()
+        return DutyProgress.IN_PROGRESS
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:  # of any kind: `advance` raises it in the dispatcher's thread
+            self._error = error
 
 
 def get_duty_status_file(home: Path) -> Path:

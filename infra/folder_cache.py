@@ -30,6 +30,13 @@ CONTENT_FOLDER = "model"
 FILL_SUFFIX = ".fill"
 TRASH_PREFIX = ".trash-"
 
+CheckContent = Callable[[Path], bool]  # of an entry's folder of files
+
+
+def accept_any(folder: Path) -> bool:
+    """Return True: an entry that is whole has the right content."""
+    return True
+
 
 @dataclass
 class CachedFolder:
@@ -75,15 +82,21 @@ class FolderCache:
 
     Args:
         max_bytes: least recently used entries that no process uses are removed beyond it. A larger entry, or entries
-            that are all in use, may exceed it.
+            that are all in use or last copies, may exceed it.
+        is_last_copy: returns True if an entry cannot be fetched again, so that it is never removed for room; asked only
+            about an entry that would be removed.
     """
 
-    def __init__(self, root: Path, max_bytes: int) -> None:
+    def __init__(self, root: Path, max_bytes: int, is_last_copy: Callable[[str], bool] = lambda name: False) -> None:
         self.root = root
         self.max_bytes = max_bytes
+        self._is_last_copy = is_last_copy
 
-    def open(self, name: str) -> CachedFolder | None:
-        """Lock an entry for use; return None if it is missing or damaged. Needs no write access.
+    def open(self, name: str, is_expected: CheckContent = accept_any) -> CachedFolder | None:
+        """Lock an entry for use; return None if it is missing, damaged or not expected. Needs no write access.
+
+        Args:
+            is_expected: returns True for the folder of an entry that has the right content.
 
         Raises:
             OSError: if the file system has no locks (ENOLCK).
@@ -92,13 +105,15 @@ class FolderCache:
             lock = self._open_lock(name, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        return self._open_locked(name, lock)
+        return self._open_locked(name, lock, is_expected)
 
-    def _open_locked(self, name: str, lock: int) -> CachedFolder | None:
+    def _open_locked(self, name: str, lock: int, is_expected: CheckContent) -> CachedFolder | None:
         """Return the entry if it is whole, with its lock; else close the lock."""
         try:
             fcntl.flock(lock, fcntl.LOCK_SH)
             problem = find_changed_file(self.root / name)
+            if problem is None and not is_expected(self.root / name / CONTENT_FOLDER):
+                problem = "its files are other ones than were recorded elsewhere"
         except BaseException:
             os.close(lock)
             raise
@@ -111,14 +126,21 @@ class FolderCache:
             os.utime(self.root / name)
         return CachedFolder(self.root / name / CONTENT_FOLDER, lock)
 
-    def fill(self, name: str, num_bytes: int, fetch: Callable[[Path], Mapping[str, str]]) -> CachedFolder:
-        """Return an entry, locked for use; if it is missing or damaged, fetch it. One process fetches, others wait.
+    def fill(
+        self,
+        name: str,
+        num_bytes: int,
+        fetch: Callable[[Path], Mapping[str, str]],
+        is_expected: CheckContent = accept_any,
+    ) -> CachedFolder:
+        """Return an entry, locked for use; if `open` does not, fetch it. One process fetches, others wait.
 
         Args:
             num_bytes: of the entry, for which room is made.
             fetch: writes the files into a folder and returns the sha256 of each, which it has verified. The folder may
                 hold files of an earlier attempt that was interrupted, or of a damaged entry: each is to be verified
                 again, and replaced, never written, if it is not as it should be.
+            is_expected: as in `open`.
 
         Raises:
             OSError: if the disk has too little room (ENOSPC), with the bytes that are needed; PermissionError if this
@@ -127,7 +149,7 @@ class FolderCache:
         """
         (self.root / LOCKS_FOLDER).mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._hold_lock(f"{name}{FILL_SUFFIX}", fcntl.LOCK_EX):
-            if (folder := self.open(name)) is not None:  # another process has filled it
+            if (folder := self.open(name, is_expected)) is not None:  # another process has filled it
                 return folder
             self._remove_trash()
             # Taken before the entry appears, so that it cannot be removed before it is used.
@@ -138,7 +160,7 @@ class FolderCache:
             except BaseException:
                 os.close(lock)
                 raise
-            folder = self._open_locked(name, lock)
+            folder = self._open_locked(name, lock, is_expected)
         if folder is None:
             raise OSError(f"the entry {name} of the cache {self.root} changed while it was made; see who writes there")
         return folder
@@ -175,14 +197,19 @@ class FolderCache:
         return entries
 
     def evict(self, num_bytes: int = 0, *, keep: str = "") -> list[CacheEntry]:
-        """Remove entries that no process uses until `num_bytes` more are within the limit and on the disk."""
+        """Remove entries that no process uses until `num_bytes` more are within the limit and on the disk.
+
+        A last copy stays, whatever it exceeds.
+        """
         evicted = []
         with self._hold_lock(EVICTION_LOCK, fcntl.LOCK_EX):
             entries = sorted(self.list_entries(), key=lambda entry: entry.used_at)
             excess = sum(entry.num_bytes for entry in entries) + num_bytes - self.max_bytes
             for entry in entries:
                 is_short = num_bytes > shutil.disk_usage(self.root).free
-                if entry.name == keep or (excess <= 0 and not is_short) or not self._remove(entry):
+                if entry.name == keep or (excess <= 0 and not is_short):
+                    continue
+                if self._is_kept(entry) or not self._remove(entry):
                     continue
                 evicted.append(entry)
                 excess -= entry.num_bytes
@@ -194,15 +221,26 @@ class FolderCache:
         Raises:
             OSError: if the disk has too little room then.
         """
-        removable = sum(entry.num_bytes for entry in self.list_entries() if entry.name != name)
-        # What cannot fit even then removes nothing: other entries may be the only copies of their versions.
-        check_free_disk(self.root, f"{name} in the cache", max(0, num_bytes) - removable)
+        if num_bytes > shutil.disk_usage(self.root).free:
+            others = [entry for entry in self.list_entries() if entry.name != name and not self._is_kept(entry)]
+            # What cannot fit even without them removes nothing.
+            check_free_disk(self.root, f"{name} in the cache", num_bytes - sum(entry.num_bytes for entry in others))
         for entry in self.evict(max(0, num_bytes), keep=name):
             log.info("removed %s (%d bytes) from the cache for %s", entry.name, entry.num_bytes, name)
         total = sum(entry.num_bytes for entry in self.list_entries()) + max(0, num_bytes)
         if total > self.max_bytes:
             log.warning("the cache %s needs %d bytes, beyond its limit of %d", self.root, total, self.max_bytes)
         check_free_disk(self.root, f"{name} in the cache", num_bytes)
+
+    def remove(self, name: str) -> bool:
+        """Remove an entry, even a last copy; return False if there is none or a process uses it."""
+        with self._hold_lock(EVICTION_LOCK, fcntl.LOCK_EX):
+            entries = [entry for entry in self.list_entries() if entry.name == name]
+            return all([self._remove(entry) for entry in entries]) and bool(entries)
+
+    def _is_kept(self, entry: CacheEntry) -> bool:
+        """Return True for the last copy of something; what is not complete yet is none."""
+        return not entry.path.name.endswith(FILL_SUFFIX) and self._is_last_copy(entry.name)
 
     def _remove(self, entry: CacheEntry) -> bool:
         """Remove an entry; return False if a process uses it, or fills it."""

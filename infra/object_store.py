@@ -20,7 +20,7 @@ from infra.settings import StoreAccess
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef, ObjectIdentifierTypeDef
 
 PROBE_KEY = "probe"
 PROBE_BYTES = b"p" * 8192
@@ -29,6 +29,7 @@ MAX_UPLOAD_PARTS = 10_000
 DOWNLOAD_CHUNK_BYTES = 4 * 2**20
 MAX_PRESIGNED_BYTES = 5 * 2**30  # S3's limit for an object sent in one request
 MAX_PRESIGNED_S = 3600
+MAX_DELETED_KEYS = 1000  # S3's limit for a request
 MAX_COPY_BYTES = 2**30  # of one request, of the 5 GiB that S3 allows
 READ_RANGE_BYTES = 8 * 2**20
 READ_BUFFER_BYTES = 2**20
@@ -263,6 +264,22 @@ class ObjectStore:
 
     def delete(self, key: str) -> None:
         self.client.delete_object(Bucket=self.bucket, Key=key)
+
+    def delete_many(self, keys: Sequence[str]) -> None:
+        """Delete objects, MAX_DELETED_KEYS in a request.
+
+        Raises:
+            OSError: if the store has refused to delete one of them; it may have deleted others.
+        """
+        for start in range(0, len(keys), MAX_DELETED_KEYS):
+            names: list[ObjectIdentifierTypeDef] = [{"Key": key} for key in keys[start : start + MAX_DELETED_KEYS]]
+            response = self.client.delete_objects(Bucket=self.bucket, Delete={"Objects": names, "Quiet": True})
+            if errors := response.get("Errors"):
+                first = errors[0]
+                raise OSError(
+                    f"the store did not delete {len(errors)} of {len(names)} objects, the first {first.get('Key')}: "
+                    f"{first.get('Code')}"
+                )
 
     def get(self, key: str) -> bytes:
         return self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()

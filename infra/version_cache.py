@@ -4,17 +4,27 @@ Training, evaluation, the model server and commands read versions there. The mod
 write it: the dispatcher and the flows fill it.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from infra.folder_cache import ENTRY_FILE, CachedFolder, FolderCache
+from infra.error_text import describe_error
+from infra.folder_cache import CONTENT_FOLDER, CachedFolder, CheckContent, FolderCache, accept_any
 from infra.tracker import Tracker, VersionLost
 
+log = logging.getLogger(__name__)
+
 VERSIONS_FOLDER = Path("cache/versions")
+ENTRY_NAME_PREFIX = "v"
 FORMER_CACHE_FOLDERS = ("serve", "generate")  # of version 0.3, one for each kind of process
 
 ParseDigests = Callable[[bytes], Mapping[str, str]]
 Fetch = Callable[[Path], Mapping[str, str]]
+
+
+def make_entry_name(version: int) -> str:
+    """Return the name of a version's entry in the cache."""
+    return f"{ENTRY_NAME_PREFIX}{version}"
 
 
 class VersionNotCached(LookupError):
@@ -33,7 +43,7 @@ class VersionCache:
     def __init__(
         self, home: Path, max_bytes: int, tracker: Tracker, manifest_name: str, parse_digests: ParseDigests
     ) -> None:
-        self.folders = FolderCache(home / VERSIONS_FOLDER, max_bytes)
+        self.folders = FolderCache(home / VERSIONS_FOLDER, max_bytes, self._is_last_copy)
         self._tracker = tracker
         self._manifest_name = manifest_name
         self._parse_digests = parse_digests
@@ -44,11 +54,7 @@ class VersionCache:
         Args:
             expected: sha256 by file, which the manifest must state.
         """
-        folder = self.folders.open(f"v{version}")
-        if folder is None or expected is None or self._read_digests(folder.path) == expected:
-            return folder
-        folder.close()
-        return None
+        return self.folders.open(make_entry_name(version), self._make_check(expected))
 
     def open(self, version: int, expected: Mapping[str, str] | None = None) -> CachedFolder:
         """Return a version, locked for use; fetch it from the registry if the cache lacks it.
@@ -89,15 +95,38 @@ class VersionCache:
             VersionNotCached: if this process may not write the cache.
         """
         try:
-            if (folder := self.find(version, expected)) is not None:
-                return folder
-            if expected is not None:
-                (self.folders.root / f"v{version}" / ENTRY_FILE).unlink(missing_ok=True)  # so that it counts as damaged
-            return self.folders.fill(f"v{version}", num_bytes, fetch)
+            return self.folders.fill(make_entry_name(version), num_bytes, fetch, self._make_check(expected))
         except PermissionError:
             raise VersionNotCached(
                 f"v{version} is not in the cache {self.folders.root}, which this process may not write"
             ) from None
+
+    def remove(self, version: int) -> bool:
+        """Remove a version that is needed no longer; return False if it is not there or a process uses it."""
+        return self.folders.remove(make_entry_name(version))
+
+    def _make_check(self, expected: Mapping[str, str] | None) -> CheckContent:
+        """Return a function that compares the manifest of an entry with the expected digests."""
+        if expected is None:
+            return accept_any
+        return lambda folder: self._read_digests(folder) == expected
+
+    def _is_last_copy(self, name: str) -> bool:
+        """Return True unless the registry says that it has every file of an entry."""
+        digests = self._read_digests(self.folders.root / name / CONTENT_FOLDER)
+        version = name.removeprefix(ENTRY_NAME_PREFIX)
+        if digests is None or not version.isdecimal():
+            return False  # it is no version
+        try:
+            missing = self._tracker.find_missing_files(int(version), [*digests, self._manifest_name])
+            problem = f"the registry lacks its {', '.join(missing)}" if missing else None
+        except VersionLost as error:
+            problem = str(error)
+        except Exception as error:  # of any kind: without an answer, no copy counts as replaceable
+            problem = f"the registry does not answer: {describe_error(error)}"
+        if problem is not None:
+            log.warning("%s stays in the cache %s beyond its limit: %s", name, self.folders.root, problem)
+        return problem is not None
 
     def _read_digests(self, folder: Path) -> Mapping[str, str] | None:
         try:

@@ -21,10 +21,17 @@ from feedback.states import RoundState
 from feedback.tables import new_id
 from flows.context import DispatcherContext, open_dispatcher_context
 from flows.dispatcher.attempts import continue_round, end_if_lost, end_lost_flow_runs, find_newest_flow_run
-from flows.dispatcher.champion_cacher import ChampionCacher
+from flows.dispatcher.champion_cacher import cache_champion
 from flows.dispatcher.checkpoint_cleanup import delete_unneeded_checkpoints
 from flows.dispatcher.deployments import CHECK_DATASETS_DEPLOYMENT, REPRODUCE_DEPLOYMENT, register_deployments
-from flows.duties import DISPATCHER_HEARTBEAT_FILE, Duties, Duty, compute_age_s, get_duty_status_file
+from flows.duties import (
+    DISPATCHER_HEARTBEAT_FILE,
+    BackgroundDuty,
+    Duties,
+    Duty,
+    compute_age_s,
+    get_duty_status_file,
+)
 from flows.supervisor.pool_launcher import make_launchers
 from flows.supervisor.reaper import reap_dead_leases
 from flows.supervisor.run_reporter import SERVER_ERRORS
@@ -96,11 +103,13 @@ def make_duties(context: DispatcherContext, client: SyncPrefectClient) -> dict[s
         Duty.DELIVER_NOTICES: lambda: deliver_notices(context),
         Duty.REQUEST_DUE_ROUND: lambda: request_due_round(context),
         Duty.RECLAIM_LEASES: lambda: reap_dead_leases(context.sessions, make_launchers(context.settings)),
-        Duty.DELETE_CHECKPOINTS: make_periodic(
-            DELETE_CHECKPOINTS_EVERY_S, lambda: delete_unneeded_checkpoints(context)
-        ),
+        Duty.DELETE_CHECKPOINTS: BackgroundDuty(
+            "checkpoint-cleanup", lambda: delete_unneeded_checkpoints(context), DELETE_CHECKPOINTS_EVERY_S
+        ).advance,
         Duty.UPDATE_ALIASES: lambda: sync_champion_aliases(context),
-        Duty.CACHE_CHAMPION: make_periodic(CACHE_CHECK_EVERY_S, ChampionCacher(context).ensure_cached),
+        Duty.CACHE_CHAMPION: BackgroundDuty(
+            "champion-cacher", lambda: cache_champion(context), CACHE_CHECK_EVERY_S
+        ).advance,
         Duty.REGISTER_DEPLOYMENTS: registrar.ensure_registered,
         Duty.END_LOST_FLOW_RUNS: make_periodic(END_LOST_EVERY_S, lambda: end_lost_flow_runs(client)),
         Duty.ADVANCE_ROUND: lambda: registrar.run_with_deployments(continue_running_round),

@@ -1,7 +1,7 @@
 """Checkpoints in the object store: keys, manifests, verified and resumable downloads, deletion."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -98,21 +98,19 @@ def delete_stored_checkpoint(objects: ObjectStore, run_id: str, name: str) -> in
     return len(keys) + 1
 
 
-def delete_unneeded_objects(objects: ObjectStore, run_id: str, kept_name: str | None, *, with_moments: bool) -> int:
-    """Delete the objects of a run's checkpoints but those of one checkpoint; return their number.
+def delete_unneeded_objects(objects: ObjectStore, run_id: str, kept_name: str | None, kept_files: Iterable[str]) -> int:
+    """Delete the objects of a run's checkpoints but files of one checkpoint; return their number.
 
     Args:
-        kept_name: the checkpoint that is kept; None: delete all.
-        with_moments: keep its moments too.
+        kept_name: the checkpoint of which files are kept; None: delete all.
+        kept_files: their names.
     """
-    kept_keys: set[str] = set()
-    if kept_name is not None and (content := read_stored_manifest(objects, run_id, kept_name)) is not None:
-        kept_files = parse_stored_manifest(content, kept_name).list_files(with_moments=with_moments)
-        names = (CHECKPOINT_MANIFEST_FILE, *kept_files)
-        kept_keys = {make_checkpoint_key(run_id, kept_name, file_name) for file_name in names}
-    unneeded_keys = [key for key in objects.list_keys(f"{CHECKPOINT_KEY_PREFIX}/{run_id}/") if key not in kept_keys]
+    prefix = f"{CHECKPOINT_KEY_PREFIX}/{run_id}/"
+    kept_keys = {make_checkpoint_key(run_id, kept_name, name) for name in kept_files} if kept_name is not None else ()
+    unneeded_keys = [key for key in objects.list_keys(prefix) if key not in kept_keys]
     # Manifests first, so that no checkpoint counts as complete without all its files.
-    for key in sorted(unneeded_keys, key=lambda key: not key.endswith(f"/{CHECKPOINT_MANIFEST_FILE}")):
-        objects.delete(key)
-    objects.abort_uploads(f"{CHECKPOINT_KEY_PREFIX}/{run_id}/")
+    is_manifest = [key.endswith(f"/{CHECKPOINT_MANIFEST_FILE}") for key in unneeded_keys]
+    objects.delete_many([key for key, first in zip(unneeded_keys, is_manifest, strict=True) if first])
+    objects.delete_many([key for key, first in zip(unneeded_keys, is_manifest, strict=True) if not first])
+    objects.abort_uploads(prefix)
     return len(unneeded_keys)

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import threading
 from datetime import timedelta
 
 import pytest
@@ -17,8 +18,9 @@ from feedback.tables import Feedback, Outbox, new_id, read_transaction_time
 from flows.context import Context, DispatcherContext
 from flows.dispatcher.attempts import make_attempt_key
 from flows.dispatcher.dispatcher import make_duties, request_due_round
-from flows.duties import MAX_DUTY_PAUSE_S, Duties, Duty, DutyStatus, read_duty_statuses
+from flows.duties import MAX_DUTY_PAUSE_S, BackgroundDuty, Duties, Duty, DutyStatus, read_duty_statuses
 from infra.database import make_session_factory
+from infra.polling import poll_until
 from tests.records import add_feedback
 
 PROMPT = "a prompt"
@@ -54,6 +56,35 @@ def test_failing_duty_backs_off_and_recovers_on_first_success(tmp_path):
     assert well.statuses["bad"].failures == 1  # content that an earlier process wrote
     well.run_due()
     assert read_duty_statuses(tmp_path / "duties.json")["bad"].failing_since is None
+
+
+def test_work_in_a_thread_holds_up_no_duty_and_its_failure_shows_until_a_success(tmp_path):
+    started, release, outcomes, completed = [], threading.Event(), [refuse, refuse, lambda: None], []
+
+    def work():
+        started.append(threading.current_thread().name)
+        release.wait(60)
+        outcomes.pop(0)()
+
+    functions = {"long": BackgroundDuty("worker", work, 0.0).advance, "short": lambda: completed.append(1)}
+    duties = Duties(functions, tmp_path / "duties.json")
+    duties.run_due()
+    duties.run_due()
+    assert started == ["worker"] and completed == [1, 1]
+    assert duties.statuses["long"] == DutyStatus()  # neither a success nor a failure yet
+
+    release.set()
+    failures = []
+
+    def has_succeeded():
+        duties.wake()
+        duties.run_due()
+        failures.append(duties.statuses["long"].failures)
+        return duties.statuses["long"].succeeded_at
+
+    assert poll_until(has_succeeded, timeout_s=60, pause_s=0.01)
+    assert sorted(failures[:-1]) == failures[:-1] and max(failures) == 2  # a new attempt ends no failure
+    assert failures[-1] == 0 and not outcomes
 
 
 @pytest.mark.slow

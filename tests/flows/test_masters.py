@@ -185,6 +185,24 @@ def test_deletion_that_was_interrupted_is_completed(context, finish_run):
     assert not list_objects(context, first) and context.objects.find_unfinished_upload(key) is None
 
 
+@pytest.mark.parametrize("damage", [b"{", None])
+def test_damaged_manifest_ends_its_state_and_stops_no_other_run(context, finish_run, damage):
+    other, damaged = finish_run(1), finish_run(2)
+    lost = finish_run(3, promoted=False)
+    key = f"checkpoints/{damaged}/step-00000020/manifest.json"
+    context.objects.delete(key) if damage is None else context.objects.put(key, damage)
+    delete_unneeded_checkpoints(context)
+    assert not list_objects(context, lost) and f"step-00000020/{CHECKPOINT_MANIFEST_FILE}" in list_objects(
+        context, other
+    )
+    with context.sessions() as session:
+        facts = read_platform_facts(session)
+    (finding,) = check_masters(facts)
+    assert f"the fp32 masters of v2 are damaged in the store: {CHECKPOINT_MANIFEST_FILE}" in finding.fault
+    delete_unneeded_checkpoints(context)
+    assert not list_objects(context, damaged) and list_objects(context, other)
+
+
 def test_objects_that_an_upload_adds_after_the_end_of_a_round_are_deleted_too(context, finish_run):
     run_id = finish_run(1, promoted=False)
     delete_unneeded_checkpoints(context)

@@ -14,7 +14,7 @@ from feedback.contracts import RoundParameters
 from feedback.rounds import VersionNotRegistered
 from feedback.tables import ModelVersion, Promotion, Round, new_id
 from flows.context import Context
-from flows.dispatcher.champion_cacher import ChampionCacher
+from flows.dispatcher.champion_cacher import cache_champion
 from flows.retention_policy import RetentionPolicy, RunRetention, VersionRetention
 from flows.round import evaluate
 from flows.round.cleanup import list_removals, remove_expired
@@ -134,7 +134,8 @@ def test_lost_version_is_copied_only_from_an_export_that_matches_its_record(cont
     delete_version(context, 765_001)
     with open_version(context, 765_001) as model:
         assert {file.name for file in model.path.iterdir()} == {file.name for file in export.iterdir()}
-    assert context.versions.folders.evict(10**15) and list_cached(tmp_path) == []
+    assert context.versions.folders.evict(10**15) == []  # the registry cannot replace it
+    assert context.versions.remove(765_001) and list_cached(tmp_path) == []
     weights = export / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(VersionLost, match=rf"cotrain register {export} --version 765001, then start another round"):
@@ -246,10 +247,9 @@ def test_confined_model_server_serves_what_the_dispatcher_caches_and_cannot_writ
     try:
         assert complete().status_code == 503
         assert not list((stores.home / "cache" / "versions").glob("v*"))
-        cacher = ChampionCacher(context)
 
         def has_served():
-            cacher.ensure_cached()
+            cache_champion(context)
             return complete().status_code == 200
 
         assert poll_until(has_served, timeout_s=60, pause_s=0.2)
@@ -259,6 +259,33 @@ def test_confined_model_server_serves_what_the_dispatcher_caches_and_cannot_writ
         server.terminate()
         server.wait()
     assert [entry.name for entry in FolderCache(stores.home / "cache" / "versions", 0).evict()] == ["v765007"]
+
+
+@pytest.mark.slow
+def test_champion_with_other_files_than_recorded_is_fetched_again_and_never_cached_as_it_is(
+    context, register_version, record_champion, tmp_path
+):
+    export = context.runs / register_version(765_020) / "export"
+    record_champion(765_020)
+    cache_champion(context)
+    cached = tmp_path / "cache" / "versions" / "v765020"
+    other = json.loads((export / "manifest.json").read_text())
+    other["files"]["config.json"] = "0" * 64
+    (cached / "model" / "manifest.json").write_text(json.dumps(other))
+    describe_as_whole(cached)
+    cache_champion(context)
+    assert (cached / "model" / "manifest.json").read_bytes() == (export / "manifest.json").read_bytes()
+
+    context.versions.remove(765_020)
+    file = tmp_path / "manifest.json"
+    file.write_text(json.dumps(other))
+    mlflow_run_id = context.tracker.client.get_model_version(
+        "yuan", str(context.tracker.require_number(765_020))
+    ).run_id
+    context.tracker.client.log_artifact(mlflow_run_id, str(file), "model")
+    with pytest.raises(VersionLost, match="the registry has other files under v765020 than were registered"):
+        cache_champion(context)
+    assert list_cached(tmp_path) == []
 
 
 @pytest.mark.slow

@@ -116,6 +116,37 @@ def test_entries_in_use_exceed_the_limit_rather_than_disappear(cache):
     assert len(list_names(cache)) <= 3
 
 
+def test_last_copy_is_never_removed_for_room_and_is_removed_when_it_is_needed_no_longer(cache):
+    asked = []
+    last = FolderCache(cache.root, 200 * KIB, lambda name: asked.append(name) or name == "v1")
+    now = time.time()
+    fill(last, "v1", now - 300)
+    fill(last, "v2", now - 200)
+    fill(last, "v3", now - 100)
+    assert asked == []  # the limit is not reached
+    fill(last, "v4")
+    assert list_names(cache) == ["v1", "v3", "v4"] and asked == ["v1", "v2"]
+    assert FolderCache(cache.root, 0, lambda name: True).evict() == []
+    with cache.open("v1"):
+        assert not last.remove("v1")
+    assert last.remove("v1") and not last.remove("v1") and list_names(cache) == ["v3", "v4"]
+
+
+def test_entry_with_other_content_than_expected_is_replaced_and_an_expected_one_never_is(cache):
+    def is_new(folder):
+        return (folder / "weights").read_bytes()[:1] == b"y"
+
+    fill(cache, "v1")
+    assert cache.open("v1") is not None and cache.open("v1", is_new) is None
+    with cache.fill("v1", 64 * KIB, make_fetch(b"y"), is_new) as folder:
+        inode = (folder.path / "weights").stat().st_ino
+        calls = []
+        cache.fill("v1", 64 * KIB, make_fetch(b"y", calls=calls), is_new).close()
+        assert calls == [] and (folder.path / "weights").stat().st_ino == inode
+    with pytest.raises(OSError, match="changed while it was made"):
+        cache.fill("v2", 64 * KIB, make_fetch(b"z"), is_new)
+
+
 def test_entry_with_a_time_in_the_future_of_a_skewed_clock_is_not_kept_for_ever(cache):
     fill(cache, "v1", time.time() + 10**6)
     time.sleep(0.02)
