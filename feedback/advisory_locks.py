@@ -12,6 +12,7 @@ class AdvisoryLock(IntEnum):
 
     DATASETS = 7_310_211
     REGISTRATIONS = 7_310_212
+    SHARDS = 7_310_213
 
 
 def hold_advisory_lock(session: Session, lock: AdvisoryLock) -> None:

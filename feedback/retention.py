@@ -33,7 +33,7 @@ def find_expired_records(session: Session, *, keep_rounds: int, keep_rounds_of_l
         keep_rounds: newest ended rounds whose runs are kept.
         keep_rounds_of_losers: newest ended rounds whose versions are kept, champions or not.
     """
-    needed = _find_needed_versions(session)
+    needed = find_versions_in_use(session)
     ended_rounds = select(Round.id).where(Round.state != RoundState.RUNNING).order_by(Round.number.desc())
     runs = session.execute(
         select(TrainingRun.id, ModelVersion.version)
@@ -56,7 +56,8 @@ def find_expired_records(session: Session, *, keep_rounds: int, keep_rounds_of_l
     )
 
 
-def _find_needed_versions(session: Session) -> set[int]:
+def find_versions_in_use(session: Session) -> set[int]:
+    """Return the champion, the version before it, the newest candidate, and the versions of running rounds."""
     newest = session.scalars(select(Promotion).order_by(Promotion.id.desc()).limit(1)).first()
     candidates = select(Round.candidate_version).where(Round.candidate_version.is_not(None))
     running = session.scalars(select(Round).where(Round.state == RoundState.RUNNING)).all()

@@ -12,6 +12,7 @@ from sqlalchemy import ARRAY, String, any_, func, literal, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session, sessionmaker
 
+from feedback.advisory_locks import AdvisoryLock, hold_advisory_lock
 from feedback.datasets import UPLOADS_FOLDER
 from feedback.items import MAX_NAMED_ROWS, record_faulty_rows, record_item_fault, record_new_fault_reasons
 from feedback.mixture_plan import (
@@ -114,7 +115,9 @@ def freeze_mixture(
         ValueError: if the mixture is empty.
         RoundOwnershipLost: if the round has ended, or a later attempt works on it.
     """
-    with sessions() as session:
+    with sessions.begin() as session:
+        # A deletion of shards that has begun ends first, and the next one sees that the round freezes.
+        hold_advisory_lock(session, AdvisoryLock.SHARDS)
         training_round = session.get_one(Round, round_id)
         if training_round.snapshot_id is not None:
             return training_round.snapshot_id
@@ -176,7 +179,7 @@ def read_manifest(objects: ObjectStore, snapshot_id: str) -> SnapshotManifest:
     """
     key, fix = make_manifest_key(snapshot_id), "start a new round, which freezes a new one"
     if not objects.exists(key):
-        if objects.exists(f"{SNAPSHOTS_FOLDER}/{snapshot_id}"):
+        if is_frozen_as_one_object(objects, snapshot_id):
             raise SnapshotLostError(f"snapshot {snapshot_id} was frozen by an older release, as one object; {fix}")
         raise SnapshotLostError(f"snapshot {snapshot_id} is missing in the object store; {fix}")
     try:
@@ -186,6 +189,11 @@ def read_manifest(objects: ObjectStore, snapshot_id: str) -> SnapshotManifest:
     if manifest.root != snapshot_id:
         raise SnapshotLostError(f"the manifest of snapshot {snapshot_id} is that of {manifest.root}; {fix}")
     return manifest
+
+
+def is_frozen_as_one_object(objects: ObjectStore, snapshot_id: str) -> bool:
+    """Return True if an older release froze a snapshot, as one object without shards."""
+    return objects.exists(f"{SNAPSHOTS_FOLDER}/{snapshot_id}")
 
 
 def fetch_shard(objects: ObjectStore, snapshot_id: str, part: str, shard: RowShard, target: Path) -> None:

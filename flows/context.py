@@ -88,12 +88,12 @@ def open_operator_context() -> Context:
     context = open_context(Settings)
     with context.sessions() as session:
         session.connection()
-    _require_server("MLflow", f"{context.settings.mlflow_url}/health", "COTRAIN_MLFLOW_URL")
-    _require_server("the object store", context.settings.s3_endpoint, "COTRAIN_S3_ENDPOINT")
+    require_server("MLflow", f"{context.settings.mlflow_url}/health", "COTRAIN_MLFLOW_URL")
+    require_server("the object store", context.settings.s3_endpoint, "COTRAIN_S3_ENDPOINT")
     return context
 
 
-def _require_server(name: str, url: str, variable: str) -> None:
+def require_server(name: str, url: str, variable: str) -> None:
     """Check that a server answers, with whatever status.
 
     Raises:

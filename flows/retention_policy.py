@@ -39,14 +39,45 @@ class VersionRetention(RetentionSection):
     keep_rounds_of_losers: int = Field(default=6, ge=1, le=10_000)
 
 
+class SnapshotRetention(RetentionSection):
+    """Limits for the shards of snapshots in the object store; the record and the manifest of a snapshot stay.
+
+    Attributes:
+        keep_rounds: newest ended rounds whose snapshots keep their shards.
+        keep_promotions: last promotions whose rounds do so too: the lineage of these versions can be repeated.
+        unused_days: days that a shard stays which no such snapshot has, since the next round may use it.
+    """
+
+    keep_rounds: int = Field(default=6, ge=0, le=10_000)
+    keep_promotions: int = Field(default=24, ge=2, le=10_000)
+    unused_days: float = Field(default=1, ge=0, le=3650)
+
+
+class UploadRetention(RetentionSection):
+    """Limits for uploaded files.
+
+    Attributes:
+        keep_days_of_withdrawn: days from the withdrawal of a dataset to the deletion of its file.
+    """
+
+    keep_days_of_withdrawn: float = Field(default=7, ge=0, le=3650)
+
+
 class RetentionPolicy(RetentionSection):
     """The whole policy; what a running round, the champion, the version before and the candidate need stays anyway."""
 
     runs: RunRetention = RunRetention()
     versions: VersionRetention = VersionRetention()
+    snapshots: SnapshotRetention = SnapshotRetention()
+    uploads: UploadRetention = UploadRetention()
 
 
-POLICY_SECTIONS: dict[str, type[RetentionSection]] = {"runs": RunRetention, "versions": VersionRetention}
+POLICY_SECTIONS: dict[str, type[RetentionSection]] = {
+    "runs": RunRetention,
+    "versions": VersionRetention,
+    "snapshots": SnapshotRetention,
+    "uploads": UploadRetention,
+}
 
 
 def read_retention_policy(home: Path) -> RetentionPolicy:

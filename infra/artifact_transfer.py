@@ -117,13 +117,23 @@ class ArtifactTransfer:
         for path in paths:
             self.get_progress_file(path).unlink(missing_ok=True)
 
+    def count_old_uploads(self, min_age_s: float) -> int:
+        """Return the number of records of uploads that nothing has resumed for so long."""
+        return len(self._list_old_records(min_age_s))
+
+    def _list_old_records(self, min_age_s: float) -> list[Path]:
+        records = []
+        for file in self._progress_folder.glob("*.json"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - file.stat().st_mtime >= min_age_s:
+                    records.append(file)
+        return records
+
     def abort_old_uploads(self, min_age_s: float) -> int:
         """Remove the parts and records of uploads that nothing has resumed for so long; return their number."""
         num_aborted = 0
-        for file in self._progress_folder.glob("*.json"):
+        for file in self._list_old_records(min_age_s):
             with contextlib.suppress(FileNotFoundError):
-                if time.time() - file.stat().st_mtime < min_age_s:
-                    continue
                 progress = UploadProgress.read(file)
                 if progress is not None and progress.sha256 is None:
                     self._abort(progress)

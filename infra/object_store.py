@@ -5,8 +5,9 @@ import hashlib
 import io
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -44,6 +45,15 @@ class StoredPart:
     number: int
     num_bytes: int
     tag: str
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """An object of the store: its key, its size, and when it was stored."""
+
+    key: str
+    num_bytes: int
+    modified_at: datetime
 
 
 @dataclass(frozen=True)
@@ -261,6 +271,21 @@ class ObjectStore:
         """List the keys under a prefix, sorted."""
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
         return sorted(entry["Key"] for page in pages for entry in page.get("Contents", []))
+
+    def list_objects(self, prefix: str) -> Iterator[StoredObject]:
+        """List the objects under a prefix, page by page, in the order of the store."""
+        for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
+            for entry in page.get("Contents", []):
+                yield StoredObject(entry["Key"], entry["Size"], entry["LastModified"])
+
+    def find_modification_time(self, key: str) -> datetime | None:
+        """Return when an object was stored; None if there is none."""
+        try:
+            return self.client.head_object(Bucket=self.bucket, Key=key)["LastModified"]
+        except ClientError as error:
+            if is_not_found(error):
+                return None
+            raise
 
     def delete(self, key: str) -> None:
         self.client.delete_object(Bucket=self.bucket, Key=key)

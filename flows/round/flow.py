@@ -57,15 +57,19 @@ def cotrain_round(form: RoundForm) -> str | State[str]:
     try:
         # An earlier attempt may still be exiting; two attempts must not write the same files.
         with hide_error_text("the round"), hold_file_lock(context.get_round_lock(round_id)):
-            return run_steps(replace(context, attempt=attempt), round_id)
+            outcome: str | State[str] = run_steps(replace(context, attempt=attempt), round_id)
     except rounds.RoundOwnershipLost as error:
-        return str(error)
+        outcome = str(error)
     except RunCancelled as error:
         fail_round(context, round_id, str(error), state=RoundState.CANCELLED)
-        return Cancelled(message=str(error))
+        outcome = Cancelled(message=str(error))
     except StepUnrecoverable as error:
         fail_round(context, round_id, str(error))
+        publish_table("removed", cleanup_task(context, round_id))
         raise
+    # However the round has ended: rounds that fail fill the disk as well.
+    publish_table("removed", cleanup_task(context, round_id))
+    return outcome
 
 
 def run_steps(context: Context, round_id: str) -> str:
@@ -92,7 +96,6 @@ def run_steps(context: Context, round_id: str) -> str:
     publish_table("gate", build_gate_rows(decision))
     create_markdown_artifact(key="decision", markdown=format_decision(decision))
     notify_task(context)
-    publish_table("removed", cleanup_task(context, round_id))
     with context.sessions() as session:
         return rounds.find_round(session, round_id).state
 

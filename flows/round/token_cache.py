@@ -14,7 +14,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 TOKEN_CACHE_FOLDER = "cache/tokens"  # in the home folder
 CACHE_ENTRY_FILE = "files.json"
-CACHE_ENTRY_SCHEMA = 1
+CACHE_ENTRY_SCHEMA = 2
 CACHE_LOCK_FILE = ".lock"
 SHARE_BLOCKS_REQUEST = 0x40049409  # FICLONE of linux/fs.h
 READ_ONLY_MODE = 0o444
@@ -41,11 +41,13 @@ class CachedTokens:
     """The token files of a shard in the cache.
 
     Attributes:
+        shard_sha256: of the shard's rows.
         files: digest by the path below the entry's folder.
     """
 
     digest: str
     folder: Path
+    shard_sha256: str
     files: dict[str, FileDigest]
     report: ShardReport
 
@@ -90,10 +92,11 @@ class TokenCache:
         os.utime(folder / CACHE_ENTRY_FILE)
         return entry
 
-    def add(self, digest: str, write: Callable[[Path], None]) -> CachedTokens:
+    def add(self, digest: str, shard_sha256: str, write: Callable[[Path], None]) -> CachedTokens:
         """Make an entry; if another process makes the same one first, that one is used.
 
         Args:
+            shard_sha256: of the shard's rows.
             write: writes the token files and their report into an existing folder.
         """
         scratch = Path(
@@ -103,7 +106,7 @@ class TokenCache:
             work = scratch / digest
             work.mkdir()
             write(work)
-            _seal_entry(work)
+            _seal_entry(work, shard_sha256)
             with contextlib.suppress(OSError):  # ENOTEMPTY: another process was faster
                 work.rename(self.folder / digest)
             _sync(self.folder)
@@ -139,30 +142,56 @@ class TokenCache:
         with (self.folder / CACHE_LOCK_FILE).open("w") as lock:
             if not _try_lock(lock):
                 return
-            entries = [
-                entry for path in self.folder.glob("[0-9a-f]*") if (entry := self._find_unused(path)) is not None
-            ]
+            self._remove_damaged()
+            entries = self._list_entries()
             entries.sort(key=lambda entry: (entry.folder / CACHE_ENTRY_FILE).stat().st_mtime_ns)
             num_bytes = sum(entry.num_bytes for entry in entries)
             for entry in entries:
                 if num_bytes <= max_bytes:
                     break
-                (entry.folder / CACHE_ENTRY_FILE).unlink()  # first: without it, the folder is no entry
-                remove_path(entry.folder)
+                _remove_entry(entry)
                 num_bytes -= entry.num_bytes
-                log.info("removed token files %s of %d bytes from the cache", entry.digest[:12], entry.num_bytes)
 
-    def _find_unused(self, folder: Path) -> CachedTokens | None:
-        try:
-            return _read_entry(folder)
-        except (OSError, ValueError):
-            remove_path(folder)
-            return None
+    def find_unneeded(self, needed_shards: Collection[str]) -> list[CachedTokens]:
+        """Return the entries of shards other than these."""
+        return [entry for entry in self._list_entries() if entry.shard_sha256 not in needed_shards]
+
+    def remove(self, entries: Iterable[CachedTokens]) -> int:
+        """Remove entries, none while one is held; return their bytes."""
+        num_bytes = 0
+        with (self.folder / CACHE_LOCK_FILE).open("w") as lock:
+            if not _try_lock(lock):
+                return 0
+            for entry in entries:
+                _remove_entry(entry)
+                num_bytes += entry.num_bytes
+        return num_bytes
+
+    def _list_entries(self) -> list[CachedTokens]:
+        """Return the entries, without those that are damaged."""
+        entries = []
+        for path in self.folder.glob("[0-9a-f]*"):
+            with contextlib.suppress(OSError, ValueError):
+                entries.append(_read_entry(path))
+        return entries
+
+    def _remove_damaged(self) -> None:
+        for path in self.folder.glob("[0-9a-f]*"):
+            try:
+                _read_entry(path)
+            except (OSError, ValueError):
+                remove_path(path)
 
     def _remove_scratch(self) -> None:
         for path in self.folder.glob(".*"):
             if path.name != CACHE_LOCK_FILE:
                 remove_path(path)
+
+
+def _remove_entry(entry: CachedTokens) -> None:
+    (entry.folder / CACHE_ENTRY_FILE).unlink(missing_ok=True)  # first: without it, the folder is no entry
+    remove_path(entry.folder)
+    log.info("removed token files %s of %d bytes from the cache", entry.digest[:12], entry.num_bytes)
 
 
 def copy_file(source: Path, target: Path, digest: FileDigest) -> None:
@@ -191,14 +220,15 @@ def copy_file(source: Path, target: Path, digest: FileDigest) -> None:
         raise ValueError(f"{source.name} has the sha256 {sha256}, recorded is {digest.sha256}")
 
 
-def _seal_entry(folder: Path) -> None:
+def _seal_entry(folder: Path, shard_sha256: str) -> None:
     """Hash and sync the files of an entry, make them read-only, and write their digests last."""
     files = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         files[str(file.relative_to(folder))] = compute_digest(file).to_json()
         file.chmod(READ_ONLY_MODE)
         _sync(file)
-    write_json(folder / CACHE_ENTRY_FILE, {"schema": CACHE_ENTRY_SCHEMA, "made_at": time.time(), "files": files})
+    entry = {"schema": CACHE_ENTRY_SCHEMA, "made_at": time.time(), "shard": shard_sha256, "files": files}
+    write_json(folder / CACHE_ENTRY_FILE, entry)
     for path in (folder / CACHE_ENTRY_FILE, *(path for path in folder.rglob("*") if path.is_dir()), folder):
         _sync(path)
 
@@ -215,6 +245,7 @@ def _read_entry(folder: Path) -> CachedTokens:
         not isinstance(data, dict)
         or data.get("schema") != CACHE_ENTRY_SCHEMA
         or not isinstance(data.get("files"), dict)
+        or not isinstance(data.get("shard"), str)
     ):
         raise ValueError(f"{CACHE_ENTRY_FILE} is of another schema")
     files = {}
@@ -232,7 +263,7 @@ def _read_entry(folder: Path) -> CachedTokens:
         report = read_shard_report(folder)
     except FileNotFoundError:
         raise ValueError("its report is missing") from None
-    return CachedTokens(folder.name, folder, files, report)
+    return CachedTokens(folder.name, folder, data["shard"], files, report)
 
 
 def _sync(path: Path) -> None:

@@ -140,7 +140,7 @@ def _run_tasks(
                         )
                     )
 
-                return cache.add(task.digest, write)
+                return cache.add(task.digest, task.shard.sha256, write)
 
             try:
                 # The largest first, so that no worker is left with one at the end.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dotenv.parser import Binding
 
+from flows.cleanup_record import read_cleanup_record
 from flows.disk_history import forecast_disk, read_disk_history
 from flows.duties import DISPATCHER_HEARTBEAT_FILE, SERVICE_HEARTBEAT_TIMEOUT_S, WORKER_HEARTBEAT_FILE
 from flows.recipe_files import find_recipe_file, find_recipe_files
@@ -38,6 +39,7 @@ STACK_CONFIG_SUBJECT = "the stack's config"
 SETTINGS_SUBJECT = "the settings"
 RECIPES_SUBJECT = "the recipes"
 RETENTION_SUBJECT = "the retention policy"
+CLEANUP_SUBJECT = "the last cleanup"
 NO_LANDLOCK_FINDING = Finding(
     MACHINE_SUBJECT,
     fault="this kernel has no Landlock, so every service can read the others' folders and secrets",
@@ -175,6 +177,21 @@ def find_retention_faults(home: Path) -> list[Finding]:
     except ValueError as error:
         return [Finding(RETENTION_SUBJECT, fault=f"no expired files are removed: {error}", fix="correct the file")]
     return []
+
+
+def find_cleanup_faults(home: Path) -> list[Finding]:
+    """Find areas that the last cleanup could not clean."""
+    record = read_cleanup_record(home)
+    if record is None or record.failing_since is None:
+        return []
+    return [
+        Finding(
+            CLEANUP_SUBJECT,
+            fault=f"expired files stay since {convert_timestamp(record.failing_since):%F %T}: {area}: {problem}",
+            fix="remove the cause and run `cotrain cleanup`; see also `cotrain logs flows`",
+        )
+        for area, problem in record.problems.items()
+    ]
 
 
 def find_existing_folder(home: Path) -> Path:

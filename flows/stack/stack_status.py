@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.stack.doctor import (
+    find_cleanup_faults,
     find_config_faults,
     find_disk_faults,
     find_keeper_faults,
@@ -43,7 +44,7 @@ def read_stack_status(home: Path) -> StackStatus:
     is_up = is_keeper_running(home)
     config_faults = find_config_faults(home)
     setting_faults = find_setting_faults(home) or find_recipe_faults(home)  # settings name the default recipe
-    setting_faults += find_retention_faults(home)
+    setting_faults += find_retention_faults(home) or find_cleanup_faults(home)
     faults = [*find_disk_faults(home), *setting_faults, *find_keeper_faults(home), *config_faults]
     return StackStatus(
         is_up=is_up,
@@ -56,7 +57,7 @@ def read_stack_status(home: Path) -> StackStatus:
 def diagnose(home: Path) -> list[Finding]:
     """Check settings, machine and stack, and run every probe of a running stack."""
     setting_faults = find_setting_faults(home) or find_recipe_faults(home)  # settings name the default recipe
-    setting_faults += find_retention_faults(home)
+    setting_faults += find_retention_faults(home) or find_cleanup_faults(home)
     faults = setting_faults + find_machine_faults(home) + find_stack_faults(home)
     return faults + examine_running_stack(home)
 

@@ -1,10 +1,13 @@
 """Test rounds of the kind `continue` on the real servers: from masters, from moments, and without them."""
 
+import time
+
 import pytest
 from sqlalchemy import select
 
 from feedback.contracts import RoundParameters
 from feedback.tables import ModelVersion, TrainingRun
+from flows.cleanup_record import read_cleanup_record
 from infra.object_store import open_object_store
 from yuan.train.checkpoint_manifest import list_committed_checkpoints, read_manifest
 from yuan.train.run_folder import RunFolder
@@ -72,8 +75,12 @@ def test_continue_rounds_start_from_masters_and_moments_until_these_are_deleted(
     masters = {f"step-{STEPS:08d}/{name}" for name in names}
     stack.wait_until(lambda: list_stored(1) == masters, timeout_s=150)  # of a fine-tuned version
 
+    begun_at = time.time()
     refused = run_round("grow", overrides=WITH_MOMENTS)
     assert refused.state == "failed" and "its masters are kept without moments" in refused.reason
+    # A round that failed has cleaned up too.
+    assert stack.wait_until(lambda: (r := read_cleanup_record(stack.home)) and r.ended_at > begun_at, timeout_s=60)
+    assert read_cleanup_record(stack.home).problems == {}
     assert "use optimizer.state = fresh" in refused.reason
     with sessions() as session:
         refused_run = session.scalar(select(TrainingRun.id).where(TrainingRun.round_id == refused.id))

@@ -13,6 +13,7 @@ from yuan.data.shard_tokens import ShardReport
 from yuan.train.file_digest import compute_digest
 
 DIGEST = "a" * 64
+SHARD = "5" * 64
 REPORT = ShardReport(rows=1, excluded=0, reasons={}, training=PackingStats(), validation=PackingStats())
 
 
@@ -29,7 +30,7 @@ def write(folder, content=b"tokens"):
 
 def test_entry_is_complete_and_read_only(cache):
     assert cache.find(DIGEST) is None
-    entry = cache.add(DIGEST, write)
+    entry = cache.add(DIGEST, SHARD, write)
     assert cache.find(DIGEST) == entry and entry.report == REPORT
     assert set(entry.files) == {"training/tokens.bin", "report.json"}
     assert all((entry.folder / name).stat().st_mode & 0o222 == 0 for name in entry.files)
@@ -42,31 +43,31 @@ def test_failed_entry_leaves_nothing(cache):
         raise OSError("the disk is full")
 
     with pytest.raises(OSError, match="the disk is full"):
-        cache.add(DIGEST, fail)
+        cache.add(DIGEST, SHARD, fail)
     assert cache.find(DIGEST) is None and os.listdir(cache.folder) == []
 
 
 def test_entry_whose_eviction_was_killed_is_made_again(cache):
-    entry = cache.add(DIGEST, write)
+    entry = cache.add(DIGEST, SHARD, write)
     (entry.folder / CACHE_ENTRY_FILE).unlink()
     assert cache.find(DIGEST) is None
     (cache.folder / DIGEST).mkdir()
-    assert cache.find(DIGEST) is None and cache.add(DIGEST, write).files == entry.files
+    assert cache.find(DIGEST) is None and cache.add(DIGEST, SHARD, write).files == entry.files
 
 
 def test_second_process_that_makes_the_same_entry_uses_the_first(cache):
     def write_late(folder):
-        first = cache.add(DIGEST, write)
+        first = cache.add(DIGEST, SHARD, write)
         write(folder)
         assert first.folder.is_dir()
 
-    entry = cache.add(DIGEST, write_late)
+    entry = cache.add(DIGEST, SHARD, write_late)
     assert cache.find(DIGEST) == entry and sorted(os.listdir(cache.folder)) == [DIGEST]
 
 
 def test_copy_of_a_run_is_its_own(cache, tmp_path):
     """Ranks may change every file of the run's folder, through any link that is in it."""
-    entry = cache.add(DIGEST, write)
+    entry = cache.add(DIGEST, SHARD, write)
     digests = cache.export(entry, "training", tmp_path / "run" / "0" / "0")
     copy = tmp_path / "run" / "0" / "0" / "tokens.bin"
     assert digests == {"tokens.bin": compute_digest(copy)} and copy.read_bytes() == b"tokens"
@@ -77,7 +78,7 @@ def test_copy_of_a_run_is_its_own(cache, tmp_path):
 
 @pytest.mark.parametrize("damage", ["shorter", "missing", "index", "report"])
 def test_damaged_entry_is_removed_when_it_is_used(cache, damage):
-    entry = cache.add(DIGEST, write)
+    entry = cache.add(DIGEST, SHARD, write)
     name = {"index": "files.json", "report": "report.json"}.get(damage, "training/tokens.bin")
     file = entry.folder / name
     file.chmod(0o600)
@@ -86,11 +87,11 @@ def test_damaged_entry_is_removed_when_it_is_used(cache, damage):
     else:
         file.write_bytes(b"short")
     assert cache.find(DIGEST) is None and not entry.folder.exists()
-    assert cache.add(DIGEST, write).files == entry.files
+    assert cache.add(DIGEST, SHARD, write).files == entry.files
 
 
 def test_changed_byte_is_found_when_the_file_is_copied(cache, tmp_path):
-    entry = cache.add(DIGEST, write)
+    entry = cache.add(DIGEST, SHARD, write)
     file = entry.folder / "training" / "tokens.bin"
     file.chmod(0o600)
     file.write_bytes(b"tokenz")
@@ -100,7 +101,7 @@ def test_changed_byte_is_found_when_the_file_is_copied(cache, tmp_path):
 
 
 def test_entries_used_longest_ago_are_evicted(cache):
-    entries = [cache.add(letter * 64, lambda folder: write(folder, b"x" * 1000)) for letter in "abc"]
+    entries = [cache.add(letter * 64, SHARD, lambda folder: write(folder, b"x" * 1000)) for letter in "abc"]
     for age, entry in enumerate(entries):
         os.utime(entry.folder / "files.json", (1000 - age, 1000 - age))
     cache.find("b" * 64)
@@ -111,7 +112,7 @@ def test_entries_used_longest_ago_are_evicted(cache):
 
 
 def test_nothing_is_evicted_while_another_process_prepares_a_run(cache, tmp_path):
-    cache.add(DIGEST, write)
+    cache.add(DIGEST, SHARD, write)
     (cache.folder / ".left-by-a-killed-process").mkdir()
     program = textwrap.dedent(
         """

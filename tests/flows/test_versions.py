@@ -17,7 +17,7 @@ from flows.context import Context
 from flows.dispatcher.champion_cacher import cache_champion
 from flows.retention_policy import RetentionPolicy, RunRetention, VersionRetention
 from flows.round import evaluate
-from flows.round.cleanup import list_removals, remove_expired
+from flows.round.cleanup import list_expired, remove_expired
 from flows.round.versions import open_version
 from flows.stack.services import make_services
 from flows.stack.stack_config import load_config
@@ -216,9 +216,9 @@ def test_weights_of_an_old_version_that_was_never_champion_are_deleted_and_its_r
     register_version(765_006)
     record_version(765_008)  # of a round that still runs
     policy = RetentionPolicy(runs=RunRetention(keep_rounds=1), versions=VersionRetention(keep_rounds_of_losers=1))
-    removals = [removal for removal in list_removals(context, policy) if removal.subject in ("v765005", run_id)]
+    removals = [removal for removal in list_expired(context, policy).removals if removal.subject in ("v765005", run_id)]
     assert {removal.files for removal in removals} == {"registered files", "exported weights"}
-    remove_expired(context, removals, "test")
+    assert remove_expired(context, "test", policy).problems == {}
     assert list(context.tracker.read_file_sizes(765_005)) == ["manifest.json"] and context.tracker.has_version(765_005)
     with pytest.raises(VersionLost, match="v765005 is missing from the registry; no copy of it is left"):
         open_version(context, 765_005)

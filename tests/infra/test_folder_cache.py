@@ -117,15 +117,15 @@ def test_entries_in_use_exceed_the_limit_rather_than_disappear(cache):
 
 
 def test_last_copy_is_never_removed_for_room_and_is_removed_when_it_is_needed_no_longer(cache):
-    asked = []
-    last = FolderCache(cache.root, 200 * KIB, lambda name: asked.append(name) or name == "v1")
+    checked_names = []
+    last = FolderCache(cache.root, 200 * KIB, lambda name: checked_names.append(name) or name == "v1")
     now = time.time()
     fill(last, "v1", now - 300)
     fill(last, "v2", now - 200)
     fill(last, "v3", now - 100)
-    assert asked == []  # the limit is not reached
+    assert checked_names == []  # the limit is not reached
     fill(last, "v4")
-    assert list_names(cache) == ["v1", "v3", "v4"] and asked == ["v1", "v2"]
+    assert list_names(cache) == ["v1", "v3", "v4"] and checked_names == ["v1", "v2"]
     assert FolderCache(cache.root, 0, lambda name: True).evict() == []
     with cache.open("v1"):
         assert not last.remove("v1")
