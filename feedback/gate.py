@@ -45,15 +45,19 @@ def find_regressions(session: Session, champion: int, candidate: int) -> list[st
 
 
 def decide_promotion(session: Session, training_round: Round) -> PromotionDecision:
-    """Compare candidate and champion; return the decision, with the reasons against a promotion.
+    """Compare the candidate of a round with the champion that it began with; see `compare_versions`."""
+    assert training_round.candidate_version is not None, "the round's candidate is evaluated before the decision"
+    return compare_versions(session, training_round.parent_version, training_round.candidate_version)
+
+
+def compare_versions(session: Session, champion: int | None, candidate: int) -> PromotionDecision:
+    """Compare candidate and champion by their results; return the decision, with the reasons against a promotion.
 
     The first version has no champion to compare with. A later one must pass at least the champion's rate of held-out
     report cases, lose at most two percentage points on the base suite, fail no report case that the champion passes,
     and be tested on at least one held-out case. Report cases that fail again count by account; see
     `AccountChanges.is_significant`.
     """
-    champion, candidate = training_round.parent_version, training_round.candidate_version
-    assert candidate is not None, "the round's candidate is evaluated before the decision"
     before = {} if champion is None else compute_pass_rates(session, champion)
     after = compute_pass_rates(session, candidate)
 

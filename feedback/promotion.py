@@ -116,21 +116,40 @@ def promote_candidate(session: Session, training_round: Round, decision: Promoti
     Returns:
         The number of reports whose notice could not be written; the reasons are on their timelines.
     """
-    version = decision.candidate
-    session.add(
-        Promotion(
-            version=version,
-            previous=training_round.parent_version,
-            round_id=training_round.id,
-            actor="round",
-            reason="first version" if training_round.parent_version is None else "passed the gate",
-        )
-    )
     session.execute(
         update(Round).where(Round.id == training_round.id).values(decision=decision.model_dump(mode="json"))
     )
-    num_failed = write_notices(session, training_round.parent_version, version)
-    audit(session, "round", "promoted", training_round.id, version=version, previous=training_round.parent_version)
+    previous = training_round.parent_version
+    reason = "first version" if previous is None else "passed the gate"
+    return make_champion(
+        session, decision.candidate, previous, actor="round", reason=reason, round_id=training_round.id
+    )
+
+
+def make_champion(
+    session: Session,
+    version: int,
+    previous: int | None,
+    *,
+    actor: str,
+    reason: str,
+    round_id: str | None = None,
+    decision: PromotionDecision | None = None,
+) -> int:
+    """Record that a version is the champion, audit it, and write the notices for accepted reports.
+
+    Args:
+        previous: the champion before.
+        round_id: of the round that trained the version and promotes it; None: an operator does.
+        decision: the gate's, for the audit, if no round has it.
+
+    Returns:
+        The number of reports whose notice could not be written; the reasons are on their timelines.
+    """
+    session.add(Promotion(version=version, previous=previous, round_id=round_id, actor=actor, reason=reason))
+    num_failed = write_notices(session, previous, version)
+    detail = {} if decision is None else {"decision": decision.model_dump(mode="json")}
+    audit(session, actor, "promoted", round_id or f"v{version}", version=version, previous=previous, **detail)
     return num_failed
 
 

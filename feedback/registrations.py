@@ -1,11 +1,13 @@
-"""Versions of weights that no round trained: their provenance, their smoke test, and the first champion."""
+"""Versions of weights that no round trained: provenance and smoke test; champions by an operator's request."""
 
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
 from feedback.accounts import NotFound, audit
 from feedback.contracts import SmokeTest, VersionOut, WeightsProvenance
-from feedback.promotion import find_champion, write_notices
+from feedback.gate import compare_versions
+from feedback.promotion import find_champion, make_champion
+from feedback.promotion_decision import PromotionDecision
 from feedback.rounds import VersionNotRegistered, find_running_round, find_version
 from feedback.tables import ModelVersion, Promotion, Round
 from infra.error_text import SafeMessageError
@@ -62,8 +64,8 @@ def check_champion_is_free(session: Session) -> None:
     champion = find_champion(session)
     if champion is not None:
         raise ChampionRefused(
-            f"--champion is for the first champion, and v{champion} is the champion; register without it, since a "
-            "later version becomes the champion by the gate of a round only"
+            f"--champion is for the first champion, and v{champion} is the champion; register without it, then let the "
+            "gate decide with `cotrain promote VERSION`"
         )
     running = find_running_round(session)
     if running is not None:
@@ -81,10 +83,66 @@ def make_first_champion(session: Session, version: int, actor: str) -> None:
     Raises:
         ChampionRefused: if there is another champion, a round is running, or its smoke test has not passed.
     """
-    session.execute(text(f'lock table "{Round.__tablename__}", {Promotion.__tablename__} in share row exclusive mode'))
+    _lock_promotions(session)
     if find_champion(session) == version:
         return
     check_champion_is_free(session)
+    check_smoke_test(session, version)
+    make_champion(session, version, None, actor=actor, reason="registered as the first champion")
+
+
+def check_promotable(session: Session, version: int) -> bool:
+    """Check that an operator may promote a version, but for the gate; return False if it is the champion already.
+
+    Raises:
+        VersionNotRegistered: if there never was such a version.
+        ChampionRefused: if a round is running, or its smoke test has not passed.
+    """
+    find_version(session, version)
+    if find_champion(session) == version:
+        return False
+    running = find_running_round(session)
+    if running is not None:
+        raise ChampionRefused(
+            f"v{version} cannot be promoted while round {running.number} runs, which compares its version with the "
+            "present champion; wait for its end, or cancel it with `cotrain round cancel`"
+        )
+    check_smoke_test(session, version)
+    return True
+
+
+def promote_by_gate(session: Session, version: int, actor: str) -> PromotionDecision | None:
+    """Make a version the champion by an operator's request if it passes the gate, by the results that are stored.
+
+    The rules are those of a round: the first champion is compared with nothing. Promotion, verdicts, notices and audit
+    are in the caller's transaction. A repeated call changes nothing.
+
+    Returns:
+        The gate's decision; None if it is the champion already.
+
+    Raises:
+        ChampionRefused: if `check_promotable` or the gate refuses it; the message has the reasons.
+    """
+    _lock_promotions(session)
+    if not check_promotable(session, version):
+        return None
+    champion = find_champion(session)
+    decision = compare_versions(session, champion, version)
+    if not decision.promote:
+        raise ChampionRefused(
+            f"v{version} does not pass the gate, and v{champion} stays the champion: {'; '.join(decision.reasons)}"
+        )
+    reason = "first version" if champion is None else "passed the gate"
+    make_champion(session, version, champion, actor=actor, reason=f"{reason}, by an operator", decision=decision)
+    return decision
+
+
+def check_smoke_test(session: Session, version: int) -> None:
+    """Check that a version of weights from elsewhere has given an answer; one that a round trained is evaluated.
+
+    Raises:
+        ChampionRefused: if it has not.
+    """
     record = find_version(session, version)
     smoke_test = SmokeTest.model_validate(record.smoke_test or {"reason": "it was not run"})
     if record.round_id is None and not smoke_test.passed:
@@ -92,9 +150,11 @@ def make_first_champion(session: Session, version: int, actor: str) -> None:
             f"v{version} is not smoke-tested ({smoke_test.reason}), so it cannot become the champion; register it "
             "again on a machine that can load it"
         )
-    session.add(Promotion(version=version, previous=None, actor=actor, reason="registered as the first champion"))
-    write_notices(session, None, version)
-    audit(session, actor, "promoted", f"v{version}", version=version, previous=None)
+
+
+def _lock_promotions(session: Session) -> None:
+    """Keep other transactions from beginning a round or promoting a version until this one ends."""
+    session.execute(text(f'lock table "{Round.__tablename__}", {Promotion.__tablename__} in share row exclusive mode'))
 
 
 def audit_step(session: Session, actor: str, registration_key: str, step: str) -> None:

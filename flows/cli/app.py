@@ -85,6 +85,11 @@ COMMANDS = (
         "Register weights as a version: convert, upload, smoke test, existing cases. Rerun to continue after a kill.",
     ),
     (
+        "promote",
+        "promote:promote",
+        "Make a version the champion if it passes the gate, with the rules of a round; rerun to continue after a kill.",
+    ),
+    (
         "demo",
         "demo:demo",
         "Train a base model, report its wrong answers, train a better model, notify the reporter.",

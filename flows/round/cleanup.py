@@ -24,7 +24,7 @@ CLEANUP_LOCK_FILE = ".cleanup.lock"  # below the runs
 
 @dataclass
 class CleanupReport:
-    """What a cleanup has removed, or would remove, and what failed.
+    """Removals of a cleanup, done or only listed, and its failures.
 
     Attributes:
         problems: why files of an area stay, by the area.

@@ -36,6 +36,7 @@ COMMANDS = {
     "export": (["folder", "--out", "out"], "train"),
     "import": (["folder", "--out", "out"], "train"),
     "register": (["folder"], "platform"),
+    "promote": (["7"], "platform"),
     "demo": ([], "platform"),
     "dataset push": (["run.json", *PORTAL], "does not answer"),
     "withdraw report": ([*RECORD, *PORTAL], "does not answer"),

@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from feedback.contracts import RoundParameters
+from feedback.tables import new_id
 from tests.flows.test_registration import FINETUNE_RECIPE
 from tests.yuan.published import write_published_model
 from yuan.config import ModelConfig
@@ -61,3 +62,15 @@ def test_registered_weights_are_served_and_a_round_trains_from_them(stack, opera
     assert {output["version"] for output in outputs} == {3}
     status, output = stack.cotrain("register", str(stack.home / "runs" / lineage.run_id / "export"), "--champion")
     assert status == 1 and "leave out --champion" in output
+
+    status, output = stack.cotrain("promote", "v99")
+    assert status == 1 and "v99 was never registered here" in output
+    status, output = stack.cotrain("promote", "champion")
+    assert status == 0 and not output["promoted"] and output["version"] == operator.round("latest").candidate_version
+    status, output = stack.cotrain("promote", "3")  # other random weights: the gate decides by the base rows
+    if status == 0:
+        assert output["promoted"] and output["previous"] != 3 and operator.version(3).is_champion
+        stack.wait_until(lambda: stack.cotrain("export", "champion", "--out", str(tmp_path / new_id()))[0] == 0)
+        assert not stack.cotrain("promote", "v3", check=True)[1]["promoted"]
+    else:
+        assert "v3 does not pass the gate" in output and "Traceback" not in output
