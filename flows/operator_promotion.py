@@ -49,7 +49,8 @@ def promote_version(context: Context, version: int) -> OperatorPromotion:
         if missing:
             raise ChampionRefused(
                 f"v{version} cannot be promoted, since the registry lacks {', '.join(missing[:5])}; the retention "
-                f"policy deletes the weights of old versions: restore it with `cotrain register DIR --version {version}`"
+                "policy deletes the weights of old versions: restore it with "
+                f"`cotrain register DIR --version {version}`"
             )
         for number in (version, champion):
             if number is not None:

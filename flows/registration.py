@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -19,6 +19,7 @@ from feedback.contracts import SmokeTest, WeightsProvenance
 from feedback.items import make_storable_text
 from feedback.promotion import find_champion
 from flows.context import Context
+from flows.registration_record import REGISTRATION_LOCK_FILE, REGISTRATIONS_FOLDER, RegistrationRecorder
 from flows.round.evaluate import EVAL_LOG_FILE, evaluate_version, make_evaluation_folder, read_log_tail, run_evaluation
 from flows.round.promote import publish_outcome
 from flows.round.versions import (
@@ -35,7 +36,6 @@ from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
 
 log = logging.getLogger(__name__)
 
-REGISTRATIONS_FOLDER = "registrations"  # in the home folder: converted weights that are not uploaded yet
 HASH_CHUNK_BYTES = 4 * 2**20
 ITEMSIZES: dict[Precision, int] = {"bf16": 2, "fp32": 4}
 MEMORY_FACTOR, MEMORY_MARGIN_GIB = 1.15, 1.0  # of the evaluation's process, over the bytes of the weights
@@ -131,8 +131,17 @@ def register_weights(context: Context, request: RegistrationRequest, report: Rep
     """
     work_parent = context.settings.home / REGISTRATIONS_FOLDER
     work_parent.mkdir(mode=0o700, exist_ok=True)
-    with hold_file_lock(work_parent / ".lock"):
-        return Registration(context, request, report).run()
+    with hold_file_lock(work_parent / REGISTRATION_LOCK_FILE):
+        recorder = RegistrationRecorder(context.settings.home, request.folder)
+
+        def report_and_record(step: RegistrationStep, done_bytes: int = 0, total_bytes: int = 0) -> None:
+            recorder.record(step, done_bytes, total_bytes)
+            report(step, done_bytes, total_bytes)
+
+        try:
+            return Registration(context, request, report_and_record).run()
+        finally:
+            recorder.end()
 
 
 class Registration:
@@ -280,9 +289,10 @@ class Registration:
         self._check_same_files(manifest)
         tags = make_provenance_tags(self._provenance)
         mlflow_run_id = tracker.start_run(make_weights_run_name(self.key), tags)
-        version = tracker.register_version(mlflow_run_id, model, tags, version)
+        count_bytes = self._make_upload_counter(model)
+        version = tracker.register_version(mlflow_run_id, model, tags, version, count_bytes)
         if tracker.find_missing_files(version, [*manifest.files, MODEL_MANIFEST_FILE]):
-            tracker.upload_version(version, model)
+            tracker.upload_version(version, model, self._make_upload_counter(model))
         tracker.end_run(mlflow_run_id)
         with self._context.sessions.begin() as session:
             registrations.add_registered_version(
@@ -290,6 +300,18 @@ class Registration:
             )
         log.info("registered v%d from %s", version, self._request.folder)
         return version
+
+    def _make_upload_counter(self, model: Path) -> Callable[[int], None]:
+        """Return a function that takes the number of bytes that were sent since its last call."""
+        total_bytes = sum(file.stat().st_size for file in model.iterdir())
+        done_bytes = 0
+
+        def count_bytes(num_bytes: int) -> None:
+            nonlocal done_bytes
+            done_bytes += num_bytes
+            self._report(RegistrationStep.UPLOAD, done_bytes, total_bytes)
+
+        return count_bytes
 
     def _check_same_files(self, manifest: ModelManifest) -> None:
         if self._recorded_version is None:

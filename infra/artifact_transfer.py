@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
 from urllib.parse import quote
@@ -34,6 +34,11 @@ MAX_ARTIFACT_PART_ATTEMPTS = 4
 PART_RETRY_PAUSE_S = 1.0  # doubled after each attempt
 UPLOAD_ADDRESS_VALID_S = 3300.0  # the server signs them for an hour
 DOWNLOAD_ADDRESS_VALID_S = 150.0  # the server signs them for five minutes
+CountBytes = Callable[[int], object]
+
+
+def ignore_bytes(num_bytes: int) -> None:
+    """Take the number of sent bytes, and report nothing."""
 
 
 class DamagedArtifact(ValueError):
@@ -51,11 +56,14 @@ class ArtifactSource:
     Attributes:
         open: returns the file, opened for reading in binary mode at its start.
         sha256: of the bytes that must be sent; None: any.
+        on_bytes: called, in the thread of the upload, with the number of bytes that have arrived since the last call,
+            those of an earlier attempt included; negative if the store has lost those that had arrived.
     """
 
     name: str
     open: Callable[[], BinaryIO]
     sha256: str | None = None
+    on_bytes: CountBytes = ignore_bytes
 
 
 class ArtifactTransfer:
@@ -96,12 +104,14 @@ class ArtifactTransfer:
                 data = stream.read()
                 _check_digest(source, hashlib.sha256(data).hexdigest())
                 self._put_whole(path, data)
+                source.on_bytes(num_bytes)
                 return
             file = self.get_progress_file(path)
             progress = UploadProgress.read(file)
             if progress is not None and progress.sha256 is not None:
                 is_same = num_bytes == progress.num_bytes == self._read_size(path)
                 if is_same and (source.sha256 or _hash_rest(stream)) == progress.sha256:
+                    source.on_bytes(num_bytes)
                     return
                 stream.seek(0)
                 progress = None
@@ -165,12 +175,21 @@ class ArtifactTransfer:
             sha256 = _hash_rest(stream)
             if sha256 == progress.parts[progress.num_parts][1]:
                 _check_digest(source, sha256)
+                source.on_bytes(num_bytes)
                 return sha256
             progress = None
         if progress is not None:
+            num_counted = 0
+
+            def count_bytes(num_bytes: int) -> None:
+                nonlocal num_counted
+                num_counted += num_bytes
+                source.on_bytes(num_bytes)
+
             try:
-                return self._send_parts(stream, source, progress, file)
+                return self._send_parts(stream, replace(source, on_bytes=count_bytes), progress, file)
             except UploadLost:
+                source.on_bytes(-num_counted)
                 self._abort(progress)
         progress = self._create_upload(folder, source.name, num_bytes)
         progress.write(file)
@@ -190,7 +209,7 @@ class ArtifactTransfer:
             StoreConnections() as store,
             ThreadPoolExecutor(TRANSFER_THREADS) as pool,
         ):
-            pending: dict[Future[str], tuple[int, str]] = {}
+            pending: dict[Future[str], tuple[int, str, int]] = {}
 
             def put(number: int, data: bytes) -> str:
                 if self._mode == "direct":
@@ -199,10 +218,11 @@ class ArtifactTransfer:
 
             def collect(futures: Sequence[Future[str]]) -> None:
                 for future in futures:
-                    number, prefix = pending.pop(future)
+                    number, prefix, num_sent = pending.pop(future)
                     progress.parts[number] = (future.result(), prefix)
                     record.write(json.dumps([number, *progress.parts[number]]) + "\n")
                     record.flush()
+                    source.on_bytes(num_sent)
 
             try:
                 for number in range(1, progress.num_parts + 1):
@@ -210,8 +230,9 @@ class ArtifactTransfer:
                     digest.update(data)
                     prefix = digest.copy().hexdigest()
                     if progress.parts.get(number, ("", ""))[1] == prefix:
+                        source.on_bytes(len(data))
                         continue
-                    pending[pool.submit(put, number, data)] = (number, prefix)
+                    pending[pool.submit(put, number, data)] = (number, prefix, len(data))
                     if len(pending) >= TRANSFER_THREADS:  # so that few parts are in memory
                         collect(list(wait(pending, return_when=FIRST_COMPLETED).done))
                 collect(list(wait(pending).done))

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
-from infra.artifact_transfer import ArtifactSource, ArtifactTransfer, DamagedArtifact
+from infra.artifact_transfer import ArtifactSource, ArtifactTransfer, CountBytes, DamagedArtifact, ignore_bytes
 from infra.error_text import SafeMessageError
 from infra.files import open_regular
 from infra.settings import TrackerAccess
@@ -155,10 +155,15 @@ class Tracker:
         self.client.set_terminated(mlflow_run_id, status)
 
     def register_version(
-        self, mlflow_run_id: str, folder: Path, tags: Mapping[str, str], version: int | None = None
+        self,
+        mlflow_run_id: str,
+        folder: Path,
+        tags: Mapping[str, str],
+        version: int | None = None,
+        on_bytes: CountBytes = ignore_bytes,
     ) -> int:
-        """Upload the files of a folder and register them; see `register_files`."""
-        return self.register_files(mlflow_run_id, list_sources(folder), tags, version)
+        """Upload the files of a folder and register them; see `register_files`, and `ArtifactSource` for `on_bytes`."""
+        return self.register_files(mlflow_run_id, list_sources(folder, on_bytes), tags, version)
 
     def register_files(
         self,
@@ -221,9 +226,9 @@ class Tracker:
         if self.find_missing_files(version, names):
             raise VersionLost(f"the files of v{version} are missing; {LOST_VERSION_FIX}")
 
-    def upload_version(self, version: int, folder: Path) -> None:
+    def upload_version(self, version: int, folder: Path, on_bytes: CountBytes = ignore_bytes) -> None:
         """Upload the files of a folder as a version's files again; replace existing ones."""
-        self.upload_files(version, list_sources(folder))
+        self.upload_files(version, list_sources(folder, on_bytes))
 
     def upload_files(self, version: int, sources: Sequence[ArtifactSource]) -> None:
         """Upload a version's files again; replace existing ones."""
@@ -386,13 +391,13 @@ class Tracker:
             response.raise_for_status()
 
 
-def list_sources(folder: Path) -> list[ArtifactSource]:
+def list_sources(folder: Path, on_bytes: CountBytes = ignore_bytes) -> list[ArtifactSource]:
     """List the regular files of a folder as sources, in the order of their names."""
 
     def make_source(file: Path) -> ArtifactSource:
         def open_source() -> BinaryIO:
             return os.fdopen(open_regular(file), "rb")
 
-        return ArtifactSource(file.name, open_source)
+        return ArtifactSource(file.name, open_source, on_bytes=on_bytes)
 
     return [make_source(file) for file in sorted(folder.iterdir()) if file.is_file()]

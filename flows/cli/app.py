@@ -17,7 +17,7 @@ from yuan.data.text import find_unstorable, make_printable
 COMMANDS = (
     ("up", "stack:up", "Start the embedded stack and wait until every service is ready. Idempotent."),
     ("down", "stack:down", "Stop the embedded stack; its data is kept."),
-    ("status", "stack:status", "Show the state of every service, and the faults found."),
+    ("status", "stack:status", "Show the state of every service, the registration that runs, and the faults found."),
     ("logs", "stack:logs", "Print the end of a service's log."),
     (
         "doctor",

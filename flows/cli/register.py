@@ -17,6 +17,7 @@ from flows.registration import (
     find_recorded_versions,
     register_weights,
 )
+from flows.registration_record import describe_progress
 from flows.round.versions import restore_version
 from infra.machine import measure_available_memory_gib
 from yuan.config import Precision
@@ -123,17 +124,3 @@ class ProgressLines:
             escape_control_codes(describe_progress(step, done_bytes, total_bytes, now - self._begun_at)),
             file=sys.stderr,
         )
-
-
-def describe_progress(step: RegistrationStep, done_bytes: int, total_bytes: int, seconds: float) -> str:
-    """Describe the progress of a step in one line, with the seconds that remain at the speed so far.
-
-    >>> describe_progress(RegistrationStep.CONVERT, 1_000_000_000, 4_000_000_000, 20.0)
-    'convert: 1.0 of 4.0 GB, 60 s left'
-    >>> describe_progress(RegistrationStep.UPLOAD, 0, 0, 0.0)
-    'upload'
-    """
-    if not total_bytes:
-        return str(step)
-    eta = f", {seconds * (total_bytes - done_bytes) / done_bytes:.0f} s left" if done_bytes and seconds else ""
-    return f"{step}: {done_bytes / 1e9:.1f} of {total_bytes / 1e9:.1f} GB{eta}"

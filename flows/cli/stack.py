@@ -40,20 +40,23 @@ def down(as_json: JsonOption = False) -> None:
 
 
 def status(as_json: JsonOption = False) -> None:
-    """Show the state of every service, and the faults found."""
+    """Show the state of every service, the registration that runs, and the faults found."""
     home = _get_home()
     stack = read_stack_status(home)
-    fault_lines = [_describe_finding(finding) for finding in stack.faults]
+    last_lines = [_describe_finding(finding) for finding in stack.faults]
+    if stack.registration is not None:
+        last_lines.insert(0, make_printable(stack.registration.describe()))
     if as_json:
         faults = [finding.to_json() for finding in stack.faults]
         services = {name: asdict(state) for name, state in stack.services.items()}
         content = {"home": str(home), "up": stack.is_up, "services": services}
-        show({**content, "urls": stack.urls, "faults": faults}, "", True)
+        registration = None if stack.registration is None else asdict(stack.registration)
+        show({**content, "urls": stack.urls, "registration": registration, "faults": faults}, "", True)
     elif stack.is_up:
         show_table(_build_service_table(stack.services))
-        print("\n".join([*(f"{name:13} {url}" for name, url in stack.urls.items()), *fault_lines]))
+        print("\n".join([*(f"{name:13} {url}" for name, url in stack.urls.items()), *last_lines]))
     else:
-        print("\n".join([f"the stack in {home} is not up; start it with `cotrain up`", *fault_lines]))
+        print("\n".join([f"the stack in {home} is not up; start it with `cotrain up`", *last_lines]))
     if stack.faults or not are_all_ready(stack.services):
         raise typer.Exit(1)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from flows.registration_record import RegistrationProgress, read_registration_progress
 from flows.stack.doctor import (
     find_cleanup_faults,
     find_config_faults,
@@ -31,12 +32,14 @@ class StackStatus:
         services: states of the services by name; empty if the stack is not up.
         urls: URLs of the web interfaces by service; empty if the stack is not up or its config cannot be read.
         faults: the findings with a fault.
+        registration: the registration of weights that runs or was killed.
     """
 
     is_up: bool
     services: ServiceStates
     urls: dict[str, str]
     faults: list[Finding]
+    registration: RegistrationProgress | None
 
 
 def read_stack_status(home: Path) -> StackStatus:
@@ -51,6 +54,7 @@ def read_stack_status(home: Path) -> StackStatus:
         services=read_service_states(home) if is_up else {},
         urls=get_public_urls(home) if is_up and not config_faults else {},
         faults=faults + [finding for finding in examine_running_stack(home) if finding.fault],
+        registration=read_registration_progress(home),
     )
 
 

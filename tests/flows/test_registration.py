@@ -23,17 +23,25 @@ from feedback.registrations import ChampionRefused
 from feedback.tables import AuditEvent, ModelVersion, Promotion, Round, Snapshot, new_id
 from flows.context import Context
 from flows.registration import (
-    REGISTRATIONS_FOLDER,
     RegistrationRequest,
     RegistrationStep,
     find_recorded_versions,
     register_weights,
 )
+from flows.registration_record import (
+    REGISTRATION_LOCK_FILE,
+    REGISTRATION_RECORD_FILE,
+    REGISTRATIONS_FOLDER,
+    RegistrationRecorder,
+    read_registration_progress,
+)
 from flows.round.prepare_run import prepare_run_folder
 from flows.round.versions import describe_registration, open_version
 from flows.stack.stack_config import load_config
+from flows.stack.stack_status import read_stack_status
 from infra.database import make_session_factory
 from infra.folder_cache import CONTENT_FOLDER
+from infra.process_group import hold_file_lock
 from infra.version_cache import VERSIONS_FOLDER
 from tests.conftest import start
 from tests.infra.mlflow import make_mlflow_service
@@ -181,20 +189,42 @@ def test_weights_that_are_no_yuan_with_its_tokenizer_are_refused_and_leave_nothi
 
 def list_left_files(context):
     folder = context.settings.home / REGISTRATIONS_FOLDER
-    return [file.name for file in folder.iterdir() if file.name != ".lock"]
+    return [file.name for file in folder.iterdir() if file.name != REGISTRATION_LOCK_FILE]
 
 
 @pytest.mark.parametrize("step", [RegistrationStep.READ, RegistrationStep.CONVERT])
 def test_files_that_change_meanwhile_are_refused(context, tmp_path, step):
     folder = write_published_model(tmp_path / "published", SMALL)
 
+    recorded = []
+
     def change(reported, done_bytes=0, total_bytes=0):
         if reported == step and done_bytes:
             os.utime(folder / "config.json")
+            recorded.append(read_registration_progress(context.settings.home))
+            assert done_bytes <= total_bytes
 
     with pytest.raises(ValueError, match=r"config\.json was changed while it was read, so nothing is registered"):
         register_weights(context, make_request(folder), change)
     assert list_left_files(context) == []
+    assert recorded[0].is_running and (recorded[0].step, recorded[0].folder) == (step, str(folder))
+    assert read_registration_progress(context.settings.home) is None
+
+
+def test_status_names_the_step_of_a_registration_and_one_that_was_killed(tmp_path):
+    recorder = RegistrationRecorder(tmp_path, tmp_path / "weights")
+    (tmp_path / REGISTRATIONS_FOLDER).mkdir()
+    assert read_stack_status(tmp_path).registration is None
+    with hold_file_lock(tmp_path / REGISTRATIONS_FOLDER / REGISTRATION_LOCK_FILE):
+        recorder.record("upload", 0, 4 * 10**9)
+        line = read_stack_status(tmp_path).registration.describe()
+        assert line == f"registering {tmp_path}/weights: upload: 0.0 of 4.0 GB (0 %)"
+    assert "was interrupted at 20" in read_stack_status(tmp_path).registration.describe()
+    file = tmp_path / REGISTRATIONS_FOLDER / REGISTRATION_RECORD_FILE
+    for damaged in ("", "[]", "{}", file.read_text().replace("4000000000", "-1")):
+        file.write_text(damaged)
+        assert read_registration_progress(tmp_path) is None
+    recorder.end()
 
 
 @pytest.mark.slow
@@ -298,7 +328,14 @@ def mlflow(stores):
 @pytest.mark.slow
 def test_published_weights_become_the_champion_and_the_parent_of_a_round(mlflow, context, objects, tmp_path):
     folder = write_published_model(tmp_path / "published", mini(), seed=1)
-    result = register_weights(context, make_request(folder, is_champion=True), ignore)
+    sent = []
+
+    def note_upload(step, done_bytes=0, total_bytes=0):
+        if step == RegistrationStep.UPLOAD and total_bytes:
+            sent.append((done_bytes, total_bytes))
+
+    result = register_weights(context, make_request(folder, is_champion=True), note_upload)
+    assert sent == sorted(sent) and len(sent) > 3 and sent[-1][0] == sent[-1][1] > 16 * 2**20
     assert result.is_champion and not result.was_registered and result.smoke_test.answer is not None
     version = result.version
     assert context.tracker.read_aliases()["champion"] == version
