@@ -133,7 +133,9 @@ def find_unneeded_shards(
     former = [
         stored
         for stored in objects.list_objects(f"{SNAPSHOTS_FOLDER}/")
-        if not stored.key.endswith(MANIFEST_SUFFIX) and stored.key.rpartition("/")[2] not in snapshot_ids
+        if not stored.key.endswith(MANIFEST_SUFFIX)
+        and stored.key.rpartition("/")[2] not in snapshot_ids
+        and stored.modified_at <= oldest_kept
     ]
     return UnneededShards(snapshot_ids, needed, [*unneeded, *former])
 

@@ -81,7 +81,7 @@ def test_server_that_is_down_stops_its_areas_only_and_doctor_and_status_name_the
         "exported weights" in report.problems
         and "MLflow does not answer at http" in report.problems["exported weights"]
     )
-    assert not {"files of runs", "interrupted freezings", "shards of snapshots"} & set(report.problems)
+    assert not {"files of runs", "interrupted freezings"} & set(report.problems)
     assert report.removals and list_expired(context, KEEP_ONE).problems == report.problems
     findings = find_cleanup_faults(tmp_path)
     assert len(findings) == len(report.problems)

@@ -111,6 +111,15 @@ def test_entries_used_longest_ago_are_evicted(cache):
     assert os.listdir(cache.folder) == [".lock"]
 
 
+def test_entry_goes_with_its_shard_and_stays_while_it_is_held(cache):
+    entry, kept = cache.add(DIGEST, SHARD, write), cache.add("b" * 64, "6" * 64, write)
+    assert cache.find_unneeded({"6" * 64, "7" * 64}) == [entry]
+    with cache.hold():
+        assert cache.remove([entry]) == 0 and cache.find(DIGEST) == entry
+    assert cache.remove([entry]) == entry.num_bytes
+    assert cache.find(DIGEST) is None and cache.find(kept.digest) == kept
+
+
 def test_nothing_is_evicted_while_another_process_prepares_a_run(cache, tmp_path):
     cache.add(DIGEST, SHARD, write)
     (cache.folder / ".left-by-a-killed-process").mkdir()
