@@ -1,5 +1,6 @@
 """Send and fetch files of the registry with the real MLflow server and object store, cut them off, and damage them."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -76,7 +77,9 @@ def find_key(bucket: ObjectStore, folder):
 
 @pytest.mark.parametrize("mode", ["direct", "streamed"])
 def test_file_of_several_parts_passes_up_and_down_unchanged(make_transfer, folder, tmp_path, mode):
-    make_transfer(mode).upload(folder, source())
+    counts = []
+    make_transfer(mode).upload(folder, dataclasses.replace(source(), on_bytes=counts.append))
+    assert sum(counts) == SIZE and len(counts) > 2
     target = tmp_path / "big"
     make_transfer(mode, "reader").download(f"{folder}/big", target, SIZE, SHA256)
     assert target.read_bytes() == CONTENT
@@ -106,7 +109,10 @@ def test_upload_of_a_killed_process_is_resumed_with_its_missing_parts(stores, ma
     sender.wait()
     before = UploadProgress.read(record)
     assert before is not None and 0 < len(before.parts) < 10
-    transfer.upload(folder, ArtifactSource("big", lambda: file.open("rb"), hashlib.sha256(content).hexdigest()))
+    counts = []
+    sha256 = hashlib.sha256(content).hexdigest()
+    transfer.upload(folder, ArtifactSource("big", lambda: file.open("rb"), sha256, counts.append))
+    assert sum(counts) == len(content)  # with the parts that had arrived before
     assert UploadProgress.read(record).sha256 == hashlib.sha256(content).hexdigest()
     key = find_key(bucket, folder)
     assert bucket.get(key) == content and bucket.find_unfinished_upload(key) is None
