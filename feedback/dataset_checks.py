@@ -1,30 +1,31 @@
-"""Check uploaded files as a stream, drop uploads that were abandoned, and delete the parts of those that have ended."""
+"""Check uploaded files as a stream."""
 
+import contextlib
 import hashlib
 import io
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
-from sqlalchemy import ColumnElement, Select, func, or_, select
+from sqlalchemy import or_
 from sqlalchemy.orm import Session, sessionmaker
 
-from feedback.datasets import (
-    UNCHECKED_STATES,
-    UPLOAD_EXPIRY_S,
-    UPLOADS_FOLDER,
-    FileCheckResult,
-    check_rows,
-    make_upload_key,
-)
-from feedback.items import record_item_fault
+from feedback.datasets import UNCHECKED_STATES, FileCheckResult, check_rows, make_stored_key, make_upload_key
+from feedback.items import describe_error_place, record_item_fault
 from feedback.round_steps import ItemStep
 from feedback.states import DatasetState
 from feedback.tables import Dataset, DatasetUpload, transaction_time
-from infra.faults import is_item_error
+from feedback.upload_release import (
+    UploadReleaser,
+    expire_uploads,
+    is_abandoned,
+    lock_upload,
+    reject_upload,
+    select_unreleased,
+)
+from infra.faults import DATABASE_ERRORS, is_item_error, is_transient_error
 from infra.object_store import ObjectStore
 from yuan.data.file_formats import HEAD_BYTES, compute_max_lines, describe_excess_lines, describe_foreign_format
 
@@ -37,14 +38,30 @@ CHECK_BUFFER_BYTES = 2**20
 PROGRESS_PAUSE_S = 2.0
 # A check that ended with its process is repeated; a file that ends each process must not be checked forever.
 MAX_CHECKS_PER_DATASET = 5
+DATABASE_WAIT_S = 600.0  # for PostgreSQL to record the result of a check
+DATABASE_RETRY_PAUSE_S = 1.0
+Result = TypeVar("Result")
 
 
 class DatasetChecksEnded(Exception):
-    """The dataset was withdrawn while it was being checked."""
+    """The dataset was withdrawn while it was being checked; `state` is its present one."""
+
+    def __init__(self, state: str) -> None:
+        super().__init__(f"the dataset is {state}")
+        self.state = state
 
 
 class ExcessLines(ValueError):
     """The file has more lines than one of its size may have."""
+
+
+@dataclass(frozen=True)
+class AnnouncedFile:
+    """A file that was sent in parts, as its owner announced it."""
+
+    dataset_id: str
+    num_bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -105,69 +122,112 @@ def is_work_waiting(session: Session) -> bool:
     """Return True if an upload waits to be checked, to be dropped, or for the deletion of its parts."""
     conditions = (
         Dataset.state == DatasetState.CHECKING,
-        (Dataset.state == DatasetState.UPLOADING) & _is_abandoned(),
+        (Dataset.state == DatasetState.UPLOADING) & is_abandoned(),
         Dataset.state.not_in(UNCHECKED_STATES),
     )
-    return session.scalar(_select_unreleased().where(or_(*conditions)).limit(1)) is not None
+    return session.scalar(select_unreleased().where(or_(*conditions)).limit(1)) is not None
 
 
 def process_uploads(sessions: sessionmaker[Session], objects: ObjectStore) -> DatasetCheckCounts:
-    """Check every complete upload, drop the abandoned ones, and delete what ended uploads left in the store."""
+    """Check every complete upload, drop the abandoned ones, and delete what ended uploads left in the store.
+
+    What ended is deleted before the checks, between them and during each. An error that ends the work on one upload
+    stops no other.
+
+    Raises:
+        Exception: the first error that was not an upload's own, as of an unreachable store, after all other work.
+    """
     with sessions.begin() as session:
-        num_expired = _expire_uploads(session)
+        num_expired = expire_uploads(session)
     with sessions() as session:
         # Files whose check began most often come last: they may be the cause that it did not end.
-        waiting = _select_unreleased().where(Dataset.state == DatasetState.CHECKING)
+        waiting = select_unreleased().where(Dataset.state == DatasetState.CHECKING)
         order = (DatasetUpload.num_checks, DatasetUpload.received_at, Dataset.id)
         waiting_ids = session.scalars(waiting.order_by(*order)).all()
 
-    states = [check_upload(sessions, objects, dataset_id) for dataset_id in waiting_ids]
+    releaser = UploadReleaser(sessions, objects)
+    releaser.release_ended()
+    states, errors = list[str](), list[Exception]()
+    for dataset_id in waiting_ids:
+        try:
+            states.append(check_upload(sessions, objects, dataset_id, releaser.release_ended))
+            releaser.release_ended()
+        except Exception as error:
+            log.warning("the check of dataset %s did not end: %s", dataset_id, describe_error_place(error))
+            errors.append(error)
+    errors += releaser.errors
+    if errors:
+        raise errors[0]
     return DatasetCheckCounts(
         checked=states.count(DatasetState.CHECKED),
         rejected=states.count(DatasetState.REJECTED),
         expired=num_expired,
-        released=_release_uploads(sessions, objects),
+        released=releaser.num_released,
     )
 
 
-def check_upload(sessions: sessionmaker[Session], objects: ObjectStore, dataset_id: str) -> str:
+def check_upload(
+    sessions: sessionmaker[Session], objects: ObjectStore, dataset_id: str, run_meanwhile: Callable[[], object]
+) -> str:
     """Check a complete upload, and store a valid file under its sha256; return the dataset's state.
 
-    A check that is interrupted leaves the dataset as it was, and is repeated.
+    A check that is interrupted leaves the dataset as it was, and is repeated. It counts as begun only if its process
+    was killed or had no memory: a server that does not answer says nothing about the file.
+
+    Args:
+        run_meanwhile: called every two seconds.
     """
     with sessions.begin() as session:
-        dataset, upload = _lock_upload(session, dataset_id)
+        dataset, upload = lock_upload(session, dataset_id)
         if dataset.state != DatasetState.CHECKING:
             return dataset.state
-        if upload.num_checks >= MAX_CHECKS_PER_DATASET:
-            reason = f"its check was begun {upload.num_checks} times and never ended; push the file in smaller ones"
-            _reject(dataset, reason)
+        num_earlier = upload.num_checks
+        if num_earlier >= MAX_CHECKS_PER_DATASET:
+            reject_upload(
+                dataset, f"its check was begun {num_earlier} times and never ended; push the file in smaller ones"
+            )
             return dataset.state
         upload.num_checks += 1
         upload.num_checked_bytes = 0
-        num_bytes, sha256 = dataset.num_bytes, dataset.sha256
+        file = AnnouncedFile(dataset_id, dataset.num_bytes, dataset.sha256)
 
     def report_progress(num_checked: int) -> None:
-        _record_progress(sessions, dataset_id, num_checked)
+        with contextlib.suppress(*DATABASE_ERRORS):  # a progress that is not shown is no reason to begin again
+            with sessions.begin() as session:
+                _get_checking(session, dataset_id).num_checked_bytes = num_checked
+            run_meanwhile()
 
     try:
-        with objects.open_stream(make_upload_key(dataset_id)) as stream:
-            result = check_stream(stream, num_bytes, sha256, report_progress)
-        target = f"{UPLOADS_FOLDER}/{sha256}"
-        if result.reason is None and not objects.exists(target):
-            objects.copy(make_upload_key(dataset_id), target)
-    except DatasetChecksEnded:
-        return DatasetState.WITHDRAWN
+        result = _check_and_store(sessions, objects, file, report_progress)
+        return _run_transaction(sessions, lambda session: _record_check(session, dataset_id, result))
+    except DatasetChecksEnded as ended:
+        return ended.state
+    except MemoryError:
+        raise
     except Exception as error:
-        if not is_item_error(error):
-            raise
-        with sessions.begin() as session:
-            dataset, _ = _lock_upload(session, dataset_id)
-            if dataset.state == DatasetState.CHECKING:
-                _reject(dataset, record_item_fault(session, dataset_id, ItemStep.CHECK, error))
-            return dataset.state
-    with sessions.begin() as session:
-        return _record_check(session, dataset_id, result)
+        caught = error
+        if is_item_error(error):
+            return _run_transaction(sessions, lambda session: _reject_faulty(session, dataset_id, caught))
+        _run_transaction(sessions, lambda session: _uncount_check(session, dataset_id, num_earlier))
+        raise
+    except BaseException:  # the process is being stopped
+        with contextlib.suppress(Exception), sessions.begin() as session:
+            _uncount_check(session, dataset_id, num_earlier)
+        raise
+
+
+def _check_and_store(
+    sessions: sessionmaker[Session],
+    objects: ObjectStore,
+    file: AnnouncedFile,
+    report_progress: Callable[[int], object],
+) -> FileCheckResult:
+    with objects.open_stream(make_upload_key(file.dataset_id)) as stream:
+        result = check_stream(stream, file.num_bytes, file.sha256, report_progress)
+    if result.reason is None and not objects.exists(make_stored_key(file.sha256)):
+        _run_transaction(sessions, lambda session: _begin_copy(session, file.dataset_id))
+        objects.copy(make_upload_key(file.dataset_id), make_stored_key(file.sha256))
+    return result
 
 
 def check_stream(
@@ -196,29 +256,52 @@ def check_stream(
         return result
 
 
-def _select_unreleased() -> Select[tuple[str]]:
-    return select(Dataset.id).join(DatasetUpload).where(DatasetUpload.released_at.is_(None))
+def _run_transaction(sessions: sessionmaker[Session], run: Callable[[Session], Result]) -> Result:
+    """Run a transaction that may be repeated; while PostgreSQL does not answer, retry it for ten minutes.
+
+    The result of a check that took minutes is not lost with the connection.
+    """
+    end = time.monotonic() + DATABASE_WAIT_S
+    while True:
+        try:
+            with sessions.begin() as session:
+                return run(session)
+        except DATABASE_ERRORS as error:
+            if not is_transient_error(error) or time.monotonic() > end:
+                raise
+            log.warning("PostgreSQL does not answer, retrying: %s", describe_error_place(error))
+        time.sleep(DATABASE_RETRY_PAUSE_S)
 
 
-def _is_abandoned() -> ColumnElement[bool]:
-    return DatasetUpload.active_at < func.now() - timedelta(seconds=UPLOAD_EXPIRY_S)
+def _get_checking(session: Session, dataset_id: str) -> DatasetUpload:
+    """Lock a dataset that is being checked, and return its upload.
+
+    Raises:
+        DatasetChecksEnded: if it is in another state.
+    """
+    dataset, upload = lock_upload(session, dataset_id)
+    if dataset.state != DatasetState.CHECKING:
+        raise DatasetChecksEnded(dataset.state)
+    return upload
 
 
-def _lock_upload(session: Session, dataset_id: str) -> tuple[Dataset, DatasetUpload]:
-    dataset = session.get_one(Dataset, dataset_id, with_for_update=True)
-    return dataset, session.get_one(DatasetUpload, dataset_id)
+def _uncount_check(session: Session, dataset_id: str, num_earlier: int) -> None:
+    lock_upload(session, dataset_id)[1].num_checks = num_earlier
 
 
-def _record_progress(sessions: sessionmaker[Session], dataset_id: str, num_checked: int) -> None:
-    with sessions.begin() as session:
-        dataset, upload = _lock_upload(session, dataset_id)
-        if dataset.state != DatasetState.CHECKING:
-            raise DatasetChecksEnded(f"dataset {dataset_id} is {dataset.state}")
-        upload.num_checked_bytes = num_checked
+def _begin_copy(session: Session, dataset_id: str) -> None:
+    _get_checking(session, dataset_id).copy_began_at = transaction_time()
+
+
+def _reject_faulty(session: Session, dataset_id: str, error: Exception) -> str:
+    dataset, _ = lock_upload(session, dataset_id)
+    if dataset.state == DatasetState.CHECKING:
+        reject_upload(dataset, record_item_fault(session, dataset_id, ItemStep.CHECK, error))
+    return dataset.state
 
 
 def _record_check(session: Session, dataset_id: str, result: FileCheckResult) -> str:
-    dataset, upload = _lock_upload(session, dataset_id)
+    dataset, upload = lock_upload(session, dataset_id)
     if dataset.state != DatasetState.CHECKING:  # withdrawn meanwhile
         return dataset.state
     dataset.num_rows = result.num_rows
@@ -227,34 +310,6 @@ def _record_check(session: Session, dataset_id: str, result: FileCheckResult) ->
         dataset.state, upload.checked_at = DatasetState.CHECKED, transaction_time()
         upload.num_checked_bytes = dataset.num_bytes
     else:
-        _reject(dataset, result.reason)
+        reject_upload(dataset, result.reason)
     log.info("dataset %s is %s: %d rows, %d bytes", dataset_id, dataset.state, result.num_rows, result.num_bytes)
     return dataset.state
-
-
-def _reject(dataset: Dataset, reason: str) -> None:
-    dataset.state, dataset.reason, dataset.decided_at = DatasetState.REJECTED, reason, transaction_time()
-    dataset.num_stored_bytes = 0
-
-
-def _expire_uploads(session: Session) -> int:
-    """Reject the uploads to which nothing was sent for a day; return their number."""
-    abandoned = select(Dataset).join(DatasetUpload).where(Dataset.state == DatasetState.UPLOADING, _is_abandoned())
-    datasets = session.scalars(abandoned.with_for_update(of=Dataset)).all()
-    for dataset in datasets:
-        hours = UPLOAD_EXPIRY_S // 3600
-        _reject(dataset, f"the upload was not completed, and nothing arrived for {hours} hours; push the file again")
-        log.info("the upload of dataset %s expired", dataset.id)
-    return len(datasets)
-
-
-def _release_uploads(sessions: sessionmaker[Session], objects: ObjectStore) -> int:
-    """Delete the parts and unchecked files of uploads that have ended; return their number."""
-    with sessions() as session:
-        ended_ids = session.scalars(_select_unreleased().where(Dataset.state.not_in(UNCHECKED_STATES))).all()
-    for dataset_id in ended_ids:
-        objects.abort_uploads(make_upload_key(dataset_id))
-        objects.delete(make_upload_key(dataset_id))
-        with sessions.begin() as session:
-            session.get_one(DatasetUpload, dataset_id).released_at = transaction_time()
-    return len(ended_ids)

@@ -100,6 +100,9 @@ def add_upload(session: Session, contributor_id: str, dataset_id: str, form: Dat
 def find_upload(session: Session, contributor_id: str, dataset_id: str) -> OpenUpload:
     """Return one of an account's uploads, and put off its expiry if it is still open.
 
+    The moment of the last request is recorded every ten seconds, and a listing is due then: frequent requests do not
+    put it off.
+
     Raises:
         NotFound: if there is none with this id, or it belongs to another account.
     """
@@ -110,7 +113,7 @@ def find_upload(session: Session, contributor_id: str, dataset_id: str) -> OpenU
     dataset, upload = row
     now = read_transaction_time(session)
     is_listing_due = (now - upload.active_at).total_seconds() >= LISTING_PAUSE_S
-    if dataset.state == DatasetState.UPLOADING:
+    if is_listing_due and dataset.state == DatasetState.UPLOADING:
         upload.active_at = now
     return _make_open_upload(dataset, upload, is_listing_due=is_listing_due)
 
@@ -155,7 +158,13 @@ def make_ended_error(session: Session, dataset_id: str) -> Conflict:
 
 
 def store_upload_id(session: Session, dataset_id: str, store_upload: str) -> str:
-    """Record the id of the store's multipart upload unless another request was first; return the recorded one."""
+    """Record the id of the store's multipart upload unless another request was first; return the recorded one.
+
+    Raises:
+        Conflict: if the upload receives no more parts: nothing would delete those of another one in the store.
+    """
+    if session.get_one(Dataset, dataset_id, with_for_update=True).state != DatasetState.UPLOADING:
+        raise make_ended_error(session, dataset_id)
     unset = update(DatasetUpload).where(DatasetUpload.dataset_id == dataset_id, DatasetUpload.store_upload.is_(None))
     session.execute(unset.values(store_upload=store_upload))
     recorded = session.scalars(select(DatasetUpload.store_upload).where(DatasetUpload.dataset_id == dataset_id)).one()

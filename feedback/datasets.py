@@ -53,6 +53,11 @@ def make_upload_key(dataset_id: str) -> str:
     return f"{UNCHECKED_FOLDER}/{dataset_id}"
 
 
+def make_stored_key(sha256: str) -> str:
+    """Return the key of a checked file."""
+    return f"{UPLOADS_FOLDER}/{sha256}"
+
+
 @dataclass(frozen=True)
 class FileCheckResult:
     """The result of checking an uploaded file.

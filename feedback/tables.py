@@ -163,6 +163,7 @@ class DatasetUpload(Base):
     received_at: Mapped[datetime | None] = mapped_column(comment="complete")
     num_checks: Mapped[int] = mapped_column(default=0, comment="how often its check began")
     num_checked_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    copy_began_at: Mapped[datetime | None] = mapped_column(comment="since then its file may be under uploads/SHA256")
     checked_at: Mapped[datetime | None]
     released_at: Mapped[datetime | None] = mapped_column(comment="when its parts or its unchecked file were deleted")
     __table_args__ = (Index("open_uploads", "dataset_id", postgresql_where=text("released_at is null")),)
@@ -273,7 +274,7 @@ class Snapshot(Created, Base):
 
     __tablename__ = "snapshot"
     id: Mapped[str] = mapped_column(primary_key=True)
-    num_rows: Mapped[int]
+    num_rows: Mapped[int] = mapped_column(BigInteger)
     counts: Mapped[JsonbObject]
 
 

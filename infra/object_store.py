@@ -189,8 +189,12 @@ class ObjectStore:
         )
 
     def abort_upload(self, key: str, upload: str) -> None:
-        """Delete the parts of one unfinished upload."""
-        self.client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload)
+        """Delete the parts of one unfinished upload; do nothing if it does not exist."""
+        try:
+            self.client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload)
+        except ClientError as error:
+            if not is_not_found(error):
+                raise
 
     def copy(self, source: str, target: str) -> None:
         """Copy an object within the store, a large one in parts; the bytes do not pass through this process."""

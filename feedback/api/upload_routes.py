@@ -1,5 +1,6 @@
 """Routes of datasets that are sent in parts: the bytes go straight to the object store."""
 
+from botocore.exceptions import ClientError
 from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.orm import Session
@@ -31,7 +32,7 @@ from feedback.contracts import (
 from feedback.dataset_uploads import OpenUpload
 from feedback.states import AccountRole, DatasetState
 from feedback.tables import Contributor, new_id
-from infra.object_store import ObjectStore, StoredPart
+from infra.object_store import ObjectStore, StoredPart, is_not_found
 
 MAX_OPEN_UPLOADS_PER_ACCOUNT = 8
 PART_ADDRESS_VALID_S = 3600
@@ -116,19 +117,29 @@ async def presign_parts(
                 f"must be at most {upload.num_parts}, the number of the file's parts, got {part.number}; correct it",
                 f"parts.{position}.number",
             )
-    objects: ObjectStore = request.app.state.objects
     if upload.is_listing_due:
         await _list_parts(request, upload)
-    store_upload = upload.store_upload
-    if store_upload is None:
-        new_upload = await run_in_threadpool(objects.begin_upload, upload.key)
-        store_upload = await run(request, dataset_uploads.store_upload_id, dataset_id, new_upload)
-        if store_upload != new_upload:  # another request was first
-            await run_in_threadpool(objects.abort_upload, upload.key, new_upload)
+        upload = await run(request, dataset_uploads.find_open_upload, account.id, dataset_id)
+    store_upload = upload.store_upload or await _begin_in_store(request, upload)
     addresses = await run_in_threadpool(
         _presign_parts, request.app.state.public_objects, upload, store_upload, form.parts
     )
     return PartAddressesOut(parts=addresses, valid_s=PART_ADDRESS_VALID_S)
+
+
+async def _begin_in_store(request: Request, upload: OpenUpload) -> str:
+    """Begin a multipart upload in the store, and return its id, or that of another request that was first."""
+    objects: ObjectStore = request.app.state.objects
+    new_upload = await run_in_threadpool(objects.begin_upload, upload.key)
+    recorded: str | None = None
+    try:
+        recorded = await get_transactions(request).run(
+            request, dataset_uploads.store_upload_id, upload.dataset_id, new_upload
+        )
+    finally:
+        if recorded != new_upload:
+            await run_in_threadpool(objects.abort_upload, upload.key, new_upload)
+    return recorded
 
 
 def _presign_parts(
@@ -181,7 +192,16 @@ async def _complete_in_store(request: Request, upload: OpenUpload) -> None:
             f"{named}{more}; send them and complete it again"
         )
     if upload.store_upload is not None and any(part.tag for part in parts):
-        await run_in_threadpool(objects.complete_upload, upload.key, upload.store_upload, parts)
+        try:
+            await run_in_threadpool(objects.complete_upload, upload.key, upload.store_upload, parts)
+        except ClientError as error:  # another request has completed it, or it was withdrawn
+            if not is_not_found(error):
+                raise
+            if await run_in_threadpool(objects.find_size, upload.key) is None:
+                raise Conflict(
+                    f"the parts of dataset {upload.dataset_id} are not in the store any more, as after a withdrawal; "
+                    "read its record, and push the file again"
+                ) from None
 
 
 async def _list_parts(request: Request, upload: OpenUpload) -> list[StoredPart]:

@@ -127,3 +127,17 @@ def test_migration_0015_keeps_runs_and_adds_their_states_in_both_directions(migr
     assert connection.execute(text("select ended_at, cleared_at from training_state")).all() == [(None, None)]
     move("0011", command.downgrade)
     assert connection.execute(text("select id from training_run")).all() == [("u",)]
+
+
+def test_migration_0018_and_the_downgrade_of_0012_leave_no_bytes_of_incomplete_uploads(migrate):
+    move, connection = migrate
+    move("0007")
+    connection.execute(text(OLD_RECORDS))
+    move("0018")
+    uploading = "update dataset set state = 'uploading', num_bytes = 7, num_stored_bytes = 7"
+    num_changed = connection.execute(text(uploading)).rowcount
+    connection.execute(text("update snapshot set num_rows = 3000000000"))
+    connection.execute(text("update snapshot set num_rows = 1"))
+    move("0011", command.downgrade)
+    stored = connection.execute(text("select distinct state, num_stored_bytes from dataset")).all()
+    assert num_changed and stored == [("withdrawn", 0)]

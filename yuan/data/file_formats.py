@@ -9,6 +9,7 @@ from typing import BinaryIO
 from yuan.data.encodings import find_foreign_encoding, find_wide_encoding
 from yuan.safe_files import LFS_POINTER_REASON, LFS_POINTER_START
 
+MAX_FILE_LINES = 2**31 - 2  # one more may have no newline
 MIN_MAX_LINES = 500_000  # that any file may have
 MIN_BYTES_PER_LINE = 64  # on average, of a file with more lines
 READ_CHUNK_BYTES = 2**20
@@ -94,8 +95,8 @@ def describe_excess_lines(num_lines: int, num_bytes: int) -> str | None:
 
 
 def compute_max_lines(num_bytes: int) -> int:
-    """Return the number of lines that a file of this size may have."""
-    return max(MIN_MAX_LINES, num_bytes // MIN_BYTES_PER_LINE)
+    """Return the number of lines that a file of this size may have; each has a number of 31 bits."""
+    return min(max(MIN_MAX_LINES, num_bytes // MIN_BYTES_PER_LINE), MAX_FILE_LINES)
 
 
 def describe_foreign_format(head: bytes) -> str | None:

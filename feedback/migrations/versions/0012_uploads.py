@@ -42,7 +42,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     """Uploads that are not complete are withdrawn: the older release has no state for them."""
     op.execute(
-        "update dataset set state = 'withdrawn', reason = 'an older release was installed' where state in ('uploading', 'checking')"
+        "update dataset set state = 'withdrawn', num_stored_bytes = 0, reason = 'an older release was installed' where state in ('uploading', 'checking')"
     )
     op.alter_column("dataset", "state", comment=OLD_STATES)
     op.drop_table("dataset_upload")
