@@ -146,6 +146,7 @@ class Client:
         purpose: DatasetPurpose = DatasetPurpose.MIXTURE,
         idempotency_key: str | None = None,
         wait: bool = True,
+        max_bytes_per_s: float | None = None,
         report_progress: ReportPushProgress = lambda progress: None,
     ) -> DatasetOut:
         """Upload a JSONL file of rows. A file with malformed rows is refused as a whole; the error lists them.
@@ -155,6 +156,7 @@ class Client:
 
         Args:
             wait: wait for the result of the check; otherwise a large file's dataset is returned while it is checked.
+            max_bytes_per_s: limit of the rate at which parts are sent.
             report_progress: called from several threads, never by two at once.
 
         Raises:
@@ -171,7 +173,7 @@ class Client:
             )
             upload = self.begin_upload(form, idempotency_key=idempotency_key)
             try:
-                dataset = self._send_missing_parts(pushed, upload, report_progress)
+                dataset = self._send_missing_parts(pushed, upload, report_progress, max_bytes_per_s)
             except StoreUnreachable:
                 # A portal on another machine may have its store on an address that only that machine reaches.
                 if num_bytes > MAX_SINGLE_REQUEST_BYTES or self.received_parts(upload.id).numbers:
@@ -211,7 +213,11 @@ class Client:
         return self._post(DatasetOut, f"/api/v1/datasets/uploads/{dataset_id}/complete", None)
 
     def _send_missing_parts(
-        self, file: PushedFile, upload: DatasetUploadOut, report_progress: ReportPushProgress
+        self,
+        file: PushedFile,
+        upload: DatasetUploadOut,
+        report_progress: ReportPushProgress,
+        max_bytes_per_s: float | None,
     ) -> DatasetOut:
         """Send the parts that have not arrived, and complete the upload; another process may do the same meanwhile."""
         for attempt in range(MAX_UPLOAD_ROUNDS):
@@ -227,6 +233,7 @@ class Client:
                     lambda parts: self.part_addresses(upload.id, parts),
                     report_progress,
                     received.num_received_bytes,
+                    max_bytes_per_s,
                 )
                 if missing:
                     sender.send(missing)

@@ -19,6 +19,7 @@ from yuan.data.file_formats import HEAD_BYTES, describe_excess_lines, describe_f
 NUM_PART_SENDERS = 4
 PARTS_PER_REQUEST = 4  # presigned at once, and then sent one after the other
 FILE_CHUNK_BYTES = 2**20
+LIMITED_CHUNK_BYTES = 2**16  # with a limited rate: short pauses, so that no server takes a slow sender for a lost one
 MAX_PART_ATTEMPTS = 6
 STORE_TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 
@@ -97,12 +98,33 @@ def read_pushed_file(path: Path, stream: BinaryIO, report_progress: ReportPushPr
     return file
 
 
+class RateLimit:
+    """Spread what several threads send so that it is at most a number of bytes per second together.
+
+    Args:
+        is_stopped: ends the pauses.
+    """
+
+    def __init__(self, bytes_per_s: float, is_stopped: threading.Event) -> None:
+        self._bytes_per_s, self._is_stopped = bytes_per_s, is_stopped
+        self._lock = threading.Lock()
+        self._next_at = time.monotonic()
+
+    def wait(self, num_bytes: int) -> None:
+        """Wait until these bytes may be sent."""
+        with self._lock:
+            start = max(self._next_at, time.monotonic())
+            self._next_at = start + num_bytes / self._bytes_per_s
+        self._is_stopped.wait(max(0.0, start - time.monotonic()))
+
+
 class PartSender:
     """Send parts of one file from several threads.
 
     Args:
         presign: returns the addresses of parts.
         num_received: bytes of the parts that have arrived before.
+        max_bytes_per_s: of all threads together; None for no limit.
     """
 
     def __init__(
@@ -112,6 +134,7 @@ class PartSender:
         presign: Callable[[Sequence[PartIn]], PartAddressesOut],
         report_progress: ReportPushProgress,
         num_received: int,
+        max_bytes_per_s: float | None = None,
     ) -> None:
         self._file, self._upload, self._presign = file, upload, presign
         self._report_progress = report_progress
@@ -119,6 +142,7 @@ class PartSender:
         self._lock = threading.Lock()
         self._is_stopped = threading.Event()
         self._has_connected = False
+        self._limit = None if max_bytes_per_s is None else RateLimit(max_bytes_per_s, self._is_stopped)
 
     def send(self, numbers: Sequence[int]) -> None:
         """Send the parts with these numbers; all end at the first failure.
@@ -152,7 +176,7 @@ class PartSender:
     def _send_part(self, store: httpx.Client, part: PartIn, address: PartAddressOut) -> None:
         for attempt in range(1, MAX_PART_ATTEMPTS + 1):
             try:
-                content = self._read_part(part.number)
+                content = self._limit_rate(self._read_part(part.number))
                 response = store.put(address.url, headers=address.headers, content=content)
                 reason = f"status {response.status_code}"
             except httpx.TransportError as error:
@@ -201,6 +225,17 @@ class PartSender:
             start += len(chunk)
             yield chunk
         self._file.check_unchanged()
+
+    def _limit_rate(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        if self._limit is None:
+            yield from chunks
+            return
+        for chunk in chunks:
+            for start in range(0, len(chunk), LIMITED_CHUNK_BYTES):
+                piece = chunk[start : start + LIMITED_CHUNK_BYTES]
+                self._limit.wait(len(piece))
+                self._check_stopped()
+                yield piece
 
     def _check_stopped(self) -> None:
         if self._is_stopped.is_set():

@@ -120,6 +120,10 @@ def push(
     wait: Annotated[
         bool, typer.Option(help="wait for the check of a file that is sent in parts, that is of more than 16 MiB")
     ] = True,
+    max_mb_per_s: Annotated[
+        float | None,
+        typer.Option(min=0.1, max=100_000, help="limit of the rate at which parts are sent; default: none"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Upload a dataset. A malformed row makes the portal reject the file and list each such row with its reason.
@@ -137,6 +141,7 @@ def push(
                 purpose=purpose,
                 idempotency_key=idempotency_key,
                 wait=wait,
+                max_bytes_per_s=None if max_mb_per_s is None else max_mb_per_s * 1e6,
                 report_progress=report_progress,
             )
         except KeyboardInterrupt:

@@ -47,8 +47,8 @@ def run_on_update(engine, condition, statement):
         connection.execute(text("create sequence test_calls"))
         body = f"begin {statement} return new; end"
         connection.execute(text(f"create function test_fault() returns trigger language plpgsql as $$ {body} $$"))
-        when = f"for each row when ({condition}) execute function test_fault()"
-        connection.execute(text(f"create trigger test_fault after update on dataset_upload {when}"))
+        action = f"for each row when ({condition}) execute function test_fault()"
+        connection.execute(text(f"create trigger test_fault after update on dataset_upload {action}"))
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import httpx
 import pytest
@@ -320,6 +321,12 @@ def test_request_with_one_key_begins_one_upload_and_an_operators_purpose_is_refu
 def test_malformed_announcement_is_refused_with_its_field(portal, account, changes, param):
     response = begin(portal, account.headers, b"x", **changes)
     assert (response.status_code, response.json()["error"]["param"]) == (422, param)
+
+
+def test_parts_are_sent_at_no_more_than_the_given_rate(client, file):
+    began_at = time.monotonic()
+    client.push_dataset(file, wait=False, max_bytes_per_s=2 * len(TWO_PARTS))
+    assert time.monotonic() - began_at >= 0.45
 
 
 def test_file_that_changes_while_it_is_sent_is_reported(client, file):

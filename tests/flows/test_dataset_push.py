@@ -62,9 +62,9 @@ def test_interrupted_push_reports_how_to_continue_and_is_continued(stack, operat
     file = tmp_path / "rows.jsonl"
     num_rows = write_rows(file, 40 * 10**6, prefix="q")
     token = operator.add_contributor("interrupter").token
-    push = start_push(stack, token, file)
+    push = start_push(stack, token, file, "--max-mb-per-s", "0.5")  # 80 s for the file: it is not sent before Ctrl-C
     with stack.client(token) as client:
-        stack.wait_until(lambda: client.open_uploads() or client.all_datasets(), pause_s=0.01)
+        stack.wait_until(client.open_uploads, pause_s=0.01)
         push.send_signal(signal.SIGINT)
         _, errors = push.communicate(timeout=60)
         assert push.returncode == 130 and "the same command continues" in errors

@@ -1,5 +1,7 @@
 """Test that a value out of its range is a usage error that names the option, with rule, value and what to do."""
 
+from pathlib import Path
+
 import pytest
 from typer.core import TyperArgument
 from typer.testing import CliRunner
@@ -14,6 +16,7 @@ REQUIRED = {
     "plan": ["--model", "tiny"],
     "calibrate": ["--out", "pool.toml"],
     "generate": ["7"],
+    "dataset push": ["rows.jsonl", *TOKEN],
 }
 NUMBERS_AS_TEXT = {
     "submit --model-version": ["0", "v0", "-1", "9" * 12, "x", "7.0"],
@@ -46,6 +49,8 @@ def refuse(command, option, value, folder, monkeypatch):
         arguments += ["--model-version", "1"]
     if command == "register":
         arguments.append(".")
+    if command == "dataset push":
+        Path("rows.jsonl").touch()
     result = CliRunner().invoke(app, arguments, prog_name="cotrain")
     assert result.exit_code == 2 and result.stderr.count("\n") == 1, (arguments, result.output, result.exception)
     return result.stderr
@@ -53,7 +58,7 @@ def refuse(command, option, value, folder, monkeypatch):
 
 def test_every_command_with_numbers_is_tried():
     assert {command for command, _, _ in NUMERIC_OPTIONS} == {
-        "submit", "plan", "calibrate", "generate", "demo", "logs", "round start",
+        "submit", "plan", "calibrate", "generate", "demo", "logs", "round start", "dataset push",
     }  # fmt: skip
 
 
