@@ -50,9 +50,9 @@ class StagedRow:
 
 def stage_row(number: int, row: Row) -> StagedRow:
     """Return a row with its keys, to be staged as one that cannot be held out."""
-    prompt_key = row.prompt_key
+    key, prompt_key = row.key_pair
     others = () if row.messages is None else tuple(sorted(row.prompt_keys - {prompt_key}))
-    return StagedRow(number, row.key, prompt_key, other_prompt_keys=others)
+    return StagedRow(number, key, prompt_key, other_prompt_keys=others)
 
 
 class NumberedRows:

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from yuan.data.checkers import Checker
 from yuan.data.rows import BadRow, Row, parse_rows
 from yuan.data.text import (
+    _MARK_CANDIDATE_PATTERN,
     DOUBLE_MARKS,
     INVISIBLE_CHARS,
     MAX_COMPOSED_MARKS,
@@ -232,6 +233,11 @@ def test_marks_that_are_two_by_themselves_are_those_of_unicode():
     counts = [[bool(mark) for mark in char] for char in marks]
     assert [code for code, char in enumerate(counts) if char[0] and len(char) > 1] == list(DOUBLE_MARKS)
     assert max(map(sum, counts)) == MAX_COMPOSED_MARKS
+
+
+def test_characters_of_the_unmarked_ranges_are_no_combining_marks():
+    unmarked = filter(lambda char: not _MARK_CANDIDATE_PATTERN.match(char), map(chr, range(0x110000)))
+    assert not any(map(unicodedata.combining, unmarked))
 
 
 @pytest.mark.parametrize("fold", [normalize_text, fold_coarsely])
