@@ -1,11 +1,11 @@
 """Cases: add rows as cases of a suite, and choose which prompts are held out."""
 
-import hmac
 from collections.abc import Sequence
 
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from feedback.row_blocks import compute_salted_fraction
 from feedback.states import CaseRole
 from feedback.tables import Case, new_id
 from yuan.data.rows import Row
@@ -43,8 +43,3 @@ def choose_case_role(split_key: str, salt: str, held_out_share: float) -> CaseRo
     contributor can choose the role, not even by withdrawing a report and sending it again with another answer.
     """
     return CaseRole.HELD_OUT if compute_salted_fraction(split_key, salt) < held_out_share else CaseRole.TRAIN
-
-
-def compute_salted_fraction(key: str, salt: str) -> float:
-    """Return a number in [0, 1) derived from a key; it cannot be predicted without the salt."""
-    return int.from_bytes(hmac.digest(salt.encode(), key.encode(), "sha256")[:6]) / 2**48

@@ -1,19 +1,20 @@
 """Accept checked datasets: find duplicates, choose the rows to hold out, and make cases of them."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass
 from datetime import datetime
 
 from botocore.exceptions import ClientError
-from sqlalchemy import func, select, text
+from sqlalchemy import delete, func, literal, select, text
+from sqlalchemy.dialects.postgresql import aggregate_order_by
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from feedback.cases import add_cases, compute_salted_fraction
-from feedback.datasets import UPLOADS_FOLDER, OpenObject
+from feedback.cases import add_cases
+from feedback.datasets import OpenObject, make_stored_key
 from feedback.items import record_faulty_rows, record_item_fault
 from feedback.round_steps import ItemStep
-from feedback.row_staging import INSERT_CONVERSATION_PROMPTS, NumberedRows, StagedRow, stage_row, stage_rows
+from feedback.row_blocks import StagingRules
+from feedback.row_staging import INSERT_CONVERSATION_PROMPTS, StagedFaults, stage_rows
 from feedback.states import AccountRole, CaseRole, DatasetPurpose, DatasetState, RowRole
 from feedback.tables import Contributor, Dataset, DatasetRow, transaction_time
 from feedback.withdrawal import get_suite_name, lock_datasets
@@ -29,23 +30,27 @@ MAX_ROWS = 2**31 - 1  # of a dataset, whose row numbers are of this size
 # and with however many answers, and no account can exclude more than the share of others' prompts from training.
 INSERT_ROWS = text(f"""
     with judged as materialized (
-        select staged.*, row_number() over (partition by key order by number) > 1 or exists (
-            select from dataset_row join dataset on dataset.id = dataset_row.dataset_id
-            where dataset_row.key = staged.key and dataset.state = '{DatasetState.ACCEPTED}'
-        ) as is_duplicate
+        select number, key, prompt_key, split_key, fraction,
+            row_number() over (partition by key order by number) > 1 or exists (
+                select from dataset_row join dataset on dataset.id = dataset_row.dataset_id
+                where dataset_row.key = staged.key and dataset.state = '{DatasetState.ACCEPTED}'
+            ) as is_duplicate
         from staged_row staged
     ), testable as (
         select number, fraction, row_number() over (partition by split_key order by number) as answer
         from judged where split_key is not null and not is_duplicate
     ), held_out as (
         select number from testable where answer <= :max_answers order by fraction, number limit :max_rows
+    ), inserted as (
+        insert into dataset_row (dataset_id, number, key, prompt_key, role)
+        select :dataset_id, number, key, prompt_key, case
+            when is_duplicate then '{RowRole.DUPLICATE}'
+            when held_out.number is not null then '{RowRole.HELD_OUT}'
+            else '{RowRole.TRAIN}' end
+        from judged left join held_out using (number)
+        returning role
     )
-    insert into dataset_row (dataset_id, number, key, prompt_key, role)
-    select :dataset_id, number, key, prompt_key, case
-        when is_duplicate then '{RowRole.DUPLICATE}'
-        when held_out.number is not null then '{RowRole.HELD_OUT}'
-        else '{RowRole.TRAIN}' end
-    from judged left join held_out using (number)
+    select count(*) filter (where role = '{RowRole.DUPLICATE}') from inserted
 """)
 HELD_OUT_BODIES = text(f"""
     select body from staged_row join dataset_row using (number)
@@ -65,7 +70,8 @@ def accept_dataset(
     """Assign a role to each row of a dataset: train, held out as a case, or duplicate of an earlier row.
 
     A row that an older release accepted and today's rules refuse gets no entry, and is named on the owner's timeline.
-    The stored file is read as a stream before the lock is taken; what follows is SQL.
+    The stored file is read as a stream, and its rows are inserted, before the lock is taken that withdrawals wait for.
+    If another dataset was accepted or withdrawn meanwhile, the rows are inserted again under the lock.
 
     Args:
         open_object: opens an object for reading by its key.
@@ -79,38 +85,59 @@ def accept_dataset(
         return
     # Every checkable row of a suite is held out.
     share = 1.0 if dataset.purpose == DatasetPurpose.SUITE else held_out_share
-    with open_object(f"{UPLOADS_FOLDER}/{dataset.sha256}") as stream:
-        rows = NumberedRows(stream)
-        with stage_rows(session, _make_staged_rows(rows, salt, share)):
-            lock_datasets(session)
-            session.refresh(dataset, with_for_update=True)
-            if dataset.state == DatasetState.CHECKED:
-                _accept_staged_rows(session, dataset, rows, max_cases)
+    rules = StagingRules(salt, share)
+    with (
+        open_object(make_stored_key(dataset.sha256)) as stream,
+        stage_rows(session, stream, dataset.num_bytes, rules) as faults,
+    ):
+        limits = _find_limits(session, dataset, max_cases)
+        num_duplicates = _insert_rows(session, dataset, limits)
+        lock_datasets(session)
+        session.refresh(dataset, with_for_update={"key_share": True})
+        if dataset.state != DatasetState.CHECKED:  # withdrawn meanwhile
+            _delete_rows(session, dataset)
+            return
+        if (present := _find_limits(session, dataset, max_cases)) != limits:
+            _delete_rows(session, dataset)
+            num_duplicates = _insert_rows(session, dataset, present)
+        dataset.num_duplicates += num_duplicates
+        _accept_inserted_rows(session, dataset, faults)
 
 
-def _make_staged_rows(rows: NumberedRows, salt: str, held_out_share: float) -> Iterator[StagedRow]:
-    """Compute the keys of rows, and the fractions of those that may be held out."""
-    for number, row in rows:
-        staged = stage_row(number, row)
-        if row.checker is not None and row.prompt:
-            split_key = row.split_key
-            fraction = compute_salted_fraction(split_key, salt)
-            if fraction < held_out_share:
-                body = row.model_dump_json(exclude_none=True)
-                staged = replace(staged, split_key=split_key, fraction=fraction, body=body)
-        yield staged
+@dataclass(frozen=True)
+class AcceptanceLimits:
+    """The limits that other datasets set for the rows of one.
+
+    Attributes:
+        accepted_digest: of the ids of the accepted datasets, of whose rows others are duplicates.
+        max_rows: that may be held out; None for all.
+    """
+
+    accepted_digest: str | None
+    max_rows: int | None
 
 
-def _accept_staged_rows(session: Session, dataset: Dataset, rows: NumberedRows, max_cases: int) -> None:
-    faults = [f"row {row.row}: {row.reason}" for row in rows.bad_rows]
-    record_faulty_rows(session, dataset.id, ItemStep.ACCEPT, faults, num_faults=rows.num_bad)
+def _find_limits(session: Session, dataset: Dataset, max_cases: int) -> AcceptanceLimits:
+    ids = func.string_agg(Dataset.id, aggregate_order_by(literal(","), Dataset.id))
+    digest = session.scalars(select(func.md5(ids)).where(Dataset.state == DatasetState.ACCEPTED)).one()
+    is_suite = dataset.purpose == DatasetPurpose.SUITE
+    return AcceptanceLimits(digest, None if is_suite else _compute_held_out_limit(session, dataset, max_cases))
 
-    limits: dict[str, int | None] = {"max_answers": MAX_HELD_OUT_ANSWERS_PER_PROMPT}
-    if dataset.purpose == DatasetPurpose.SUITE:
-        limits |= {"max_answers": MAX_ROWS, "max_rows": None}
-    else:
-        limits["max_rows"] = _compute_held_out_limit(session, dataset, max_cases)
-    session.execute(INSERT_ROWS, {"dataset_id": dataset.id, **limits})
+
+def _insert_rows(session: Session, dataset: Dataset, limits: AcceptanceLimits) -> int:
+    """Insert the staged rows with their roles; return the number of duplicates."""
+    max_answers = MAX_ROWS if dataset.purpose == DatasetPurpose.SUITE else MAX_HELD_OUT_ANSWERS_PER_PROMPT
+    values = {"dataset_id": dataset.id, "max_answers": max_answers, "max_rows": limits.max_rows}
+    return int(session.execute(INSERT_ROWS, values).scalar_one())
+
+
+def _delete_rows(session: Session, dataset: Dataset) -> None:
+    session.execute(delete(DatasetRow).where(DatasetRow.dataset_id == dataset.id))
+
+
+def _accept_inserted_rows(session: Session, dataset: Dataset, faults: StagedFaults) -> None:
+    reasons = [f"row {row.row}: {row.reason}" for row in faults.bad_rows]
+    record_faulty_rows(session, dataset.id, ItemStep.ACCEPT, reasons, num_faults=faults.num_bad)
     session.execute(INSERT_CONVERSATION_PROMPTS, {"dataset_id": dataset.id})
 
     bodies = session.execute(
@@ -119,9 +146,6 @@ def _accept_staged_rows(session: Session, dataset: Dataset, rows: NumberedRows, 
     for batch in bodies.scalars().partitions(CASE_BATCH_ROWS):
         cases = [Row.model_validate_json(body) for body in batch]
         add_cases(session, get_suite_name(dataset), cases, CaseRole.HELD_OUT)
-    duplicates = select(func.count()).select_from(DatasetRow)
-    duplicates = duplicates.where(DatasetRow.dataset_id == dataset.id, DatasetRow.role == RowRole.DUPLICATE)
-    dataset.num_duplicates += session.scalars(duplicates).one()
     dataset.state, dataset.reason, dataset.decided_at = DatasetState.ACCEPTED, None, transaction_time()
 
 

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from feedback.datasets import UNCHECKED_STATES, FileCheckResult, check_rows, make_stored_key, make_upload_key
 from feedback.items import describe_error_place, record_item_fault
 from feedback.round_steps import ItemStep
+from feedback.row_workers import choose_num_workers
 from feedback.states import DatasetState
 from feedback.tables import Dataset, DatasetUpload, transaction_time
 from feedback.upload_release import (
@@ -244,7 +245,7 @@ def check_stream(
         try:
             if reason := describe_foreign_format(buffered.peek(HEAD_BYTES)[:HEAD_BYTES]):
                 return FileCheckResult(num_bytes, 0, [], reason)
-            result = check_rows(buffered, num_bytes)
+            result = check_rows(buffered, num_bytes, choose_num_workers(num_bytes))
         except ExcessLines as error:
             return FileCheckResult(num_bytes, 0, [], str(error))
         if result.reason is None and (digesting.num_bytes, digesting.sha256) != (num_bytes, sha256):

@@ -163,7 +163,7 @@ def store_upload_id(session: Session, dataset_id: str, store_upload: str) -> str
     Raises:
         Conflict: if the upload receives no more parts: nothing would delete those of another one in the store.
     """
-    if session.get_one(Dataset, dataset_id, with_for_update=True).state != DatasetState.UPLOADING:
+    if session.get_one(Dataset, dataset_id, with_for_update={"key_share": True}).state != DatasetState.UPLOADING:
         raise make_ended_error(session, dataset_id)
     unset = update(DatasetUpload).where(DatasetUpload.dataset_id == dataset_id, DatasetUpload.store_upload.is_(None))
     session.execute(unset.values(store_upload=store_upload))
@@ -192,7 +192,7 @@ def record_complete_upload(session: Session, dataset_id: str) -> None:
     Raises:
         Conflict: if the upload was withdrawn or has expired meanwhile.
     """
-    dataset = session.get_one(Dataset, dataset_id, with_for_update=True, populate_existing=True)
+    dataset = session.get_one(Dataset, dataset_id, with_for_update={"key_share": True}, populate_existing=True)
     upload = session.get_one(DatasetUpload, dataset_id)
     if dataset.state == DatasetState.UPLOADING:
         dataset.state = DatasetState.CHECKING

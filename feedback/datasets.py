@@ -1,5 +1,6 @@
 """Datasets: checks of uploaded files, and their public records."""
 
+import contextlib
 import logging
 import os
 import re
@@ -16,6 +17,8 @@ from feedback.accounts import InvalidField, NotFound
 from feedback.contracts import DatasetOut, Event
 from feedback.items import MAX_NAMED_ROWS, find_faults_by_subject
 from feedback.paging import read_page
+from feedback.row_blocks import MAX_BLOCK_FAULTS
+from feedback.row_workers import process_rows
 from feedback.states import DatasetPurpose, DatasetState
 from feedback.tables import (
     BASE_SUITE,
@@ -29,7 +32,7 @@ from feedback.tables import (
 from feedback.withdrawal import find_withdrawal_events
 from yuan.config import format_byte_share, format_count
 from yuan.data.file_formats import find_file_fault
-from yuan.data.rows import BadRow, parse_rows
+from yuan.data.rows import BadRow
 from yuan.data.rule_text import describe_errors
 from yuan.data.text import make_printable
 
@@ -38,7 +41,7 @@ log = logging.getLogger(__name__)
 UPLOADS_FOLDER = "uploads"
 UNCHECKED_FOLDER = "uploading"
 UPLOAD_EXPIRY_S = 24 * 3600  # after the last request for it, an upload that is not complete is dropped
-MAX_LISTED_BAD_ROWS = 1000
+MAX_LISTED_BAD_ROWS = MAX_BLOCK_FAULTS
 
 RESERVED_SUITES = (REPORTS_SUITE, BASE_SUITE, DATASETS_SUITE)
 SUITE_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -122,19 +125,23 @@ def check_file(file: BinaryIO) -> FileCheckResult:
     return check_rows(file, num_bytes)
 
 
-def check_rows(stream: BinaryIO, num_bytes: int) -> FileCheckResult:
+def check_rows(stream: BinaryIO, num_bytes: int, num_workers: int = 0) -> FileCheckResult:
     """Check the rows of a file, which is read once from its start, in bounded memory.
 
-    Reading stops at 1,000 malformed rows.
+    Reading stops at 1,000 malformed rows, or a few blocks of lines later.
+
+    Args:
+        num_workers: child processes that parse; see `process_rows`.
     """
     num_rows, bad = 0, list[BadRow]()
-    for row in parse_rows(stream):
-        num_rows += 1
-        if isinstance(row, BadRow):
-            bad.append(row)
-        if len(bad) == MAX_LISTED_BAD_ROWS:
-            reason = f"{len(bad):,} of the first {num_rows:,} rows are malformed; the rest was not read"
-            return FileCheckResult(num_bytes, num_rows, bad, reason)
+    with contextlib.closing(process_rows(stream, None, num_workers)) as results:
+        for result in results:
+            for number, fault in result.faults:
+                bad.append(fault)
+                if len(bad) == MAX_LISTED_BAD_ROWS:
+                    reason = f"{len(bad):,} of the first {number + 1:,} rows are malformed; the rest was not read"
+                    return FileCheckResult(num_bytes, number + 1, bad, reason)
+            num_rows += result.num_rows
 
     if bad:
         rows = format_count(num_rows, "row")

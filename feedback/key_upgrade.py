@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from sqlalchemy import CursorResult, RowMapping, Table, bindparam, delete, exists, func, select, text, update
 from sqlalchemy.orm import Session
 
-from feedback.datasets import UPLOADS_FOLDER, OpenObject
+from feedback.datasets import OpenObject, make_stored_key
 from feedback.items import process_each, record_item_fault
 from feedback.reports import get_or_add_report_case, make_report_row
 from feedback.round_steps import ItemStep
-from feedback.row_staging import INSERT_CONVERSATION_PROMPTS, NumberedRows, stage_row, stage_rows
+from feedback.row_blocks import STAGE_KEYS_ALONE
+from feedback.row_staging import INSERT_CONVERSATION_PROMPTS, stage_rows
 from feedback.states import CaseRole, DatasetState, ReportState, RowRole
 from feedback.tables import REPORTS_SUITE, Case, ConversationPrompt, Dataset, Feedback
 from feedback.withdrawal import get_suite_name, lock_datasets
@@ -64,13 +65,14 @@ def upgrade_dataset_keys(session: Session, dataset_id: str, open_object: OpenObj
     dataset = session.get_one(Dataset, dataset_id)
     if not _is_outdated(dataset):
         return
-    with open_object(f"{UPLOADS_FOLDER}/{dataset.sha256}") as stream:
-        staged = (stage_row(number, row) for number, row in NumberedRows(stream))
-        with stage_rows(session, staged):
-            lock_datasets(session)
-            session.refresh(dataset, with_for_update=True)
-            if _is_outdated(dataset):
-                _upgrade_staged_rows(session, dataset)
+    with (
+        open_object(make_stored_key(dataset.sha256)) as stream,
+        stage_rows(session, stream, dataset.num_bytes, STAGE_KEYS_ALONE),
+    ):
+        lock_datasets(session)
+        session.refresh(dataset, with_for_update=True)
+        if _is_outdated(dataset):
+            _upgrade_staged_rows(session, dataset)
 
 
 def _is_outdated(dataset: Dataset) -> bool:

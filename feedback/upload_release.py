@@ -27,7 +27,7 @@ def is_abandoned() -> ColumnElement[bool]:
 
 def lock_upload(session: Session, dataset_id: str) -> tuple[Dataset, DatasetUpload]:
     """Lock a dataset that is sent in parts until the transaction ends; return it and its upload."""
-    dataset = session.get_one(Dataset, dataset_id, with_for_update=True, populate_existing=True)
+    dataset = session.get_one(Dataset, dataset_id, with_for_update={"key_share": True}, populate_existing=True)
     return dataset, session.get_one(DatasetUpload, dataset_id, populate_existing=True)
 
 

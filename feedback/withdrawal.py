@@ -66,7 +66,8 @@ def withdraw_dataset(session: Session, actor: Contributor, dataset_id: str, reas
         NotFound: if there is no such dataset, or it belongs to another account.
     """
     lock_datasets(session)
-    dataset = session.get(Dataset, dataset_id, with_for_update=True)
+    # An acceptance in progress has inserted rows of the dataset, and waits for the lock above.
+    dataset = session.get(Dataset, dataset_id, with_for_update={"key_share": True})
     _check_ownership(actor, dataset, "dataset", dataset_id)
     assert dataset is not None, "checked"
     if dataset.state == DatasetState.WITHDRAWN:

@@ -15,9 +15,9 @@ from pydantic import TypeAdapter, ValidationError
 from yuan.data.checkers import Checker
 from yuan.data.rows import BadRow, Row, parse_rows
 from yuan.data.text import (
-    _MARK_CANDIDATE_PATTERN,
     DOUBLE_MARKS,
     INVISIBLE_CHARS,
+    MARK_CANDIDATE_PATTERN,
     MAX_COMPOSED_MARKS,
     BadJson,
     TextRule,
@@ -236,7 +236,7 @@ def test_marks_that_are_two_by_themselves_are_those_of_unicode():
 
 
 def test_characters_of_the_unmarked_ranges_are_no_combining_marks():
-    unmarked = filter(lambda char: not _MARK_CANDIDATE_PATTERN.match(char), map(chr, range(0x110000)))
+    unmarked = filter(lambda char: not MARK_CANDIDATE_PATTERN.match(char), map(chr, range(0x110000)))
     assert not any(map(unicodedata.combining, unmarked))
 
 

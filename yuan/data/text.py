@@ -275,7 +275,7 @@ _UNMARKED_CLASS = (
     r"\0-\u02ff\u0370-\u0482\u2010-\u2027\u2030-\u205e\u2190-\u23ff\u2460-\u27bf\u3000-\u3029\u3030-\u3098\u309b-\u30ff"
     "\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uff01-\uff9d\U0001f300-\U0001faff\U00020000-\U0003ffff"
 )
-_MARK_CANDIDATE_PATTERN = re.compile(f"[^{_UNMARKED_CLASS}]")
+MARK_CANDIDATE_PATTERN = re.compile(f"[^{_UNMARKED_CLASS}]")
 NORMALIZED_CHUNK_CHARS = 2**18
 _STARTER_PATTERN = re.compile("[\0-\x7f\u4e00-\u9fff]")
 MAX_COMPOSED_MARKS = 3  # combining marks into which one letter is decomposed
@@ -349,7 +349,7 @@ def _fold_char(match: re.Match[str]) -> str:
 def _limit_combining_marks(text: str) -> str:
     """Keep the first 30 combining marks of each letter of the decomposed text; text with fewer stays as it is."""
     limit = MAX_COMBINING_MARKS - MAX_COMPOSED_MARKS
-    if len(text) <= limit or _MARK_CANDIDATE_PATTERN.search(text) is None:
+    if len(text) <= limit or MARK_CANDIDATE_PATTERN.search(text) is None:
         return text
     runs = groupby(map(bool, map(unicodedata.combining, text)))
     if all(not is_mark or sum(1 for _ in run) <= limit for is_mark, run in runs):

@@ -1,0 +1,201 @@
+"""Parse the rows of a large file in child processes of low priority: `python -m feedback.row_workers` is one of them.
+
+They get blocks of lines on standard input and return results on standard output, each as a line of JSON and then bytes.
+They have none of the caller's credentials and exit when it does.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from types import TracebackType
+from typing import IO, Any, BinaryIO, Self
+
+from feedback.row_blocks import BlockResult, RowBlock, StagingRules, process_block, read_row_blocks
+from yuan.data.rows import BadRow
+from yuan.data.text import make_printable
+
+MIN_BYTES_OF_WORKERS = 32 * 2**20  # of a file; starting processes takes a second
+MAX_ROW_WORKERS = 8
+MAX_BLOCK_TRIES = 2
+LOW_PRIORITY = 10  # of `nice`: requests to the portal come first
+
+
+class RowWorkerKilled(MemoryError):
+    """Two processes were killed that parsed the same block, as the kernel does when memory is out."""
+
+
+def choose_num_workers(num_bytes: int) -> int:
+    """Return the number of child processes for a file of this size; 0 to parse it in this process."""
+    return 0 if num_bytes < MIN_BYTES_OF_WORKERS else min(MAX_ROW_WORKERS, len(os.sched_getaffinity(0)))
+
+
+def process_rows(stream: BinaryIO, rules: StagingRules | None, num_workers: int) -> Generator[BlockResult]:
+    """Parse the rows of a file from its start; yield the results of its blocks in order.
+
+    Close the iterator, as `contextlib.closing` does, to end the processes before its end.
+
+    Args:
+        rules: how rows are staged; None to check them only.
+        num_workers: child processes; 0 to parse in this one.
+    """
+    blocks = read_row_blocks(stream)
+    if not num_workers:
+        for block in blocks:
+            yield process_block(block, rules)
+        return
+    pending: deque[Future[BlockResult]] = deque()
+    with ThreadPoolExecutor(num_workers) as threads, RowWorkers(num_workers) as workers:
+        for block in blocks:
+            pending.append(threads.submit(workers.run, block, rules))
+            if len(pending) > 2 * num_workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+class RowWorkers:
+    """Child processes, started when they are needed, each of which parses one block at a time.
+
+    Args:
+        count: processes at most, and threads that call `run`.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._idle: queue.LifoQueue[subprocess.Popen[bytes] | None] = queue.LifoQueue()
+        for _ in range(count):
+            self._idle.put(None)  # a place of a process that is not started
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+        self._is_closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._lock:
+            self._is_closed = True
+            processes = list(self._processes)
+        for process in processes:
+            self._end(process)
+
+    @property
+    def pids(self) -> list[int]:
+        """Return the ids of the processes that run."""
+        with self._lock:
+            return sorted(process.pid for process in self._processes)
+
+    def run(self, block: RowBlock, rules: StagingRules | None) -> BlockResult:
+        """Parse a block, once there is a free process; one that dies is replaced, and the block tried again.
+
+        Raises:
+            RowWorkerKilled: if two processes died of it.
+            RuntimeError: if parsing fails for another reason, or the processes are ended.
+        """
+        process = self._idle.get()
+        try:
+            for _ in range(MAX_BLOCK_TRIES):
+                process = process or self._start()
+                result = _exchange(process, block, rules)
+                if result is not None:
+                    return result
+                self._end(process)
+                process = None
+            raise RowWorkerKilled(
+                f"the process that reads the rows after row {block.first_row:,} was killed {MAX_BLOCK_TRIES} times; "
+                "if memory is out, free some"
+            )
+        finally:
+            self._idle.put(process)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self._lock:
+            if self._is_closed:
+                raise RuntimeError("the processes that read rows are ended")
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "feedback.row_workers"],
+                env={"LC_ALL": "C.UTF-8"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+            self._processes.add(process)
+        return process
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None, "opened with pipes"
+            with contextlib.suppress(BrokenPipeError):  # of a block that was not flushed
+                pipe.close()
+        with self._lock:
+            self._processes.discard(process)
+
+
+def _exchange(process: subprocess.Popen[bytes], block: RowBlock, rules: StagingRules | None) -> BlockResult | None:
+    """Send a block and wait for its result; None if the process died."""
+    assert process.stdin is not None and process.stdout is not None, "opened with pipes"
+    rule_fields = None if rules is None else asdict(rules)
+    header = {"first_line": block.first_line, "first_row": block.first_row, "rules": rule_fields}
+    try:
+        _send(process.stdin, header, block.data)
+        message = _receive(process.stdout)
+    except (BrokenPipeError, ValueError):  # ValueError: the pipe was closed as the processes were ended
+        return None
+    if message is None:
+        return None
+    reply, copy_lines = message
+    if reply["error"] is not None:
+        raise RuntimeError(f"the rows after row {block.first_row:,} cannot be read: {reply['error']}")
+    faults = [(number, BadRow(row=line, reason=reason)) for number, line, reason in reply["faults"]]
+    return BlockResult(reply["num_rows"], reply["num_bad"], faults, copy_lines)
+
+
+def _send(pipe: IO[bytes], header: dict[str, Any], data: bytes) -> None:
+    pipe.write(json.dumps({**header, "num_bytes": len(data)}).encode() + b"\n")
+    pipe.write(data)
+    pipe.flush()
+
+
+def _receive(pipe: IO[bytes]) -> tuple[dict[str, Any], bytes] | None:
+    """Read a header and its bytes; None if the other end has closed the pipe before their end."""
+    line = pipe.readline()
+    if not line.endswith(b"\n"):
+        return None
+    header = json.loads(line)
+    data = pipe.read(header["num_bytes"])
+    return (header, data) if len(data) == header["num_bytes"] else None
+
+
+def main() -> None:
+    """Parse the blocks that arrive on standard input until its end."""
+    os.nice(LOW_PRIORITY)
+    while (message := _receive(sys.stdin.buffer)) is not None:
+        header, data = message
+        reply: dict[str, Any] = {"error": None}
+        copy_lines = b""
+        try:
+            rules = None if header["rules"] is None else StagingRules(**header["rules"])
+            result = process_block(RowBlock(data, header["first_line"], header["first_row"]), rules)
+        except MemoryError:
+            raise  # this process ends, and the caller retries the block in another one
+        except Exception as error:  # reported to the caller, which decides
+            reply["error"] = make_printable(f"{type(error).__name__}: {error}")
+        else:
+            copy_lines = result.copy_lines
+            faults = [(number, fault.row, fault.reason) for number, fault in result.faults]
+            reply |= {"num_rows": result.num_rows, "num_bad": result.num_bad, "faults": faults}
+        _send(sys.stdout.buffer, reply, copy_lines)
+
+
+if __name__ == "__main__":
+    main()
