@@ -3,11 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import select
+from sqlalchemy import exists, select
 from sqlalchemy.orm import Session
 
+from feedback.accounts import audit
 from feedback.states import RoundState
-from feedback.tables import ModelVersion, Promotion, Round, TrainingRun
+from feedback.tables import AuditEvent, ModelVersion, Promotion, Round, TrainingRun
+
+CLEANED_ACTION = "cleaned up"
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,26 @@ def find_expired_records(session: Session, *, keep_rounds: int, keep_rounds_of_l
             loser.version: list(loser.manifest.get("files", ())) for loser in losers if loser.version not in needed
         },
     )
+
+
+def record_cleanup(session: Session, actor: str) -> None:
+    """Record that everything which a policy keeps no longer is removed, after the newest round if it has ended."""
+    newest = _find_newest_round(session)
+    if newest is not None and newest.state != RoundState.RUNNING:
+        audit(session, actor, CLEANED_ACTION, newest.id)
+
+
+def find_uncleaned_round(session: Session) -> Round | None:
+    """Return the newest round if it has ended and no complete cleanup is recorded after it."""
+    newest = _find_newest_round(session)
+    if newest is None or newest.state == RoundState.RUNNING:
+        return None
+    cleaned = exists().where(AuditEvent.subject == newest.id, AuditEvent.action == CLEANED_ACTION)
+    return None if session.scalar(select(cleaned)) else newest
+
+
+def _find_newest_round(session: Session) -> Round | None:
+    return session.scalars(select(Round).order_by(Round.number.desc()).limit(1)).first()
 
 
 def find_versions_in_use(session: Session) -> set[int]:

@@ -21,6 +21,7 @@ WORK_POOL_NAME = "cotrain"  # of the one work pool at Prefect
 ROUND_FLOW = "cotrain-round"
 REPRODUCE_FLOW = "cotrain-reproduce"
 CHECK_DATASETS_FLOW = "cotrain-check-datasets"
+CLEAN_UP_FLOW = "cotrain-clean-up"
 
 MAX_SHOWN_PARAMETER_ERRORS = 5
 
@@ -50,6 +51,12 @@ class ReproduceForm(BaseModel):
 
 class CheckDatasetsForm(BaseModel):
     """Hold the parameters of a run of `cotrain-check-datasets`, which has none: it checks all that wait."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class CleanUpForm(BaseModel):
+    """Hold the parameters of a run of `cotrain-clean-up`, which has none: the retention policy decides."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -90,6 +97,7 @@ ALLOWED_FLOWS: Mapping[str, AllowedFlow] = {
     ROUND_FLOW: AllowedFlow("flows.round.flow", "cotrain_round", RoundForm),
     REPRODUCE_FLOW: AllowedFlow("flows.round.flow", "cotrain_reproduce", ReproduceForm),
     CHECK_DATASETS_FLOW: AllowedFlow("flows.check_datasets", "cotrain_check_datasets", CheckDatasetsForm),
+    CLEAN_UP_FLOW: AllowedFlow("flows.round.flow", "cotrain_clean_up", CleanUpForm),
 }
 
 

@@ -39,6 +39,7 @@ class Duty(StrEnum):
     ADVANCE_ROUND = "advance the round"
     START_REPRODUCTION = "start reproduction"
     START_DATASET_CHECKS = "start checks of datasets"
+    START_CLEANUP = "start a cleanup"
 
 
 class DutyProgress(Enum):

@@ -7,7 +7,14 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCre
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ObjectNotFound
 
-from flows.allowed_flows import ALLOWED_FLOWS, CHECK_DATASETS_FLOW, REPRODUCE_FLOW, ROUND_FLOW, WORK_POOL_NAME
+from flows.allowed_flows import (
+    ALLOWED_FLOWS,
+    CHECK_DATASETS_FLOW,
+    CLEAN_UP_FLOW,
+    REPRODUCE_FLOW,
+    ROUND_FLOW,
+    WORK_POOL_NAME,
+)
 from flows.prefect_gate.deployment_rules import DEPLOYMENT_NAME, WORK_POOL_TEMPLATE
 from flows.recipe_files import find_recipe_files
 from infra.settings import DispatcherSettings
@@ -15,6 +22,7 @@ from infra.settings import DispatcherSettings
 ROUND_DEPLOYMENT = f"{ROUND_FLOW}/{DEPLOYMENT_NAME}"
 REPRODUCE_DEPLOYMENT = f"{REPRODUCE_FLOW}/{DEPLOYMENT_NAME}"
 CHECK_DATASETS_DEPLOYMENT = f"{CHECK_DATASETS_FLOW}/{DEPLOYMENT_NAME}"
+CLEAN_UP_DEPLOYMENT = f"{CLEAN_UP_FLOW}/{DEPLOYMENT_NAME}"
 CALENDAR_SCHEDULE_SLUG = "calendar"
 
 
@@ -31,6 +39,7 @@ def register_deployments(client: SyncPrefectClient, settings: DispatcherSettings
     deploy_flow(client, ROUND_FLOW, [_make_calendar_schedule(client, settings)], recipe_names)
     deploy_flow(client, REPRODUCE_FLOW, [])
     deploy_flow(client, CHECK_DATASETS_FLOW, [])
+    deploy_flow(client, CLEAN_UP_FLOW, [])
 
 
 def deploy_flow(

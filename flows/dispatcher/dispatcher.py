@@ -16,6 +16,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from feedback import dataset_checks, promotion, reports, rounds
 from feedback.contracts import RoundParameters
 from feedback.promotion import find_champion
+from feedback.retention import find_uncleaned_round
 from feedback.round_steps import RoundStep
 from feedback.states import RoundState
 from feedback.tables import new_id
@@ -23,7 +24,12 @@ from flows.context import DispatcherContext, open_dispatcher_context
 from flows.dispatcher.attempts import continue_round, end_if_lost, end_lost_flow_runs, find_newest_flow_run
 from flows.dispatcher.champion_cacher import cache_champion
 from flows.dispatcher.checkpoint_cleanup import delete_unneeded_checkpoints
-from flows.dispatcher.deployments import CHECK_DATASETS_DEPLOYMENT, REPRODUCE_DEPLOYMENT, register_deployments
+from flows.dispatcher.deployments import (
+    CHECK_DATASETS_DEPLOYMENT,
+    CLEAN_UP_DEPLOYMENT,
+    REPRODUCE_DEPLOYMENT,
+    register_deployments,
+)
 from flows.duties import (
     DISPATCHER_HEARTBEAT_FILE,
     BackgroundDuty,
@@ -53,6 +59,8 @@ BUSY_POLL_S = 2.0
 REPORT_BATCH_WAIT_S = 10.0
 REPORT_BATCH_SIZE = 500
 FLOW_RETRY_PAUSE_S = 60.0
+CLEANUP_WAIT_S = 120.0  # from the end of a round, in which its own flow cleans up
+CLEANUP_RETRY_PAUSE_S = 900.0
 RECONNECT_PAUSE_S = 1.0
 PREFECT_TIMEOUT_S = 10.0  # for a server that hangs; the duty's backoff sets the time of the retry
 
@@ -115,6 +123,7 @@ def make_duties(context: DispatcherContext, client: SyncPrefectClient) -> dict[s
         Duty.ADVANCE_ROUND: lambda: registrar.run_with_deployments(continue_running_round),
         Duty.START_REPRODUCTION: lambda: registrar.run_with_deployments(start_due_reproduction),
         Duty.START_DATASET_CHECKS: lambda: registrar.run_with_deployments(start_due_dataset_checks),
+        Duty.START_CLEANUP: lambda: registrar.run_with_deployments(start_due_cleanup),
     }
 
 
@@ -219,6 +228,15 @@ def start_due_dataset_checks(context: DispatcherContext, client: SyncPrefectClie
         start_flow_run(client, CHECK_DATASETS_DEPLOYMENT, "uploads wait")
 
 
+def start_due_cleanup(context: DispatcherContext, client: SyncPrefectClient) -> None:
+    """Start the cleanup if a round has ended whose flow has not cleaned up: it was killed, or something failed."""
+    with context.sessions() as session:
+        uncleaned = find_uncleaned_round(session)
+    if uncleaned is not None and compute_age_s(uncleaned.finished_at) >= CLEANUP_WAIT_S:
+        reason = f"nothing has cleaned up after round {uncleaned.number}"
+        start_flow_run(client, CLEAN_UP_DEPLOYMENT, reason, CLEANUP_RETRY_PAUSE_S)
+
+
 def request_due_round(context: DispatcherContext) -> None:
     """Request a round when `round_after_reports` reports were accepted since the last round ended."""
     min_reports = context.settings.round_after_reports
@@ -232,14 +250,21 @@ def request_due_round(context: DispatcherContext) -> None:
             log.info("requested a round: %d reports were accepted since round %d", accepted, last.number)
 
 
-def start_flow_run(client: SyncPrefectClient, deployment_name: str, reason: str) -> None:
-    """Start a flow, unless a run of it is active or failed less than FLOW_RETRY_PAUSE_S ago."""
+def start_flow_run(
+    client: SyncPrefectClient, deployment_name: str, reason: str, retry_pause_s: float | None = None
+) -> None:
+    """Start a flow, unless a run of it is active or failed less than `retry_pause_s` ago, or FLOW_RETRY_PAUSE_S."""
     deployment = client.read_deployment_by_name(deployment_name)
     last = find_newest_flow_run(client, deployment.id)
     if last is not None and not end_if_lost(client, last):
         return
     is_failed = last is not None and last.state is not None and not last.state.is_completed()
-    if last is not None and is_failed and compute_age_s(last.end_time or last.created) < FLOW_RETRY_PAUSE_S:
+    if (
+        last is not None
+        and is_failed
+        and compute_age_s(last.end_time or last.created)
+        < (FLOW_RETRY_PAUSE_S if retry_pause_s is None else retry_pause_s)
+    ):
         return
     # No idempotency key, which a postponed run could block indefinitely.
     run = client.create_flow_run_from_deployment(deployment.id)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from feedback import rounds
 from feedback.accounts import audit
+from feedback.retention import record_cleanup
 from flows.cleanup_record import write_cleanup_record
 from flows.context import Context, require_server
 from flows.disk_history import record_disk_usage
@@ -62,6 +63,11 @@ def clean_up_after_round(context: Context, round_id: str) -> list[dict[str, str 
     return report.to_rows()
 
 
+def clean_up(context: Context) -> CleanupReport:
+    """Remove expired files in a flow of its own, after a round whose flow has not."""
+    return remove_expired(context, "dispatcher")
+
+
 def list_expired(context: Context, policy: RetentionPolicy | None = None) -> CleanupReport:
     """List what the policy of the home folder keeps no longer, with its size; remove nothing.
 
@@ -94,6 +100,9 @@ def remove_expired(context: Context, actor: str, policy: RetentionPolicy | None 
         for name, problem in report.problems.items():
             log.warning("cleanup: %s: %s", name, problem)
         write_cleanup_record(context.settings.home, report.problems)
+        if not report.problems:
+            with context.sessions.begin() as session:
+                record_cleanup(session, actor)
     return report
 
 

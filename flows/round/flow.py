@@ -12,7 +12,7 @@ from feedback.contracts import RoundParameters
 from feedback.round_steps import RoundStep
 from feedback.states import RoundState
 from feedback.tables import new_id
-from flows.allowed_flows import REPRODUCE_FLOW, ROUND_FLOW, ReproduceForm, RoundForm
+from flows.allowed_flows import CLEAN_UP_FLOW, REPRODUCE_FLOW, ROUND_FLOW, CleanUpForm, ReproduceForm, RoundForm
 from flows.context import Context, open_context
 from flows.round import cleanup, collect, evaluate, prepare_run, promote, train
 from flows.round.artifacts import (
@@ -24,7 +24,7 @@ from flows.round.artifacts import (
     publish_table,
 )
 from flows.round.progress import RunCancelled, make_freeze_callback, make_progress_callback
-from flows.round.tasks import StepUnrecoverable, hide_error_text, make_task
+from flows.round.tasks import StepFailed, StepUnrecoverable, hide_error_text, make_task
 from infra.process_group import hold_file_lock
 
 # Operators see these names in Prefect, which stores them with every task run.
@@ -37,6 +37,7 @@ evaluate_task = make_task(evaluate.evaluate_round_versions, RoundStep.EVALUATE)
 decide_task = make_task(promote.decide_round, RoundStep.DECIDE)
 notify_task = make_task(promote.publish_outcome, "notify")
 cleanup_task = make_task(cleanup.clean_up_after_round, "clean up")
+clean_up_task = make_task(cleanup.clean_up, "clean up between rounds")
 process_reports_task = make_task(collect.process_waiting_reports, "process reports")
 
 
@@ -98,6 +99,24 @@ def run_steps(context: Context, round_id: str) -> str:
     notify_task(context)
     with context.sessions() as session:
         return rounds.find_round(session, round_id).state
+
+
+@flow(
+    name=CLEAN_UP_FLOW,
+    description="Remove what the retention policy keeps no longer, after a round whose own flow could not.",
+    validate_parameters=False,  # flows.dispatcher.flow_process validates them before Prefect sees them
+)
+def cotrain_clean_up(form: CleanUpForm) -> int:
+    """Clean up and return the number of removed bytes; the dispatcher starts this flow when it is due.
+
+    Raises:
+        StepFailed: if something could not be removed; the table names it.
+    """
+    report = clean_up_task(open_context())
+    publish_table("removed", report.to_rows())
+    if report.problems:
+        raise StepFailed(f"{len(report.problems)} kinds of files were not cleaned: see the table `removed`")
+    return int(report.num_bytes)
 
 
 def request_round(context: Context, parameters: RoundParameters) -> str:

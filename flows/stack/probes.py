@@ -51,7 +51,7 @@ DUTY_BY_SERVER = {
     "mlflow": Duty.UPDATE_ALIASES,
 }
 DUTY_FIXES: dict[str, str] = {
-    Duty.DELETE_CHECKPOINTS: "see `cotrain logs s3`",
+    Duty.DELETE_CHECKPOINTS: "see the run that it names, and `cotrain logs s3`",
     Duty.UPDATE_ALIASES: "if a version is missing from the registry, register it again; else see `cotrain logs mlflow`",
     Duty.CACHE_CHAMPION: "if it is missing from the registry, register it again; if the disk is full, make room",
     Duty.REGISTER_DEPLOYMENTS: "see `cotrain logs prefect`",
@@ -59,6 +59,7 @@ DUTY_FIXES: dict[str, str] = {
     Duty.ADVANCE_ROUND: "see `cotrain logs prefect`; `cotrain round cancel` ends the round",
     Duty.START_REPRODUCTION: "see `cotrain logs prefect`",
     Duty.START_DATASET_CHECKS: "see `cotrain logs prefect`",
+    Duty.START_CLEANUP: "see `cotrain logs prefect`",
     Duty.RECLAIM_LEASES: "see that the file which COTRAIN_POOL names can be read",
 }
 

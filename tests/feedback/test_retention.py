@@ -3,9 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+from sqlalchemy import select
 
 from feedback import rounds
-from feedback.retention import find_expired_records
+from feedback.retention import find_expired_records, find_uncleaned_round, record_cleanup
 from feedback.states import RoundState
 from feedback.tables import Promotion, Round
 from yuan.model.model_manifest import ModelManifest
@@ -64,6 +65,21 @@ def test_version_that_was_champion_once_keeps_its_files_for_ever(session, histor
     history(RoundState.PROMOTED, version=903, parent=902)
     expired = find_expired_records(session, keep_rounds=0, keep_rounds_of_losers=1)
     assert expired.versions == {} and expired.runs == {first.run: 901}
+
+
+def test_round_that_has_ended_is_cleaned_up_after_once(session, history):
+    assert find_uncleaned_round(session) is None
+    first = history(RoundState.FAILED)
+    assert find_uncleaned_round(session).number == first.number
+    record_cleanup(session, "test")
+    assert find_uncleaned_round(session) is None
+    history(RoundState.RUNNING)
+    record_cleanup(session, "test")  # while it runs, nothing is recorded for it
+    assert find_uncleaned_round(session) is None
+    newest = session.scalars(select(Round).where(Round.state == RoundState.RUNNING)).one()
+    rounds.finish_round(session, newest.id, RoundState.CANCELLED, "in Prefect")
+    session.flush()
+    assert find_uncleaned_round(session) is newest
 
 
 def test_nothing_expires_before_the_first_round(session):

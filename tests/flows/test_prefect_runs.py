@@ -7,11 +7,17 @@ from datetime import datetime, timedelta, timezone
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.states import Cancelled, Failed, Pending, Running, Scheduled
+from sqlalchemy.orm import sessionmaker
 
+from feedback import rounds
+from feedback.contracts import RoundParameters
+from feedback.retention import record_cleanup
+from feedback.tables import new_id
+from flows.context import DispatcherContext
 from flows.dispatcher import attempts, dispatcher
 from flows.dispatcher.attempts import end_if_lost, end_lost_flow_runs, find_newest_flow_run
-from flows.dispatcher.deployments import REPRODUCE_DEPLOYMENT, register_deployments
-from flows.dispatcher.dispatcher import start_flow_run
+from flows.dispatcher.deployments import CLEAN_UP_DEPLOYMENT, REPRODUCE_DEPLOYMENT, register_deployments
+from flows.dispatcher.dispatcher import start_due_cleanup, start_flow_run
 from flows.stack.prefect_probes import probe_flow_runs
 from flows.stack.services import make_services
 from flows.stack.stack_config import load_config
@@ -85,6 +91,32 @@ def test_failed_flow_run_is_retried_after_a_pause(client, deployment, monkeypatc
     monkeypatch.setattr(dispatcher, "FLOW_RETRY_PAUSE_S", 0.0)
     start_flow_run(client, REPRODUCE_DEPLOYMENT, "a report waits")
     assert find_newest_flow_run(client, deployment).id != failed.id
+
+
+def test_cleanup_starts_after_a_round_that_nothing_cleaned_up_after(client, stores, session, monkeypatch):
+    sessions = sessionmaker(session.connection(), join_transaction_mode="create_savepoint")
+    context = DispatcherContext(stores, sessions, None)
+    cleanup = client.read_deployment_by_name(CLEAN_UP_DEPLOYMENT).id
+    training_round = rounds.request_round(session, "test", RoundParameters(), new_id())
+    session.commit()
+    monkeypatch.setattr(dispatcher, "CLEANUP_WAIT_S", 0.0)
+    start_due_cleanup(context, client)
+    assert find_newest_flow_run(client, cleanup) is None  # the round runs
+    rounds.finish_round(session, training_round.id, "cancelled", "in Prefect")
+    session.commit()
+    start_due_cleanup(context, client)
+    started = find_newest_flow_run(client, cleanup)
+    client.set_flow_run_state(started.id, Failed(), force=True)
+    start_due_cleanup(context, client)
+    assert find_newest_flow_run(client, cleanup).id == started.id
+    monkeypatch.setattr(dispatcher, "CLEANUP_RETRY_PAUSE_S", 0.0)
+    start_due_cleanup(context, client)
+    assert find_newest_flow_run(client, cleanup).id != started.id
+    client.set_flow_run_state(find_newest_flow_run(client, cleanup).id, Cancelled(), force=True)
+    record_cleanup(session, "test")
+    session.commit()
+    start_due_cleanup(context, client)
+    assert find_newest_flow_run(client, cleanup).state.is_cancelled()
 
 
 def test_pending_and_running_flow_runs_without_a_process_are_set_to_crashed(client, deployment, stores, monkeypatch):
