@@ -125,4 +125,5 @@ def _read_line_end(stream: BinaryIO) -> bytes:
 
 def _count_rows(data: bytes) -> int:
     """Count the lines for which `parse_rows` yields a row or its fault."""
-    return sum(1 for line in data.split(b"\n") if line.strip() or len(line) > MAX_LINE_BYTES)
+    lines = data.split(b"\n")
+    return sum(1 for line in lines if (line and not line.isspace()) or len(line) > MAX_LINE_BYTES)

@@ -1,5 +1,6 @@
 """Reading rows from files: one line at a time, no line longer than the limit; conversations and documents."""
 
+import hashlib
 import json
 import os
 import re
@@ -8,6 +9,8 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from yuan.data.rows import (
     MAX_CONVERSATION_CHARS,
@@ -19,6 +22,7 @@ from yuan.data.rows import (
     BadRow,
     Row,
     dump_rows,
+    hash_texts,
     make_prompt_key,
     parse_rows,
 )
@@ -137,6 +141,13 @@ def test_conversation_of_one_question_has_the_keys_of_prompt_and_answer():
     row, conversation = Row(prompt="ａ", answer="b"), Row.model_validate(make_conversation("a", "b"))
     for key in ("key", "prompt_key", "prompt_keys", "split_key"):
         assert getattr(row, key) == getattr(conversation, key)
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=4))
+@example(['\u2028"\\/\b\x7f\x1f'])
+def test_hash_of_texts_is_that_of_their_json(texts):
+    json_bytes = json.dumps(texts, ensure_ascii=False).encode()
+    assert hash_texts(*texts) == hashlib.sha256(json_bytes).hexdigest()
 
 
 def test_keys_of_a_conversation_tell_roles_and_turns_apart():

@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Sequence
+from json.encoder import encode_basestring
 from typing import Annotated, Any, BinaryIO
 
 from pydantic import (
@@ -220,7 +221,8 @@ def make_prompt_key(prompt: str) -> str:
 
 def hash_texts(*parts: str) -> str:
     """Return the sha256 of a list of texts; the boundaries between the texts are part of the hash."""
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
+    quoted = ", ".join(map(encode_basestring, parts))  # JSON, as `json.dumps` writes it in twice the time
+    return hashlib.sha256(f"[{quoted}]".encode()).hexdigest()
 
 
 def parse_rows(data: bytes | BinaryIO) -> Iterator[Row | BadRow]:
