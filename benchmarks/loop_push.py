@@ -176,26 +176,26 @@ def draw_plot(stages: Sequence[Stage]) -> str:
 
 def draw_panel(place: int, title: str, sizes_gb: list[float], lines: dict[str, list[float]]) -> str:
     """Draw lines over the sizes, both axes from 0, as one of two panels."""
-    left, top, width, height = 60 + 480 * place, 40, 300, 290
+    x0, y0, width, height = 60 + 480 * place, 40, 300, 290
     highest = max(max(values) for values in lines.values()) or 1.0
     colors = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
     parts = [
-        f'<text x="{left}" y="{top - 15}">{title}, by size in GB</text>',
-        f'<path d="M{left} {top}V{top + height}H{left + width}" fill="none" stroke="black"/>',
-        f'<text x="{left - 5}" y="{top + 5}" text-anchor="end">{highest:,.0f}</text>',
-        f'<text x="{left - 5}" y="{top + height}" text-anchor="end">0</text>',
+        f'<text x="{x0}" y="{y0 - 15}">{title}, by size in GB</text>',
+        f'<path d="M{x0} {y0}V{y0 + height}H{x0 + width}" fill="none" stroke="black"/>',
+        f'<text x="{x0 - 5}" y="{y0 + 5}" text-anchor="end">{highest:,.0f}</text>',
+        f'<text x="{x0 - 5}" y="{y0 + height}" text-anchor="end">0</text>',
     ]
     for size in sizes_gb:
-        x = left + width * size / sizes_gb[-1]
-        parts.append(f'<text x="{x:.0f}" y="{top + height + 18}" text-anchor="middle">{size:g}</text>')
+        x = x0 + width * size / sizes_gb[-1]
+        parts.append(f'<text x="{x:.0f}" y="{y0 + height + 18}" text-anchor="middle">{size:g}</text>')
     for number, (name, values) in enumerate(lines.items()):
         color = colors[number % len(colors)]
         points = " ".join(
-            f"{left + width * size / sizes_gb[-1]:.1f},{top + height * (1 - value / highest):.1f}"
+            f"{x0 + width * size / sizes_gb[-1]:.1f},{y0 + height * (1 - value / highest):.1f}"
             for size, value in zip(sizes_gb, values, strict=True)
         )
         parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
-        parts.append(f'<text x="{left + width + 10}" y="{top + 15 + 18 * number}" fill="{color}">{name}</text>')
+        parts.append(f'<text x="{x0 + width + 10}" y="{y0 + 15 + 18 * number}" fill="{color}">{name}</text>')
     return "".join(parts)
 
 
