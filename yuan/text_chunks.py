@@ -17,10 +17,13 @@ class TextCutter:
         pieces: the pieces of the model, with SentencePiece's mark for spaces.
         space_mark: that mark.
         prefix: a character that will be put before each part but the first, and must not merge with it either.
+
+    Attributes:
+        pairs: the neighboring characters in the pieces, between which no text is cut.
     """
 
     def __init__(self, pieces: Iterable[str], *, space_mark: str, prefix: str) -> None:
-        self._pairs = {piece[n : n + 2] for piece in pieces for n in range(len(piece) - 1)}
+        self.pairs = {piece[n : n + 2] for piece in pieces for n in range(len(piece) - 1)}
         self._space_mark = space_mark
         self._prefix = prefix
 
@@ -55,4 +58,4 @@ class TextCutter:
 
     def _can_cut(self, text: str, place: int) -> bool:
         pair = text[place - 1 : place + 1].replace(" ", self._space_mark)
-        return pair not in self._pairs and (not self._prefix or self._prefix + pair[1] not in self._pairs)
+        return pair not in self.pairs and (not self._prefix or self._prefix + pair[1] not in self.pairs)

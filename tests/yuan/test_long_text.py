@@ -4,10 +4,11 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from tests.published_layout import generate_published_layout, load_published_layout
-from yuan import text_chunks
+from yuan import text_chunks, text_parts
 from yuan import tokenizer as tokenizers
 from yuan.data import text
 from yuan.data.text import normalize_text
@@ -63,6 +64,35 @@ def test_parts_of_a_text_have_the_ids_of_the_whole(name, size, monkeypatch):
         drawn = "".join(source.choices(PARTS, k=source.randrange(1, 400)))
         assert tokenizer.encode_array(drawn).tolist() == tokenizer.encode(drawn)
     assert tokenizer.encode_array("").tolist() == []
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("num_known", [1, 2**16])
+def test_texts_encoded_by_known_parts_have_the_ids_of_each(name, num_known, monkeypatch):
+    monkeypatch.setattr(text_parts, "MAX_KNOWN_PARTS", num_known)
+    tokenizer, source = TOKENIZERS[name](), random.Random(num_known)
+    for count in (0, 1, 2, 100):
+        texts = ["".join(source.choices(PARTS, k=source.randrange(1, 40))) for _ in range(count)]
+        expected = [tokenizer.encode(drawn) for drawn in texts]
+        for _ in range(2):
+            assert [ids.tolist() for ids in tokenizer.encode_many(texts)] == expected
+    for texts in (["a", ""], ["", ""], ["a\0b", "a"]):
+        assert [ids.tolist() for ids in tokenizer.encode_many(texts)] == [tokenizer.encode(drawn) for drawn in texts]
+
+
+def test_parts_of_texts_are_known_up_to_a_number(monkeypatch):
+    monkeypatch.setattr(text_parts, "MAX_KNOWN_PARTS", 50)
+    encoded = []
+
+    def encode(part):
+        encoded.append(part)
+        return np.array([len(part)], np.int32)
+
+    parts = text_parts.KnownParts(encode)
+    for part in ["a", "a", "b" * 65, "b" * 65]:
+        assert parts[part] == np.array([len(part)], np.int32).tobytes()
+    assert encoded == ["a", "b" * 65, "b" * 65]
+    assert all(len(parts) <= 50 for number in range(200) if parts[str(number)])
 
 
 def test_text_without_a_place_to_cut_is_cut_at_the_limit(monkeypatch):
