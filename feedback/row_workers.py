@@ -25,6 +25,7 @@ from yuan.data.text import make_printable
 MIN_BYTES_OF_WORKERS = 32 * 2**20  # of a file; starting processes takes a second
 MAX_ROW_WORKERS = 8
 MAX_BLOCK_TRIES = 2
+MAX_PENDING_BYTES = 64 * 2**20  # of blocks that were read and whose results were not returned
 LOW_PRIORITY = 10  # of `nice`: requests to the portal come first
 
 
@@ -51,14 +52,19 @@ def process_rows(stream: BinaryIO, rules: StagingRules | None, num_workers: int)
         for block in blocks:
             yield process_block(block, rules)
         return
-    pending: deque[Future[BlockResult]] = deque()
+    pending: deque[tuple[Future[BlockResult], int]] = deque()
+    num_pending_bytes = 0
     with ThreadPoolExecutor(num_workers) as threads, RowWorkers(num_workers) as workers:
         for block in blocks:
-            pending.append(threads.submit(workers.run, block, rules))
-            if len(pending) > 2 * num_workers:
-                yield pending.popleft().result()
+            pending.append((threads.submit(workers.run, block, rules), len(block.data)))
+            num_pending_bytes += len(block.data)
+            del block  # a long line is held once
+            while len(pending) > 2 * num_workers or num_pending_bytes > MAX_PENDING_BYTES:
+                future, num_bytes = pending.popleft()
+                num_pending_bytes -= num_bytes
+                yield future.result()
         while pending:
-            yield pending.popleft().result()
+            yield pending.popleft()[0].result()
 
 
 class RowWorkers:

@@ -50,6 +50,10 @@ def make_postgres_service(config: StackConfig, settings: Settings, postgres: Pos
     )
 
 
+# Of the store's heap, above which Go collects garbage more often; without it the heap may double with each collection.
+STORE_HEAP_LIMIT = "1GiB"
+
+
 def make_weed_service(home: Path, config: StackConfig, settings: Settings) -> ManagedService:
     weed = str(Path(sysconfig.get_path("scripts")) / "weed")
     data, work, configuration = home / "s3", home / "weed", home / "weed-settings"
@@ -58,7 +62,7 @@ def make_weed_service(home: Path, config: StackConfig, settings: Settings) -> Ma
     confinement = Confinement(
         read=(configuration,), write=(data, work), sockets=(Path("/tmp"),), bind=ports, connect=ports
     )
-    environment = build_confined_environment(work)
+    environment = {**build_confined_environment(work), "GOMEMLIMIT": STORE_HEAP_LIMIT}
 
     def before() -> None:
         for folder in (data, work, configuration):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feedback import row_blocks
+from feedback import row_blocks, row_workers
 from feedback.row_blocks import StagingRules, compute_salted_fraction, process_block, read_row_blocks
 from feedback.row_workers import RowWorkerKilled, RowWorkers, process_rows
 from tests.waiting import wait_until
@@ -94,6 +94,14 @@ def test_child_processes_return_the_results_of_this_process_in_order():
     )
     results = list(process_rows(io.BytesIO(data), RULES, 2))
     assert len(results) > 10 and results == list(process_rows(io.BytesIO(data), RULES, 0))
+
+
+def test_no_more_bytes_than_the_limit_are_read_ahead(monkeypatch):
+    monkeypatch.setattr(row_workers, "MAX_PENDING_BYTES", 2 * row_blocks.BLOCK_BYTES)
+    stream = io.BytesIO(b'{"answer": "%s"}\n' % (b"a" * 1000) * 20_000)
+    with contextlib.closing(process_rows(stream, RULES, 8)) as results:
+        for number, _ in enumerate(results, start=1):
+            assert stream.tell() <= (number + 3) * row_blocks.BLOCK_BYTES
 
 
 def test_block_whose_process_is_killed_is_parsed_by_another_one():
