@@ -5,6 +5,8 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -14,9 +16,17 @@ from hypothesis import strategies as st
 from feedback import row_blocks, row_workers
 from feedback.row_blocks import StagingRules, compute_salted_fraction, process_block, read_row_blocks
 from feedback.row_workers import RowWorkerKilled, RowWorkers, process_rows
+from infra.confinement import Confinement, build_confined_environment
 from tests.waiting import wait_until
 from yuan.data.rows import MAX_LINE_BYTES, BadRow, Row, parse_rows
 
+COUNT_ROWS = """
+import io
+from feedback.row_workers import process_rows
+
+file = io.BytesIO(b'{"answer": "%s"}\\n' % (b"a" * 1000) * 3000)
+print(sum(result.num_rows for result in process_rows(file, None, 2)))
+"""
 RULES = StagingRules("salt", 0.5)
 LINES = st.lists(
     st.sampled_from(
@@ -94,6 +104,14 @@ def test_child_processes_return_the_results_of_this_process_in_order():
     )
     results = list(process_rows(io.BytesIO(data), RULES, 2))
     assert len(results) > 10 and results == list(process_rows(io.BytesIO(data), RULES, 0))
+
+
+def test_child_processes_start_within_the_confinement_of_a_flow(tmp_path):
+    confinement = Confinement(write=(tmp_path,), accelerators="descendants", connect=None)
+    command = confinement.command(sys.executable, "-c", COUNT_ROWS)
+    environment = build_confined_environment(tmp_path)
+    counted = subprocess.run(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True, timeout=300)
+    assert (counted.returncode, counted.stdout) == (0, "3000\n")
 
 
 def test_no_more_bytes_than_the_limit_are_read_ahead(monkeypatch):
