@@ -90,13 +90,18 @@ class PartEncoder:
         starts = np.cumsum(lengths) - lengths
         begins_part[starts] = True
 
-        first_codes = np.flatnonzero(begins_part)
-        ended = np.insert(codes, first_codes[1:], ord(PART_END)).tobytes().decode("utf-32-le")
-        parts = ended.split(PART_END)
+        # A PART_END before each part: a part's characters move by the number of parts up to it.
+        num_parts = np.cumsum(begins_part)
+        ended = np.full(len(codes) + int(num_parts[-1]), ord(PART_END), np.uint32)
+        ended[np.arange(len(codes)) + num_parts] = codes
+        parts = ended.tobytes().decode("utf-32-le").split(PART_END)
+        first_parts = num_parts[starts]
+        numbered_firsts = [(number, parts[number]) for number in first_parts.tolist()]
+        for number, _ in numbered_firsts:
+            parts[number] = ""
         ids = list(map(self._others.__getitem__, parts))
-        first_parts = np.searchsorted(first_codes, starts)
-        for number in first_parts.tolist():
-            ids[number] = self._first[parts[number]]
+        for number, part in numbered_firsts:
+            ids[number] = self._first[part]
 
         joined = np.frombuffer(b"".join(ids), np.int32)
         num_ids = np.fromiter(map(len, ids), np.int64, len(ids)) // joined.itemsize

@@ -238,6 +238,7 @@ def test_samples_of_a_version_are_recorded_and_found_by_the_next_round(context, 
     assert num_reads == pytest.approx(3 * folder.read_spec().train_config.global_batch_size)
     for source in corpus.sources:
         assert all(consumed.find(source.name, shard.digest, shard.sha256) for shard in source.shards)
+    assert all(context.objects.exists(f"window-rows/{shard.rows}") for shard in consumed.shards)
     store_consumed(context, round_id)
     assert fetch_consumed(context, version).dump() == consumed.dump()
 
