@@ -272,6 +272,19 @@ def format_count(count: int, noun: str, plural: str = "") -> str:
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
+def format_duration(seconds: float) -> str:
+    """Format a time in the largest unit of which it has at least two.
+
+    >>> format_duration(27_252_000.0), format_duration(1178.0), format_duration(0.0828)
+    ('7,570 hours', '19.6 minutes', '0.0828 seconds')
+    """
+    size, unit = next(
+        ((size, unit) for size, unit in ((3600, "hours"), (60, "minutes")) if seconds >= 2 * size), (1, "")
+    )
+    digits = f"{seconds / size:,.0f}" if seconds >= 100 * size else f"{seconds / size:.3g}"
+    return f"{digits} {unit or 'seconds'}"
+
+
 def format_byte_share(num_done: int, num_bytes: int) -> str:
     """Format how much of a file has been processed, in the largest unit that fits the whole.
 

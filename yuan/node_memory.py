@@ -1,7 +1,7 @@
 """Estimate the main memory of the nodes of a plan, and whether it holds copies of the states of their devices."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from yuan.config import ModelConfig
 from yuan.plan.memory_model import GIB
@@ -12,7 +12,6 @@ MASTER_BYTES, MOMENT_BYTES = 4, 8  # of a parameter, in fp32
 STATE_BYTES = MASTER_BYTES + MOMENT_BYTES
 BYTES_OF_A_BATCH_TOKEN = 45  # tokens, labels, documents, loss mask and weights of a micro-batch, as they are read
 PROCESS_BYTES = GIB // 2  # of a rank, without its share of the model: measured on processors, 0.45 GiB
-COPY_TERM = "checkpoint_copy"  # of a node's main memory
 
 SYNCHRONOUS_NOTE = (
     "checkpoints are saved synchronously: a node has no main memory for copies of its devices' states, so each save "
@@ -68,10 +67,10 @@ def estimate_main_memory(plan: PipelinePlan, model: ModelConfig, pool: Pool) -> 
 
     A node whose main memory the pool does not name has room.
     """
-    nodes = tuple(_place_on_nodes(plan, model, pool))
+    nodes = tuple(_place_on_nodes(plan, model, pool, with_copies=True))
     is_asynchronous = all(node.has_room for node in nodes)
     if not is_asynchronous:
-        nodes = tuple(_drop_copies(node) for node in nodes)
+        nodes = tuple(_place_on_nodes(plan, model, pool, with_copies=False))
     problem = next((_describe_missing_memory(node) for node in nodes if not node.has_room), None)
     return MainMemoryEstimate(nodes=nodes, is_saving_asynchronous=is_asynchronous, problem=problem)
 
@@ -85,11 +84,7 @@ def _describe_missing_memory(node: NodeEstimate) -> str:
     )
 
 
-def _drop_copies(node: NodeEstimate) -> NodeEstimate:
-    return replace(node, host_terms={name: size for name, size in node.host_terms.items() if name != COPY_TERM})
-
-
-def _place_on_nodes(plan: PipelinePlan, model: ModelConfig, pool: Pool) -> Iterator[NodeEstimate]:
+def _place_on_nodes(plan: PipelinePlan, model: ModelConfig, pool: Pool, *, with_copies: bool) -> Iterator[NodeEstimate]:
     """Yield the nodes of a plan: devices of a class in the order of their stages, the replicas of a stage together."""
     number = 0
     for group in pool.groups:
@@ -101,21 +96,31 @@ def _place_on_nodes(plan: PipelinePlan, model: ModelConfig, pool: Pool) -> Itera
         ]
         for start in range(0, len(placed), group.devices_per_node):
             number += 1
-            yield _estimate_node(plan, model, pool, group, number, placed[start : start + group.devices_per_node])
+            stage_numbers = placed[start : start + group.devices_per_node]
+            yield _estimate_node(plan, model, pool, group, number, stage_numbers, with_copies=with_copies)
 
 
 def _estimate_node(
-    plan: PipelinePlan, model: ModelConfig, pool: Pool, group: DeviceGroup, number: int, stage_numbers: list[int]
+    plan: PipelinePlan,
+    model: ModelConfig,
+    pool: Pool,
+    group: DeviceGroup,
+    number: int,
+    stage_numbers: list[int],
+    *,
+    with_copies: bool,
 ) -> NodeEstimate:
     stages = [plan.stages[n] for n in stage_numbers]
-    states = sum(count_rank_state_bytes(plan, model, n) for n in stage_numbers)
+    exported = MASTER_BYTES * model.vocab_size * model.hidden_size if number == 1 else 0  # a tensor, by the first rank
+    written = 0 if with_copies else sum(_count_largest_slice_bytes(plan, model, n) for n in stage_numbers)
     window_bytes = plan.micro_batch_size * plan.sequence_length * BYTES_OF_A_BATCH_TOKEN
     host_terms = {
         "processes": len(stages) * PROCESS_BYTES,
-        COPY_TERM: states,
-        "tensor_in_transit": sum(_count_largest_tensor_bytes(plan, model, n) for n in stage_numbers),
+        "tensors_in_transit": max(exported, written),
         "batches": len(stages) * window_bytes,
     }
+    if with_copies:
+        host_terms["checkpoint_copy"] = sum(count_rank_state_bytes(plan, model, n) for n in stage_numbers)
     if pool.name == CPU_POOL_NAME:  # the devices are processes, whose memory is the node's
         host_terms["devices"] = sum(_count_used_bytes(stage) for stage in stages)
     return NodeEstimate(
@@ -141,10 +146,12 @@ def count_rank_state_bytes(plan: PipelinePlan, model: ModelConfig, stage_number:
     return STATE_BYTES * -(-count_stage_parameters(plan, model, stage_number) // plan.data_size)
 
 
-def _count_largest_tensor_bytes(plan: PipelinePlan, model: ModelConfig, stage_number: int) -> int:
-    """Return the bytes of the largest tensor of a stage in fp32, which is read whole at a time."""
+def _count_largest_slice_bytes(plan: PipelinePlan, model: ModelConfig, stage_number: int) -> int:
+    """Return the bytes of the largest slice that a rank writes from its device: of a tensor, or of its partition."""
     is_end = stage_number in (0, plan.pipeline_size - 1)
-    return MASTER_BYTES * model.hidden_size * (model.vocab_size if is_end else model.ffn_hidden_size)
+    largest_tensor = model.hidden_size * (model.vocab_size if is_end else model.ffn_hidden_size)
+    partition = -(-count_stage_parameters(plan, model, stage_number) // plan.data_size)
+    return MASTER_BYTES * min(largest_tensor, partition)
 
 
 def _count_used_bytes(stage: Stage) -> int:

@@ -15,7 +15,7 @@ from yuan.checkpoint_estimate import (
     estimate_saving,
     estimate_transfer,
 )
-from yuan.config import ModelConfig, Precision
+from yuan.config import ModelConfig, Precision, format_count, format_duration
 from yuan.data.tokens import BYTES_PER_TOKEN
 from yuan.node_memory import (
     MASTER_BYTES,
@@ -43,6 +43,8 @@ DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 FORWARD_SHARE = 1 / 3  # of a step's compute, which a validation runs alone
 CACHED_VERSIONS = 2  # that serving and evaluation hold on disk: the champion and a candidate
 KEPT_STATES = 2  # versions whose masters, or masters and moments, the store holds: the champion and the one before
+
+SHORT_UPLOAD_S = 60.0  # that nobody waits for
 
 RateSource = Literal["calibrated", "data sheets"]
 
@@ -229,12 +231,17 @@ def _assume_length(recipe: Recipe, problems: list[str], notes: list[str]) -> Run
             f"without --snapshot, data for {batch.target_steps:,} steps of {size:,} windows is assumed: "
             f"{batch.target_steps * size / length.epochs:,.0f} windows of the mixture, read {length.epochs:g} times"
         )
+        if batch.target_steps < length.min_steps:
+            problems.append(
+                f"batch.target_steps is {batch.target_steps}, at least {length.min_steps} are needed; raise it, or "
+                "lower length.min_steps"
+            )
         return RunLength(batch.target_steps, size, length.epochs)
     steps = length.steps or max(1, round((length.tokens or 0) / recipe.data.seq_len / size))
     if steps < length.min_steps:
         problems.append(
-            f"the run would have {steps} steps, at least {length.min_steps} are needed; raise the length, or lower "
-            "length.min_steps"
+            f"the run would have {format_count(steps, 'step')}, at least {length.min_steps} are needed; raise the "
+            "length, or lower length.min_steps"
         )
     return RunLength(steps, size, math.nan)
 
@@ -323,9 +330,9 @@ def _estimate_store(
 
 
 def _note_slow_upload(transfer: TransferEstimate, plan: PipelinePlan, length: RunLength, notes: list[str]) -> None:
-    if transfer.seconds > length.steps * plan.step_seconds:
+    if transfer.seconds > max(length.steps * plan.step_seconds, SHORT_UPLOAD_S):
         notes.append(
-            f"the upload of a checkpoint takes {transfer.seconds / 3600:,.1f} hours, longer than the training, and a "
+            f"the upload of a checkpoint takes {format_duration(transfer.seconds)}, longer than the training, and a "
             "run ends when its last one is stored; a faster link to the object store (store_gb_s) shortens it"
         )
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from yuan.config import format_count
+from yuan.config import format_count, format_duration
 from yuan.plan.json_fields import escape_text
 from yuan.plan.memory_model import GIB
 from yuan.plan.time_model import GIGA
@@ -37,8 +37,7 @@ def _format_run(estimate: RunEstimate) -> Iterator[str]:
         yield _name("data", f"windows of {plan.sequence_length:,} tokens: {windows} ({estimate.data.source})")
     epochs = "" if time.epochs is None else f", {time.epochs:.3g} epochs"
     yield _name("length", f"{time.steps:,} steps of {time.global_batch_size:,} windows, {time.tokens:,} tokens{epochs}")
-    hours = f"{time.hours:,.3g} hours ({time.rates}), {time.device_hours:,.4g} device-hours"
-    yield _name("time", hours)
+    yield _name("time", f"{format_duration(time.hours * 3600)} ({time.rates}), {time.device_hours:,.4g} device-hours")
 
 
 def _format_nodes(estimate: RunEstimate) -> Iterator[str]:
@@ -74,13 +73,13 @@ def _format_storage(estimate: RunEstimate) -> Iterator[str]:
         "checkpoints",
         f"on disk every {format_count(saving.interval_steps, 'step')}, each stops training for "
         f"{saving.blocked_seconds:,.1f} s and is written in {saving.write_seconds:,.0f} s; in the object store every "
-        f"{format_count(transfer.interval_steps, 'step')}, each in {transfer.seconds / 60:,.1f} minutes: "
+        f"{format_count(transfer.interval_steps, 'step')}, each in {format_duration(transfer.seconds)}: "
         f"{transfer.bytes_per_hour / GIGA:,.1f} GB an hour, "
         f"{transfer.link_share:.0%} of a link of {link}",
     )
     yield _name(
         "restart",
-        f"{restart.seconds / 60:,.1f} minutes: start {restart.start_seconds:.0f} s, reading at {disk_rate} "
+        f"{format_duration(restart.seconds)}: start {restart.start_seconds:.0f} s, reading at {disk_rate} "
         f"{restart.read_seconds:,.0f} s, repeated steps {restart.lost_seconds:,.0f} s on average; "
         f"{restart.lost_disk_seconds:,.0f} s if the disk is lost",
     )

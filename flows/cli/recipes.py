@@ -94,8 +94,15 @@ def check(
     # These need numpy, which the other commands do not.
     from flows.cli.recipe_check import estimate_round
     from flows.cli.recipe_table import format_estimate
+    from yuan.plan.json_fields import escape_text
+    from yuan.recipe_resolution import RecipeUnfit
 
-    estimate = estimate_round(name, parse_replacements(replace or ()), pool, snapshot)
+    try:
+        estimate = estimate_round(name, parse_replacements(replace or ()), pool, snapshot)
+    except RecipeUnfit as error:
+        report = {"recipe": name, "fits": False, "problems": [str(error)], "notes": []}
+        show(report, f"{escape_text(name)}: does not fit\nproblem: {escape_text(str(error))}", as_json)
+        raise typer.Exit(EXIT_FAILED) from None
     show(estimate.to_json(), format_estimate(estimate), as_json)
     if not estimate.fits:
         raise typer.Exit(EXIT_FAILED)

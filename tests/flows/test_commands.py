@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from flows.cli.app import COMMANDS
 from flows.cli.lazy_command import LazyCommand
+from flows.cli.recipes import recipe
 from tests.yuan.runs import STEPS, make_training_inputs, prepare_run
+from yuan import tokenizer as tokenizers
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "deepspeed", "prefect", "mlflow", "sqlalchemy", "boto3", "fastapi"}
@@ -124,6 +127,68 @@ def test_recipe_check_exits_by_what_fits_and_names_wrong_values(tmp_path):
     assert wrong_id.returncode == 2 and "--snapshot" in wrong_id.stderr and "64 hexadecimal" in wrong_id.stderr
     missing = run_cotrain("recipe", "check", "fintune-2b", "--pool", pool, home=tmp_path)
     assert missing.returncode == 1 and "did you mean 'finetune-2b'" in missing.stderr
+
+
+SMALL_POOL = """
+[[pool]]
+name = "small"
+disk_gib = 400
+[[pool.group]]
+device_class = "A100-80"
+count = 1
+host_memory_gib = 8
+"""
+CHECK = CliRunner()
+
+
+def check_recipe(monkeypatch, home, name, *values, pool="benchmarks/pools/one-a100.toml"):
+    """Run `recipe check --json` in this process; return its exit status and the object it prints."""
+    monkeypatch.setenv("COTRAIN_HOME", str(home))
+    replacements = [word for value in values for word in ("--set", value)]
+    result = CHECK.invoke(recipe, ["check", name, "--pool", str(pool), "--json", *replacements])
+    return result.exit_code, json.loads(result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (["data.seq_len=9000"], "data.seq_len: must not be above the 8,192 positions of 2b, got 9,000; lower it"),
+        (["length.epochs=9"], "length.epochs: must not be above max_epochs 4; lower it"),
+        (["length.steps=5"], "the run would have 5 steps, at least 20 are needed; raise the length"),
+        (["batch.target_steps=5"], "batch.target_steps is 5, at least 20 are needed; raise it"),
+        (["batch.micro_batch_size=3"], "micro_batch_size must divide the global batch of 64 samples"),
+    ],
+    ids=["positions", "epochs", "steps", "target steps", "micro-batch"],
+)
+def test_recipe_check_gives_one_line_and_the_change_for_a_recipe_that_cannot_run(monkeypatch, tmp_path, values, reason):
+    status, report = check_recipe(monkeypatch, tmp_path, "finetune-2b", *values)
+    assert status == 1 and not report["fits"]
+    [problem] = report["problems"]
+    assert reason in problem and "\n" not in problem
+
+
+def test_recipe_check_compares_a_tokenizer_with_the_model_before_any_device_is_taken(monkeypatch, tmp_path):
+    status, report = check_recipe(monkeypatch, tmp_path, "mini")
+    folder = tmp_path / "recipes" / "tokenizer"
+    assert status == 0 and f"put tokenizer.model into {folder}" in report["notes"][-1]
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.model").write_bytes(b"no tokenizer")
+    status, report = check_recipe(monkeypatch, tmp_path, "mini")
+    assert status == 1 and report["problems"][0].startswith("the tokenizer of new weights of mini: ")
+    tokenizers.train(["abcdefghijklmnop"], vocab_size=300).save(folder)
+    status, report = check_recipe(monkeypatch, tmp_path, "mini")
+    assert status == 0 and not any("tokenizer" in note for note in report["notes"])
+
+
+def test_recipe_check_says_that_a_machine_with_little_memory_saves_synchronously(monkeypatch, tmp_path):
+    pool = tmp_path / "pool.toml"
+    pool.write_text(SMALL_POOL)
+    status, report = check_recipe(monkeypatch, tmp_path, "finetune-2b", pool=pool)
+    assert status == 0 and not report["is_saving_asynchronous"] and "host_memory_gib" in report["notes"][-1]
+    pool.write_text(SMALL_POOL.replace("= 8", "= 1").replace("= 400", "= 50"))
+    status, report = check_recipe(monkeypatch, tmp_path, "finetune-2b", pool=pool)
+    memory, disk = report["problems"]
+    assert status == 1 and "use fewer devices of a node" in memory and "free space, or move the home folder" in disk
 
 
 def test_names_of_a_pool_are_printed_escaped_and_unused_devices_are_named(tmp_path):

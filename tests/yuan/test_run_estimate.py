@@ -2,15 +2,19 @@
 
 import dataclasses
 import math
+import shutil
 
 import pytest
 
 from flows.recipe_files import load_recipe
+from tests.yuan.runs import run_training
 from yuan.checkpoint_estimate import HASH_GB_S
-from yuan.config import MODEL_PRESETS, tiny
-from yuan.node_memory import MASTER_BYTES, STATE_BYTES
+from yuan.config import MODEL_PRESETS, TrainConfig, tiny
+from yuan.node_memory import MASTER_BYTES, STATE_BYTES, estimate_main_memory
 from yuan.plan.memory_model import GIB
-from yuan.plan.pool import DeviceGroup, Pool, load_pool
+from yuan.plan.planner import make_plan_from_bounds
+from yuan.plan.pool import DeviceGroup, Pool, load_pool, make_cpu_pool
+from yuan.plan.workload import Workload
 from yuan.run_estimate import DataSize, RunEstimate, estimate_run
 from yuan.train.checkpoint_interval import (
     MAX_SAVING_SHARE,
@@ -18,6 +22,9 @@ from yuan.train.checkpoint_interval import (
     CheckpointInterval,
     compute_saving_cost_s,
 )
+from yuan.train.metrics_row import PEAK_MEMORY_METRIC
+from yuan.train.run_folder import RunFolder
+from yuan.train.run_spec import RunSpec
 
 ONE_DEVICE = Pool(
     name="one", groups=(DeviceGroup(device_class="A100-80", count=1, memory_gib=79.1, sustained_tflops=171.5),)
@@ -71,6 +78,8 @@ def test_too_little_main_memory_saves_synchronously_and_less_is_a_problem(tmp_pa
     assert synchronous.fits and not synchronous.is_saving_asynchronous
     assert any("saved synchronously" in note and "host_memory_gib" in note for note in synchronous.notes)
     assert synchronous.nodes[0].host_bytes / GIB < needed - 1
+    model = synchronous.model
+    assert synchronous.nodes[0].host_terms["tensors_in_transit"] == MASTER_BYTES * model.vocab_size * model.hidden_size
     [problem] = estimate(tmp_path, "finetune-2b", with_host_memory(ONE_DEVICE, 1)).problems
     assert problem.startswith("node 1 needs") and "host_memory_gib is 1.0" in problem
 
@@ -80,6 +89,12 @@ def test_too_small_disk_is_a_problem_that_names_the_largest_part(tmp_path):
     [problem] = estimate(tmp_path, "finetune-2b", pool).problems
     assert "disk_gib of one is 64.0" in problem and "largest part is checkpoints" in problem
     assert estimate(tmp_path, "finetune-2b", dataclasses.replace(pool, disk_gib=200.0)).fits
+
+
+def test_windows_above_the_positions_of_a_parent_are_a_problem(tmp_path):
+    recipe, model = load_recipe(tmp_path, "finetune-2b"), dataclasses.replace(MODEL_PRESETS["2b"](), seq_len=1024)
+    [problem] = estimate_run("own", recipe, model, ONE_DEVICE, precision="bf16").problems
+    assert problem == "seq_len must be an integer from 1 to 1,024, the positions of 2b, got 2048; change it"
 
 
 def test_pool_that_is_too_small_is_a_problem_with_what_would_fit(tmp_path):
@@ -181,3 +196,50 @@ def test_estimate_without_data_of_a_recipe_in_steps_has_no_epochs(tmp_path):
     result = estimate_run("demo", load_recipe(tmp_path, "demo"), tiny(), ONE_DEVICE, precision="fp32")
     assert result.time.epochs is None and result.fits
     assert result.to_json()["time"]["epochs"] is None and not math.isnan(result.time.hours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_asynchronous", [True, False], ids=["copies", "synchronous"])
+def test_memory_and_files_of_a_run_are_as_estimated(training_inputs, tmp_path, is_asynchronous):
+    parent, _, sources = training_inputs
+    model = MODEL_PRESETS["mini"]()
+    config = TrainConfig(
+        max_steps=2,
+        learning_rate=1e-3,
+        seq_len=1024,
+        micro_batch_size=2,
+        global_batch_size=2,
+        warmup_steps=1,
+        checkpoint_every=1,
+        is_saving_asynchronous=is_asynchronous,
+    )
+    pool = make_cpu_pool()
+    work = Workload.from_train_config(model, config)
+    plan = make_plan_from_bounds(work, pool.groups[0], [0, 4], data_size=1, micro_batch_size=2)
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    shutil.copy(parent / "tokenizer.model", run.path)
+    spec = RunSpec(
+        kind="pretrain",
+        model=model,
+        snapshot="s",
+        plan=plan,
+        train_config=config,
+        seed=5,
+        parent=None,
+        version_dtype="bf16",
+    )
+    run.prepare(spec, sources, pad=0)
+    run_training(run)
+
+    node = estimate_main_memory(plan, model, pool if is_asynchronous else with_host_memory(pool, 2.2)).nodes[0]
+    assert ("checkpoint_copy" in node.host_terms) == is_asynchronous
+    peak_gib = max(row.metrics[PEAK_MEMORY_METRIC] for row in run.read_metrics())
+    assert peak_gib * GIB < node.host_bytes < 1.15 * peak_gib * GIB  # the peak is read before the export
+    checkpoint = run.checkpoint(2)
+    assert count_bytes(checkpoint) == pytest.approx(STATE_BYTES * model.num_parameters, rel=0.01)
+    assert count_bytes(run.export) == pytest.approx(2 * model.num_parameters, rel=0.01)
+
+
+def count_bytes(folder):
+    return sum(file.stat().st_size for file in folder.iterdir())

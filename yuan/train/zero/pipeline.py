@@ -97,11 +97,13 @@ class SourceLossTally:
 
 
 class _PlacedSpec(LayerSpec):
-    """Move a layer to the rank's device as soon as it is built, so that main memory holds one layer, not a stage."""
+    """Build a layer on the rank's device, so that main memory never holds a stage."""
 
     def build(self, log: bool = False) -> nn.Module:
-        module: nn.Module = super().build(log)
-        return module.to(get_accelerator().device_name(int(os.environ["LOCAL_RANK"])))
+        device = torch.device(get_accelerator().device_name(int(os.environ["LOCAL_RANK"])))
+        with device:
+            module: nn.Module = super().build(log)
+        return module
 
 
 class _PlacedTiedSpec(_PlacedSpec, TiedLayerSpec):
