@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 UNVALIDATED_PART = "corrections"  # all trained on, since their reporters wait for that
 MAX_TOKENIZER_TEXT_BYTES = 64 * 2**20  # of rows, on which a tokenizer is trained; more make it no better
-MAX_LOOKED_UP_SAMPLES = 2**22  # of changed shards whose earlier readings are found at once, with 40 bytes for each
+MAX_LOOKED_UP_SAMPLES = 2**21  # of changed shards whose readings are found at once, in 64 bytes of memory for each
 MAX_EXCLUDED_ROWS = 20_000  # of a snapshot that are named to their owners; all are counted
 
 

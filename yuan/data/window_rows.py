@@ -89,7 +89,7 @@ def find_earlier_reads(
 ) -> list[Int64Array]:
     """Return how often each window of new shards was read as part of earlier ones.
 
-    Needs 40 bytes of memory for each row of the new shards, and of one of the earlier ones at a time.
+    Needs 64 bytes of memory for each row of the new shards, and of one of the earlier ones at a time.
 
     Args:
         earlier: the readings and the rows of shards that are no longer read.
