@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from sqlalchemy import delete, select, update
@@ -95,6 +98,18 @@ def test_server_that_is_down_stops_its_areas_only_and_doctor_and_status_name_the
     assert read_cleanup_record(tmp_path).failing_since == first
     write_cleanup_record(tmp_path, {})
     assert find_cleanup_faults(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_command_lists_what_it_can_and_names_the_rest(stores):
+    command = [sys.executable, "-m", "flows.cli.app", "cleanup", "--dry-run"]
+    env = {**os.environ, "COTRAIN_HOME": str(stores.home)}
+    result = subprocess.run(
+        command, env=env, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1 and "would remove" in result.stdout and not result.stderr
+    assert "not cleaned: registered versions: MLflow does not answer" in result.stdout
+    assert "not cleaned: files of runs" not in result.stdout
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"ended_at": 1}', '{"ended_at": "x", "problems": {}}', "{" * 10_000])
