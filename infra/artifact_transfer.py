@@ -271,7 +271,9 @@ class ArtifactTransfer:
         """Send one part through the server, and return its ETag."""
         path = f"{progress.folder}/{progress.name}"
         params = {UPLOAD_PARAMETER: progress.upload_id, PART_PARAMETER: str(number)}
-        response = self._server.put(f"artifacts/{quote(path)}", params=params, content=data)
+        blocks = (data[start : start + TRANSFER_BLOCK_BYTES] for start in range(0, len(data), TRANSFER_BLOCK_BYTES))
+        headers = {"Content-Length": str(len(data))}  # sent in blocks, since httpx copies what it sends at once
+        response = self._server.put(f"artifacts/{quote(path)}", params=params, content=blocks, headers=headers)
         if response.status_code == 404:
             raise UploadLost(describe_lost_upload(path))
         tag = response.raise_for_status().headers.get("ETag")
