@@ -8,17 +8,18 @@ from datetime import datetime, timezone
 import pytest
 from sqlalchemy import event, update
 
-from feedback import client, datasets, report_records
+from feedback import client, datasets, promotion, report_records
 from feedback.accounts import audit
 from feedback.api.app import make_app
 from feedback.client import Client
 from feedback.items import record_fault_reason
 from feedback.reproduce import make_reproduction_prompt
-from feedback.tables import Case, CaseResult, Dataset, Feedback, Outbox, new_id
+from feedback.tables import Case, Dataset, Feedback, Outbox, new_id
 from feedback.withdrawal import WITHDRAWN_ACTION
 from infra.database import make_session_factory
 from tests.feedback.test_hostile import check_refusal
 from tests.serving import serve_app
+from yuan.eval.results import EvalResult
 
 LISTS = ("feedback", "datasets", "notices")
 
@@ -41,7 +42,7 @@ def add_records(engine, account, count):
             session.flush()
             notice = {"contributor_id": account.id, "feedback_id": report.id, "version": 1, "verdict": "fixed"}
             session.add(Outbox(**notice, text=str(n), delivered_at=datetime.now(timezone.utc)))
-            session.add(CaseResult(case_id=case.id, version=1, passed=True, answer=""))
+            promotion.store_results(session, 1, [EvalResult(case.id, "", True)])
             for record in (report, dataset):
                 record_fault_reason(session, record.id, "screen", "a reason")
                 audit(session, account.id, WITHDRAWN_ACTION, record.id)
