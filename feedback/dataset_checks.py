@@ -26,7 +26,7 @@ from feedback.upload_release import (
     reject_upload,
     select_unreleased,
 )
-from infra.faults import DATABASE_ERRORS, is_item_error, is_transient_error
+from infra.faults import DATABASE_ERRORS, OBJECT_STORE_ERRORS, is_item_error, is_transient_error
 from infra.object_store import ObjectStore
 from yuan.data.file_formats import HEAD_BYTES, compute_max_lines, describe_excess_lines, describe_foreign_format
 
@@ -173,7 +173,8 @@ def check_upload(
     """Check a complete upload, and store a valid file under its sha256; return the dataset's state.
 
     A check that is interrupted leaves the dataset as it was, and is repeated. It counts as begun only if its process
-    was killed or had no memory: a server that does not answer says nothing about the file.
+    was killed or had no memory, or if the store fails for this file alone, as after a loss of its bytes: a server that
+    does not answer says nothing about the file.
 
     Args:
         run_meanwhile: called every two seconds.
@@ -185,7 +186,9 @@ def check_upload(
         num_earlier = upload.num_checks
         if num_earlier >= MAX_CHECKS_PER_DATASET:
             reject_upload(
-                dataset, f"its check was begun {num_earlier} times and never ended; push the file in smaller ones"
+                dataset,
+                f"its check was begun {num_earlier} times and never ended; push the file again, and in smaller ones if "
+                "that ends like this",
             )
             return dataset.state
         upload.num_checks += 1
@@ -209,12 +212,20 @@ def check_upload(
         caught = error
         if is_item_error(error):
             return _run_transaction(sessions, lambda session: _reject_faulty(session, dataset_id, caught))
-        _run_transaction(sessions, lambda session: _uncount_check(session, dataset_id, num_earlier))
+        if not (isinstance(error, OBJECT_STORE_ERRORS) and _does_store_answer(objects, dataset_id)):
+            _run_transaction(sessions, lambda session: _uncount_check(session, dataset_id, num_earlier))
         raise
     except BaseException:  # the process is being stopped
         with contextlib.suppress(Exception), sessions.begin() as session:
             _uncount_check(session, dataset_id, num_earlier)
         raise
+
+
+def _does_store_answer(objects: ObjectStore, dataset_id: str) -> bool:
+    try:
+        return objects.exists(make_upload_key(dataset_id))
+    except OBJECT_STORE_ERRORS:
+        return False
 
 
 def _check_and_store(
