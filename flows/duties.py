@@ -43,7 +43,7 @@ class Duty(StrEnum):
 
 
 class DutyProgress(Enum):
-    """Say that a duty's work goes on in a thread, so that it has neither succeeded nor failed yet."""
+    """Mark the work of a duty as running in a thread, so that it has neither succeeded nor failed yet."""
 
     IN_PROGRESS = "in progress"
 

@@ -29,7 +29,9 @@ class OperatorPromotion:
 
 
 def promote_version(context: Context, version: int) -> OperatorPromotion:
-    """Evaluate a version and the champion on the cases that they have no result for, and let the gate decide.
+    """Evaluate a version and the champion with the version's limits of answers, and let the gate decide.
+
+    Cases for which the version and the champion have such a result already are not evaluated again.
 
     A call that was interrupted is repeated; one for the champion sets the aliases and delivers notices, nothing else.
 
@@ -43,6 +45,7 @@ def promote_version(context: Context, version: int) -> OperatorPromotion:
         is_new = registrations.check_promotable(session, version)
         champion = find_champion(session)
         names = [*rounds.find_version(session, version).manifest.get("files", ()), MODEL_MANIFEST_FILE]
+        limits = rounds.find_evaluation_limits(session, version)  # for both: only results of the same are comparable
     decision = None
     if is_new:
         missing = context.tracker.find_missing_files(version, names)
@@ -54,7 +57,7 @@ def promote_version(context: Context, version: int) -> OperatorPromotion:
             )
         for number in (version, champion):
             if number is not None:
-                evaluate_version(context, number)
+                evaluate_version(context, number, limits=limits)
         with context.sessions.begin() as session:
             decision = registrations.promote_by_gate(session, version, OPERATOR_ACCOUNT_NAME)
             rounds.notify_dispatcher(session)

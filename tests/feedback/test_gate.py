@@ -10,7 +10,8 @@ from feedback.accounts import add_contributor
 from feedback.tables import Case, CaseResult, Feedback, Promotion, Round, new_id
 from feedback.withdrawal import withdraw_account, withdraw_report
 from flows.cli.rounds import describe_regressions
-from tests.feedback.loop import accept_all, promote, submit
+from flows.recipe_files import load_recipe
+from tests.feedback.loop import accept_all, add_candidate, promote, start_round, submit
 from yuan.eval.results import EvalResult
 from yuan.recipe import DEFAULT_EVALUATION, EvaluationSection
 
@@ -40,6 +41,14 @@ def test_results_with_other_limits_of_the_answers_are_made_again_and_replaced(se
     promotion.store_results(session, 1, [EvalResult(case, "again", True) for case in cases], longer)
     answers = session.scalars(select(CaseResult.answer).where(CaseResult.case_id.in_(cases)))
     assert set(answers) == {"long"}  # the same limits keep the first result
+
+
+def test_limits_of_a_version_are_those_of_its_rounds_recipe_or_the_defaults(session, tmp_path):
+    training_round = start_round(session)
+    add_candidate(session, training_round, 1)
+    assert rounds.find_evaluation_limits(session, 1) == DEFAULT_EVALUATION  # a round of a release without recipes
+    rounds.get_or_store_recipe(session, training_round.id, "finetune-2b", load_recipe(tmp_path, "finetune-2b"))
+    assert rounds.find_evaluation_limits(session, 1).extra_tokens == 512
 
 
 def test_junk_reports_that_pass_by_chance_do_not_block_candidates(session, other_accounts, reporter, later):

@@ -298,7 +298,7 @@ def test_rows_whose_record_is_missing_or_damaged_count_as_unread(rounds, stored,
 
 @pytest.mark.parametrize("has_record", [True, False])
 def test_readings_of_a_shard_with_other_token_files_count(rounds, stored, has_record):
-    """Those of each row, or without a record, as of earlier releases, the completed epochs."""
+    """Count those of each row, or without a record, as of earlier releases, the completed epochs."""
     shards = [stored.write(make_rows(100 * n)) for n in range(2)]
     corpus = rounds.prepare({"base": shards}, make_recipe())[0].open_corpus(0)
     num_windows = corpus.sources[0].windows
