@@ -1,4 +1,4 @@
-"""The code paths of GPUs: compiled kernels of the loss, attention within documents, compiled layers.
+"""The code paths of GPUs: compiled kernels of the loss, attention within documents, compiled layers, restored AdamW.
 
 They are skipped without a GPU. They need neither servers nor conftest.py: `pytest --noconftest tests/yuan/test_gpu.py`.
 """
@@ -14,6 +14,7 @@ from yuan.model.attention_inputs import make_packed_inputs
 from yuan.model.compilation import can_compile, find_compile_obstacle
 from yuan.model.loss import head_loss, weighted_cross_entropy
 from yuan.model.transformer import Layer, Yuan
+from yuan.train.zero.optimizer_state import make_adam_state
 
 # torch 2.11 imports a module with deprecated names when it compiles.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
@@ -154,3 +155,19 @@ def test_cpus_run_uncompiled():
 def test_the_switch_of_pytorch_prevents_compiling(monkeypatch, fresh_obstacle):
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
     assert find_compile_obstacle() == "TORCH_COMPILE_DISABLE is 1; unset it"
+
+
+@needs_gpu
+def test_restored_adamw_updates_as_a_new_one_does():
+    torch.manual_seed(0)
+    values, gradient = torch.randn(1_000, device=GPU), torch.randn(1_000, device=GPU)
+    results = []
+    for is_restored in (False, True):
+        flat = values.clone().requires_grad_()
+        optimizer = torch.optim.AdamW([flat], fused=True)
+        if is_restored:
+            optimizer.state[flat].update(make_adam_state(flat))
+        flat.grad = gradient.clone()
+        optimizer.step()
+        results.append(flat.detach())
+    torch.testing.assert_close(*results, rtol=0, atol=0)

@@ -25,6 +25,7 @@ from yuan.train.zero.engine import (
     start_engine,
     stop_distributed,
 )
+from yuan.train.zero.optimizer_state import make_adam_state
 from yuan.train.zero.pipeline import PlannedPipeline
 
 MODEL = ModelConfig(name="m", num_layers=2, hidden_size=64, num_heads=2, vocab_size=512, seq_len=16)
@@ -40,6 +41,18 @@ def make_train_config(replicas, precision="fp32"):
         precision=precision,
         warmup_steps=1,
     )
+
+
+def test_adam_state_is_what_torch_creates_and_on_the_device_of_its_parameters():
+    flat = torch.ones(3, requires_grad=True)
+    optimizer = torch.optim.AdamW([flat], lr=0.0, fused=True)
+    flat.grad = torch.zeros(3)
+    optimizer.step()
+    ours, lazy = make_adam_state(flat), optimizer.state[flat]
+    assert {name: (t.dtype, t.shape) for name, t in ours.items()} == {
+        name: (t.dtype, t.shape) for name, t in lazy.items()
+    }
+    assert {t.device.type for t in make_adam_state(flat.detach().to("meta")).values()} == {"meta"}
 
 
 @pytest.mark.parametrize("replicas", [pytest.param(1, marks=pytest.mark.slow), 2])

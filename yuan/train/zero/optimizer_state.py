@@ -103,6 +103,11 @@ def _get_moments(engine: Any, flat: Tensor) -> dict[str, Tensor]:
     """Return the moments of a partition; create them if the optimizer has not made its first step."""
     state = _get_base_optimizer(engine).state[flat]
     if "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32)
-        state.update({kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENT_KINDS})
+        state.update(make_adam_state(flat))
     return {kind: state[kind] for kind in MOMENT_KINDS}
+
+
+def make_adam_state(flat: Tensor) -> dict[str, Tensor]:
+    """Return the state that torch's fused AdamW has before its first step; it expects all of it on one device."""
+    step = torch.zeros((), dtype=torch.float32, device=flat.device)
+    return {"step": step, **{kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENT_KINDS}}
