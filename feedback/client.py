@@ -40,6 +40,7 @@ from feedback.part_sender import (
     ReportPushProgress,
     StoreUnreachable,
     UploadEnded,
+    lock_file,
     read_pushed_file,
     wait_between_polls,
 )
@@ -152,7 +153,8 @@ class Client:
         """Upload a JSONL file of rows. A file with malformed rows is refused as a whole; the error lists them.
 
         A file of more than 16 MiB is sent in parts, straight to the store. If that is interrupted, the same call
-        continues it, also from another process. Its rows are checked after the last part has arrived.
+        continues it, also from another process. Its rows are checked after the last part has arrived. A call in another
+        process of this machine waits until the first one has sent the file.
 
         Args:
             wait: wait for the result of the check; otherwise a large file's dataset is returned while it is checked.
@@ -173,14 +175,20 @@ class Client:
             )
             upload = self.begin_upload(form, idempotency_key=idempotency_key)
             try:
-                dataset = self._send_missing_parts(pushed, upload, report_progress, max_bytes_per_s)
+                while True:
+                    dataset = self._send_alone(pushed, upload, report_progress, max_bytes_per_s)
+                    if not wait:
+                        return dataset
+                    dataset = self._poll_check(dataset, report_progress, (DatasetState.CHECKING,))
+                    if dataset.state != DatasetState.UPLOADING:  # as it is again if the store has lost bytes
+                        break
             except StoreUnreachable:
                 # A portal on another machine may have its store on an address that only that machine reaches.
                 if num_bytes > MAX_SINGLE_REQUEST_BYTES or self.received_parts(upload.id).numbers:
                     raise
                 self.withdraw_dataset(upload.id, "sent in one request instead, since the store was not reachable")
                 return self._push_at_once(file, stream, form.name, purpose, None)
-        return self.wait_for_check(dataset, report_progress) if wait else dataset
+        return self.wait_for_check(dataset, report_progress)
 
     def _push_at_once(
         self, file: Path, stream: BinaryIO, name: str, purpose: DatasetPurpose, idempotency_key: str | None
@@ -211,6 +219,25 @@ class Client:
     def complete_upload(self, dataset_id: str) -> DatasetOut:
         """Declare that all parts of an upload have been sent, so that the file is checked."""
         return self._post(DatasetOut, f"/api/v1/datasets/uploads/{dataset_id}/complete", None)
+
+    def _send_alone(
+        self,
+        file: PushedFile,
+        upload: DatasetUploadOut,
+        report_progress: ReportPushProgress,
+        max_bytes_per_s: float | None,
+    ) -> DatasetOut:
+        """Send the parts that have not arrived, after any other process of this machine that sends the file."""
+        for attempt in itertools.count():
+            with lock_file(file) as is_locked:
+                if is_locked:
+                    return self._send_missing_parts(file, upload, report_progress, max_bytes_per_s)
+            dataset = self.dataset(upload.id)
+            if dataset.state != DatasetState.UPLOADING:
+                break
+            report_progress(PushProgress(PushStage.WAITING, dataset.num_received_bytes, dataset.num_bytes))
+            wait_between_polls(attempt)
+        return dataset
 
     def _send_missing_parts(
         self,
@@ -254,18 +281,24 @@ class Client:
         Raises:
             PortalError: with status 422 and the malformed rows if the file was rejected, as for one sent at once.
         """
-        for attempt in itertools.count():
-            if dataset.state not in (DatasetState.UPLOADING, DatasetState.CHECKING):
-                break
-            progress = PushProgress(PushStage.CHECKING, dataset.num_checked_bytes, dataset.num_bytes)
-            report_progress(progress)
-            wait_between_polls(attempt)
-            dataset = self.dataset(dataset.id)
+        dataset = self._poll_check(dataset, report_progress, (DatasetState.UPLOADING, DatasetState.CHECKING))
         if dataset.state != DatasetState.REJECTED:
             return dataset
         advice = ", correct the file and push it again" if dataset.bad_rows else ""
         message = f"dataset {dataset.id}: {dataset.reason}; no row was accepted{advice}"
         raise PortalError(422, ErrorBody(message=message, type=MALFORMED_FILE, rows=dataset.bad_rows))
+
+    def _poll_check(
+        self, dataset: DatasetOut, report_progress: ReportPushProgress, states: Sequence[DatasetState]
+    ) -> DatasetOut:
+        """Fetch a dataset's record until it is in none of these states."""
+        for attempt in itertools.count():
+            if dataset.state not in states:
+                break
+            report_progress(PushProgress(PushStage.CHECKING, dataset.num_checked_bytes, dataset.num_bytes))
+            wait_between_polls(attempt)
+            dataset = self.dataset(dataset.id)
+        return dataset
 
     def dataset(self, dataset_id: str) -> DatasetOut:
         """Fetch one of your datasets with its timeline."""

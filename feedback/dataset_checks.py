@@ -13,7 +13,7 @@ from sqlalchemy import or_
 from sqlalchemy.orm import Session, sessionmaker
 
 from feedback.datasets import UNCHECKED_STATES, FileCheckResult, check_rows, make_stored_key, make_upload_key
-from feedback.items import describe_error_place, record_item_fault
+from feedback.items import describe_error_place, record_fault_reason, record_item_fault
 from feedback.round_steps import ItemStep
 from feedback.row_workers import choose_num_workers
 from feedback.states import DatasetState
@@ -39,6 +39,7 @@ CHECK_BUFFER_BYTES = 2**20
 PROGRESS_PAUSE_S = 2.0
 # A check that ended with its process is repeated; a file that ends each process must not be checked forever.
 MAX_CHECKS_PER_DATASET = 5
+CHECKS_BEFORE_RESEND = 2  # that the store failed for one file alone, before its owner is to send it again
 DATABASE_WAIT_S = 600.0  # for PostgreSQL to record the result of a check
 DATABASE_RETRY_PAUSE_S = 1.0
 Result = TypeVar("Result")
@@ -173,8 +174,8 @@ def check_upload(
     """Check a complete upload, and store a valid file under its sha256; return the dataset's state.
 
     A check that is interrupted leaves the dataset as it was, and is repeated. It counts as begun only if its process
-    was killed or had no memory, or if the store fails for this file alone, as after a loss of its bytes: a server that
-    does not answer says nothing about the file.
+    was killed or had no memory, or if the store fails for this file alone: a server that does not answer says nothing
+    about the file. A file whose bytes the store has lost is uploading again, so that its owner's client sends it.
 
     Args:
         run_meanwhile: called every two seconds.
@@ -210,9 +211,12 @@ def check_upload(
         raise
     except Exception as error:
         caught = error
-        if is_item_error(error):
+        if isinstance(error, OBJECT_STORE_ERRORS) and _does_store_answer(objects, dataset_id):
+            if num_earlier + 1 in range(CHECKS_BEFORE_RESEND, MAX_CHECKS_PER_DATASET):
+                return _reopen_lost(sessions, objects, dataset_id)
+        elif is_item_error(error):
             return _run_transaction(sessions, lambda session: _reject_faulty(session, dataset_id, caught))
-        if not (isinstance(error, OBJECT_STORE_ERRORS) and _does_store_answer(objects, dataset_id)):
+        else:
             _run_transaction(sessions, lambda session: _uncount_check(session, dataset_id, num_earlier))
         raise
     except BaseException:  # the process is being stopped
@@ -223,9 +227,28 @@ def check_upload(
 
 def _does_store_answer(objects: ObjectStore, dataset_id: str) -> bool:
     try:
-        return objects.exists(make_upload_key(dataset_id))
+        objects.exists(make_upload_key(dataset_id))
     except OBJECT_STORE_ERRORS:
         return False
+    return True
+
+
+def _reopen_lost(sessions: sessionmaker[Session], objects: ObjectStore, dataset_id: str) -> str:
+    """Let the parts of a file be sent again, since the store does not have all its bytes; return the new state."""
+    objects.delete(make_upload_key(dataset_id))
+
+    def reopen(session: Session) -> str:
+        dataset, upload = lock_upload(session, dataset_id)
+        if dataset.state == DatasetState.CHECKING:
+            dataset.state = DatasetState.UPLOADING
+            upload.store_upload, upload.received_at, upload.active_at = None, None, transaction_time()
+            upload.num_received_bytes = upload.num_checked_bytes = 0
+            reason = "the store has lost bytes of the file; push the file again, if no command is sending it already"
+            record_fault_reason(session, dataset_id, ItemStep.CHECK, reason)
+            log.warning("dataset %s: the store has lost bytes of the file; its parts are to be sent again", dataset_id)
+        return dataset.state
+
+    return _run_transaction(sessions, reopen)
 
 
 def _check_and_store(

@@ -1,11 +1,13 @@
 """Send a large file in parts to the addresses that the portal gives, several at once; only missing parts are sent."""
 
+import fcntl
 import hashlib
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -28,6 +30,7 @@ class PushStage(StrEnum):
     """The stages of a push whose progress is reported."""
 
     READING = "reading"
+    WAITING = "waiting"  # while another process of this machine sends the file
     SENDING = "sending"
     CHECKING = "checking"
 
@@ -71,6 +74,28 @@ class PushedFile:
         status = os.fstat(self.stream.fileno())
         if (status.st_size, status.st_mtime_ns) != (self.num_bytes, self.modified_ns):
             raise ValueError(f"{self.path} changed while it was sent; push it again when it is complete")
+
+
+@contextmanager
+def lock_file(file: PushedFile) -> Iterator[bool]:
+    """Lock a file against other processes of this machine that would send it too; yield False if one of them has it.
+
+    A store may lose a part that two processes send at once. The lock ends with its process. A file system without locks
+    yields True: the portal has a file sent again whose bytes the store has lost.
+    """
+    descriptor = file.stream.fileno()
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        yield False
+        return
+    except OSError:
+        yield True
+        return
+    try:
+        yield True
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def read_pushed_file(path: Path, stream: BinaryIO, report_progress: ReportPushProgress) -> PushedFile:

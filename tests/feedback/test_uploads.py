@@ -1,6 +1,7 @@
 """Datasets that are sent in parts, through the real portal and store, until their check."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import time
 
 import httpx
 import pytest
+from botocore.exceptions import ClientError
 from fastapi.testclient import TestClient
 from sqlalchemy import text
 
@@ -130,6 +132,63 @@ def test_two_processes_that_push_one_file_make_one_dataset(url, account, file, c
     assert [process.returncode for process in processes] == [0, 0] and len(ids) == 1
     check()
     assert [(dataset.id, dataset.state) for dataset in client.all_datasets()] == [(*ids, "checked")]
+
+
+def test_second_push_waits_for_the_one_that_sends_the_file(client, account, url, file, check):
+    progress, pushed = [], []
+    with file.open("rb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        push = threading.Thread(
+            target=lambda: pushed.append(client.push_dataset(file, wait=False, report_progress=progress.append))
+        )
+        push.start()
+        wait_until(lambda: "waiting" in [step.stage for step in progress])
+        assert client.dataset(client.open_uploads()[0].id).num_received_bytes == 0
+    push.join()
+    assert [dataset.state for dataset in pushed] == ["checking"]
+    check()
+
+
+@pytest.mark.parametrize("has_waited", [True, False])
+def test_file_that_the_store_has_lost_is_sent_again(client, objects, check, file, has_waited):
+    """By the command that waits for its check, or by the next one."""
+    pushed = []
+    push = threading.Thread(target=lambda: pushed.append(client.push_dataset(file, wait=has_waited)))
+    push.start()
+    wait_until(lambda: [dataset.state for dataset in client.all_datasets()] == ["checking"])
+    (dataset,) = client.all_datasets()
+    objects.delete(f"uploading/{dataset.id}")
+    with pytest.raises(ClientError):  # may be the store's fault
+        check()
+    assert client.dataset(dataset.id).state == "checking"
+    check()
+    if not has_waited:
+        push.join()
+        reopened = client.dataset(dataset.id)
+        assert (reopened.state, reopened.num_received_bytes) == ("uploading", 0)
+        assert "the store has lost bytes of the file" in reopened.timeline[-1].text
+        pushed = [client.push_dataset(file, wait=False)]
+    wait_until(lambda: client.dataset(dataset.id).state == "checking")
+    check()
+    push.join()
+    assert [record.id for record in pushed] == [dataset.id]
+    final = client.dataset(dataset.id)
+    assert (final.state, final.num_rows) == ("checked", NUM_ROWS)
+
+
+def test_file_that_the_store_loses_each_time_is_rejected(portal, account, engine, objects, check, client):
+    data = ROW % (0, b"lost")
+    upload = begin(portal, account.headers, data).json()
+    for _ in range(4):
+        send(portal, account.headers, upload["id"], {1: data})
+        assert complete(portal, account.headers, upload["id"]).status_code == 200
+        objects.delete(f"uploading/{upload['id']}")
+        with contextlib.suppress(ClientError):
+            check()
+        if client.dataset(upload["id"]).state == "checking":
+            check()
+    dataset = client.dataset(upload["id"])
+    assert dataset.state == "rejected" and "begun 5 times and never ended" in dataset.reason
 
 
 def test_address_accepts_only_the_announced_bytes(portal, account):
