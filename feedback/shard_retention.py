@@ -81,13 +81,23 @@ class UnneededShards:
 def find_kept_snapshots(session: Session, limits: SnapshotLimits) -> frozenset[str]:
     """Return the ids of the snapshots whose shards are kept."""
     ended = select(Round.id).where(Round.state != RoundState.RUNNING).order_by(Round.number.desc())
-    promoted = select(Promotion.version).order_by(Promotion.id.desc()).limit(limits.keep_promotions)
-    versions = find_versions_in_use(session) | set(session.scalars(promoted))
-    of_versions = select(ModelVersion.round_id).where(ModelVersion.version.in_(versions))
+    of_versions = select(ModelVersion.round_id).where(ModelVersion.version.in_(_find_kept_versions(session, limits)))
     is_kept = (
         (Round.state == RoundState.RUNNING) | Round.id.in_(ended.limit(limits.keep_rounds)) | Round.id.in_(of_versions)
     )
     return frozenset(session.scalars(select(Round.snapshot_id).where(is_kept, Round.snapshot_id.is_not(None))))
+
+
+def find_kept_runs(session: Session, limits: SnapshotLimits) -> Sequence[str]:
+    """Return the ids of the runs of the versions in use and of the last promotions."""
+    kept = ModelVersion.version.in_(_find_kept_versions(session, limits))
+    query = select(ModelVersion.run_id).where(kept, ModelVersion.run_id.is_not(None)).order_by(ModelVersion.version)
+    return [run_id for run_id in session.scalars(query) if run_id is not None]
+
+
+def _find_kept_versions(session: Session, limits: SnapshotLimits) -> set[int]:
+    promoted = select(Promotion.version).order_by(Promotion.id.desc()).limit(limits.keep_promotions)
+    return find_versions_in_use(session) | set(session.scalars(promoted))
 
 
 def find_needed_shards(objects: ObjectStore, snapshot_ids: Collection[str]) -> frozenset[str]:

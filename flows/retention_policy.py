@@ -44,8 +44,9 @@ class SnapshotRetention(RetentionSection):
 
     Attributes:
         keep_rounds: newest ended rounds whose snapshots keep their shards.
-        keep_promotions: last promotions whose rounds do so too: the lineage of these versions can be repeated.
-        unused_days: days that a shard stays which no such snapshot has, since the next round may use it.
+        keep_promotions: last promotions whose rounds do so too: the lineage of these versions can be repeated. Their
+            records of the rows in windows are kept as well.
+        unused_days: days that a shard or such a record stays which none of them has, since the next round may use it.
     """
 
     keep_rounds: int = Field(default=6, ge=0, le=10_000)

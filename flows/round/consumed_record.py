@@ -7,6 +7,7 @@ from botocore.exceptions import ClientError
 
 from feedback import rounds
 from flows.context import Context
+from infra.object_store import is_not_found
 from yuan.data.consumed_samples import ConsumedSamples, ConsumedShard, count_consumed
 from yuan.data.text import make_printable
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
@@ -34,15 +35,48 @@ def fetch_consumed(context: Context, version: int | None) -> ConsumedSamples:
     if run_id is None:  # weights from elsewhere
         return ConsumedSamples()
     try:
-        return ConsumedSamples.parse(context.objects.get(make_consumed_key(run_id)))
-    except ClientError as error:
-        if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") != 404:
-            raise
-        log.warning("v%d has no record of the samples that it was trained on; all count as unread", version)
+        consumed = _fetch_of_run(context, run_id)
     except ValueError as error:
         reason = make_printable(str(error))
         log.warning("the record of the samples of v%d is damaged, all count as unread: %s", version, reason)
-    return ConsumedSamples()
+        return ConsumedSamples()
+    if consumed is None:
+        log.warning("v%d has no record of the samples that it was trained on; all count as unread", version)
+    return consumed or ConsumedSamples()
+
+
+def find_row_record_names(context: Context, run_ids: Sequence[str]) -> frozenset[str]:
+    """Return the names of the records of rows that the samples of runs refer to; a run may have no samples recorded.
+
+    Raises:
+        ValueError: if the record of a run is damaged.
+    """
+    names: set[str] = set()
+    for run_id in run_ids:
+        try:
+            consumed = _fetch_of_run(context, run_id)
+        except ValueError as error:
+            raise ValueError(
+                f"which rows run {run_id} was trained on is not known: {error}; no record of rows is deleted: restore "
+                f"{make_consumed_key(run_id)} from a backup, or delete it, and all rows count as unread"
+            ) from None
+        names |= {shard.rows for shard in consumed.shards} if consumed else set()
+    return frozenset(names)
+
+
+def _fetch_of_run(context: Context, run_id: str) -> ConsumedSamples | None:
+    """Return the samples of a run and of those before it; None if there is no record.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    try:
+        content = context.objects.get(make_consumed_key(run_id))
+    except ClientError as error:
+        if not is_not_found(error):
+            raise
+        return None
+    return ConsumedSamples.parse(content)
 
 
 def store_consumed(context: Context, round_id: str) -> None:

@@ -2,10 +2,12 @@
 
 import hashlib
 import logging
+from collections.abc import Collection
+from datetime import datetime
 
 from botocore.exceptions import ClientError
 
-from infra.object_store import ObjectStore, is_not_found
+from infra.object_store import ObjectStore, StoredObject, is_not_found
 from yuan.data.row_shards import SHA256_PATTERN
 from yuan.data.text import make_printable
 from yuan.data.window_rows import WindowRows
@@ -46,3 +48,11 @@ class RowRecords:
             reason = make_printable(str(error))
             log.warning("the record %s of the rows of a shard is damaged, they count as unread: %s", name[:12], reason)
         return None
+
+    def list_unneeded(self, needed: Collection[str], stored_until: datetime) -> list[StoredObject]:
+        """List the records whose names are not among the needed ones, but those stored later."""
+        return [
+            stored
+            for stored in self._objects.list_objects(f"{ROWS_KEY_PREFIX}/")
+            if stored.key.rpartition("/")[2] not in needed and stored.modified_at <= stored_until
+        ]

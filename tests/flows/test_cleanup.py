@@ -7,19 +7,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from sqlalchemy import delete, select, update
 
 from feedback import rounds
 from feedback.contracts import RoundParameters
-from feedback.tables import AuditEvent, Round, TrainingRun, new_id
+from feedback.tables import AuditEvent, ModelVersion, Round, TrainingRun, new_id
 from flows.cleanup_record import CLEANUP_RECORD_FILE, read_cleanup_record, write_cleanup_record
 from flows.context import Context
 from flows.disk_history import DISK_HISTORY_FILE, DiskRecord, forecast_disk, read_disk_history, record_disk_usage
-from flows.retention_policy import RetentionPolicy, RunRetention, VersionRetention, read_retention_policy
+from flows.retention_policy import (
+    RetentionPolicy,
+    RunRetention,
+    SnapshotRetention,
+    VersionRetention,
+    read_retention_policy,
+)
 from flows.round.cleanup import clean_up_after_round, list_expired, remove_expired
+from flows.round.consumed_record import make_consumed_key
+from flows.round.row_records import RowRecords
 from flows.stack.doctor import find_cleanup_faults, find_filling_disk, find_retention_faults
 from infra.database import make_session_factory
+from yuan.data.consumed_samples import ConsumedSamples, ConsumedShard
+from yuan.data.read_order import ReadHistory
+from yuan.data.window_rows import WindowRows
 
 # Versions of other tests are kept, since they are in no registry.
 KEEP_ONE = RetentionPolicy(runs=RunRetention(keep_rounds=1), versions=VersionRetention(keep_rounds_of_losers=10_000))
@@ -139,6 +151,42 @@ def test_scratch_of_a_killed_freezing_goes_when_its_round_has_ended(context, end
     assert [path.name for path in context.runs.glob(".freeze-*")] == [f".freeze-{running}"]
     with context.sessions.begin() as session:
         session.execute(delete(Round).where(Round.id == running))
+
+
+def test_records_of_rows_stay_while_a_version_or_a_running_round_may_need_them(context, ended_runs, objects):
+    policy = KEEP_ONE.model_copy(update={"snapshots": SnapshotRetention(unused_days=0.0)})
+
+    def list_records():
+        return {stored.key for stored in objects.list_objects("window-rows/")}
+
+    records = RowRecords(objects)
+    needed, unneeded = (records.store(WindowRows(np.array([1]), np.array([number], np.uint64))) for number in (1, 2))
+    shard = ConsumedShard("datasets", "d", "s", 1, ReadHistory(1), needed)
+    objects.put(make_consumed_key(ended_runs[-1]), ConsumedSamples((shard,)).dump())
+    with context.sessions.begin() as session:
+        round_id = session.get_one(TrainingRun, ended_runs[-1]).round_id
+        session.add(ModelVersion(version=991, round_id=round_id, run_id=ended_runs[-1], manifest={}))
+        session.get_one(Round, round_id).candidate_version = 991
+        running = rounds.request_round(session, "test", RoundParameters(), new_id()).id
+    remove_expired(context, "test", policy)
+    assert list_records() >= {f"window-rows/{needed}", f"window-rows/{unneeded}"}
+
+    with context.sessions.begin() as session:
+        session.execute(delete(Round).where(Round.id == running))
+    objects.put(make_consumed_key(ended_runs[-1]), b"{}")
+    problem = remove_expired(context, "test", policy).problems["records of rows"]
+    assert f"restore consumed/{ended_runs[-1]} from a backup" in problem
+    objects.put(make_consumed_key(ended_runs[-1]), ConsumedSamples((shard,)).dump())
+    listed = [removal for removal in list_expired(context, policy).removals if removal.subject == "consumed samples"]
+    assert [removal.num_bytes > 0 for removal in listed] == [True]
+    remove_expired(context, "test", policy)
+    assert list_records() == {f"window-rows/{needed}"}
+
+    objects.delete(make_consumed_key(ended_runs[-1]))
+    objects.delete(f"window-rows/{needed}")
+    with context.sessions.begin() as session:
+        session.get_one(Round, round_id).candidate_version = None
+        session.execute(delete(ModelVersion).where(ModelVersion.version == 991))
 
 
 def test_link_in_place_of_a_folder_is_removed_and_never_followed(context, ended_runs, tmp_path):
