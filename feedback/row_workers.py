@@ -1,16 +1,12 @@
 """Parse the rows of a large file in child processes of low priority: `python -m feedback.row_workers` is one of them.
 
 They get blocks of lines on standard input and return results on standard output, each as a line of JSON and then bytes.
-They have none of the caller's credentials and exit when it does.
+They exit when the caller does.
 """
 
-import contextlib
 import json
 import os
-import queue
-import subprocess
 import sys
-import threading
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,10 +17,10 @@ from typing import IO, Any, BinaryIO, Self
 from feedback.row_blocks import BlockResult, RowBlock, StagingRules, process_block, read_row_blocks
 from yuan.data.rows import BadRow
 from yuan.data.text import make_printable
+from yuan.data.worker_pool import MAX_ITEM_TRIES, WorkerDied, WorkerPool
 
 MIN_BYTES_OF_WORKERS = 32 * 2**20  # of a file; starting processes takes a second
 MAX_ROW_WORKERS = 8
-MAX_BLOCK_TRIES = 2
 MAX_PENDING_BYTES = 64 * 2**20  # of blocks that were read and whose results were not returned
 LOW_PRIORITY = 10  # of `nice`: requests to the portal come first
 
@@ -75,30 +71,21 @@ class RowWorkers:
     """
 
     def __init__(self, count: int) -> None:
-        self._idle: queue.LifoQueue[subprocess.Popen[bytes] | None] = queue.LifoQueue()
-        for _ in range(count):
-            self._idle.put(None)  # a place of a process that is not started
-        self._processes: set[subprocess.Popen[bytes]] = set()
-        self._lock = threading.Lock()
-        self._is_closed = False
+        self._pool = WorkerPool("feedback.row_workers", count)
 
     def __enter__(self) -> Self:
+        self._pool.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with self._lock:
-            self._is_closed = True
-            processes = list(self._processes)
-        for process in processes:
-            self._end(process)
+        self._pool.__exit__(kind, error, traceback)
 
     @property
     def pids(self) -> list[int]:
         """Return the ids of the processes that run."""
-        with self._lock:
-            return sorted(process.pid for process in self._processes)
+        return self._pool.pids
 
     def run(self, block: RowBlock, rules: StagingRules | None) -> BlockResult:
         """Parse a block, once there is a free process; one that dies is replaced, and the block tried again.
@@ -107,63 +94,27 @@ class RowWorkers:
             RowWorkerKilled: if two processes died of it.
             RuntimeError: if parsing fails for another reason, or the processes are ended.
         """
-        process = self._idle.get()
         try:
-            for _ in range(MAX_BLOCK_TRIES):
-                process = process or self._start()
-                result = _exchange(process, block, rules)
-                if result is not None:
-                    return result
-                self._end(process)
-                process = None
+            reply, copy_lines = self._pool.run(lambda blocks, results: _exchange(blocks, results, block, rules))
+        except WorkerDied:
             raise RowWorkerKilled(
-                f"the process that reads the rows after row {block.first_row:,} was killed {MAX_BLOCK_TRIES} times; "
+                f"the process that reads the rows after row {block.first_row:,} was killed {MAX_ITEM_TRIES} times; "
                 "if memory is out, free some"
-            )
-        finally:
-            self._idle.put(process)
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        with self._lock:
-            if self._is_closed:
-                raise RuntimeError("the processes that read rows are ended")
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "feedback.row_workers"],
-                env={"LC_ALL": "C.UTF-8"},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-            )
-            self._processes.add(process)
-        return process
-
-    def _end(self, process: subprocess.Popen[bytes]) -> None:
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            assert pipe is not None, "opened with pipes"
-            with contextlib.suppress(BrokenPipeError):  # of a block that was not flushed
-                pipe.close()
-        with self._lock:
-            self._processes.discard(process)
+            ) from None
+        if reply["error"] is not None:
+            raise RuntimeError(f"the rows after row {block.first_row:,} cannot be read: {reply['error']}")
+        faults = [(number, BadRow(row=line, reason=reason)) for number, line, reason in reply["faults"]]
+        return BlockResult(reply["num_rows"], reply["num_bad"], faults, copy_lines)
 
 
-def _exchange(process: subprocess.Popen[bytes], block: RowBlock, rules: StagingRules | None) -> BlockResult | None:
+def _exchange(
+    blocks: IO[bytes], results: IO[bytes], block: RowBlock, rules: StagingRules | None
+) -> tuple[dict[str, Any], bytes] | None:
     """Send a block and wait for its result; None if the process died."""
-    assert process.stdin is not None and process.stdout is not None, "opened with pipes"
     rule_fields = None if rules is None else asdict(rules)
     header = {"first_line": block.first_line, "first_row": block.first_row, "rules": rule_fields}
-    try:
-        _send(process.stdin, header, block.data)
-        message = _receive(process.stdout)
-    except (BrokenPipeError, ValueError):  # ValueError: the pipe was closed as the processes were ended
-        return None
-    if message is None:
-        return None
-    reply, copy_lines = message
-    if reply["error"] is not None:
-        raise RuntimeError(f"the rows after row {block.first_row:,} cannot be read: {reply['error']}")
-    faults = [(number, BadRow(row=line, reason=reason)) for number, line, reason in reply["faults"]]
-    return BlockResult(reply["num_rows"], reply["num_bad"], faults, copy_lines)
+    _send(blocks, header, block.data)
+    return _receive(results)
 
 
 def _send(pipe: IO[bytes], header: dict[str, Any], data: bytes) -> None:

@@ -1,31 +1,27 @@
 """Tokenize shards in child processes: `with TokenWorkers(2) as workers: workers.run(job)`, called from several threads.
 
-A process that dies, as the kernel kills the largest one when memory is out, costs its shard a second try, and never the
-calling process. The processes exit when the calling process does, however it does.
+The processes exit when the calling process does, however it does.
 """
 
-import contextlib
 import json
 import os
-import queue
 import select
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from yuan import tokenizer as tokenizers
 from yuan.data.shard_tokens import SampleRules, write_shard_tokens
 from yuan.data.text import make_printable
+from yuan.data.worker_pool import MAX_ITEM_TRIES, WorkerDied, WorkerPool, WorkersEnded
 from yuan.tokenizer import TOKENIZER_MODEL_FILE
 
-MAX_TOKENIZE_TRIES = 2
 MAX_IN_PROCESS_BYTES = 2**20  # of rows that this process tokenizes itself, since starting another one takes longer
 EXIT_PARENT_GONE = 75
 MAX_WORKER_REASON_CHARACTERS = 500
@@ -97,30 +93,21 @@ class TokenWorkers:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._idle: queue.LifoQueue[subprocess.Popen[str] | None] = queue.LifoQueue()
-        for _ in range(count):
-            self._idle.put(None)  # a place of a process that is not started
-        self._processes: set[subprocess.Popen[str]] = set()
-        self._lock = threading.Lock()
-        self._is_closed = False
+        self._pool = WorkerPool("yuan.data.token_workers", count)
 
     def __enter__(self) -> Self:
+        self._pool.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with self._lock:
-            self._is_closed = True
-            processes = list(self._processes)
-        for process in processes:
-            self._end(process)
+        self._pool.__exit__(kind, error, traceback)
 
     @property
     def pids(self) -> list[int]:
         """Return the ids of the processes that run."""
-        with self._lock:
-            return sorted(process.pid for process in self._processes)
+        return self._pool.pids
 
     def run(self, job: TokenJob) -> None:
         """Tokenize a shard, once there is a free process; a process that dies is replaced, and the shard tried again.
@@ -131,62 +118,29 @@ class TokenWorkers:
         """
         if job.rows_file.stat().st_size <= MAX_IN_PROCESS_BYTES:
             return job.run()
-        process = self._idle.get()
+
+        def empty_folder() -> None:
+            shutil.rmtree(job.folder)
+            job.folder.mkdir()
+
         try:
-            for _ in range(MAX_TOKENIZE_TRIES):
-                process = process or self._start()
-                reply = _exchange(process, job)
-                if reply is not None:
-                    return _raise_reported_error(job, reply)
-                status = self._end(process)
-                process = None
-                if self._is_closed:
-                    break
-                shutil.rmtree(job.folder)
-                job.folder.mkdir()
+            reply = self._pool.run(lambda to_process, answers: _exchange(to_process, answers, job), empty_folder)
+        except WorkersEnded:
+            raise TokenizingFailed("the processes that tokenize shards are ended; start the round again") from None
+        except WorkerDied as death:
             raise TokenizingFailed(
-                f"the process that tokenizes shard {job.shard_sha256[:12]} {_describe_exit(status)}, "
-                f"{MAX_TOKENIZE_TRIES} times; if memory is out, free some or set COTRAIN_TOKEN_WORKERS lower"
-            )
-        finally:
-            self._idle.put(process)
-
-    def _start(self) -> subprocess.Popen[str]:
-        with self._lock:
-            if self._is_closed:
-                raise TokenizingFailed("the processes that tokenize shards are ended; start the round again")
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "yuan.data.token_workers"],
-                env={"LC_ALL": "C.UTF-8"},  # none of the caller's credentials
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            self._processes.add(process)
-        return process
-
-    def _end(self, process: subprocess.Popen[str]) -> int:
-        process.kill()
-        status = process.wait()
-        for pipe in (process.stdin, process.stdout):
-            assert pipe is not None, "opened with pipes"
-            with contextlib.suppress(BrokenPipeError):  # of a job that was not flushed
-                pipe.close()
-        with self._lock:
-            self._processes.discard(process)
-        return status
+                f"the process that tokenizes shard {job.shard_sha256[:12]} {_describe_exit(death.status)}, "
+                f"{MAX_ITEM_TRIES} times; if memory is out, free some or set COTRAIN_TOKEN_WORKERS lower"
+            ) from None
+        _raise_reported_error(job, reply)
 
 
-def _exchange(process: subprocess.Popen[str], job: TokenJob) -> dict[str, Any] | None:
+def _exchange(to_process: IO[bytes], answers: IO[bytes], job: TokenJob) -> dict[str, Any] | None:
     """Send a job and wait for the reply; None if the process died."""
-    assert process.stdin is not None and process.stdout is not None, "opened with pipes"
-    try:
-        process.stdin.write(json.dumps(job.to_json()) + "\n")
-        process.stdin.flush()
-        line = process.stdout.readline()
-    except BrokenPipeError:
-        return None
-    return dict(json.loads(line)) if line.endswith("\n") else None
+    to_process.write(json.dumps(job.to_json()).encode() + b"\n")
+    to_process.flush()
+    line = answers.readline()
+    return dict(json.loads(line)) if line.endswith(b"\n") else None
 
 
 def _raise_reported_error(job: TokenJob, reply: dict[str, Any]) -> None:
