@@ -14,12 +14,12 @@ disk of TMPDIR with `--full`, else 30 GB. MB replaces the size, for a quick look
 """
 
 import contextlib
+import filecmp
 import functools
 import hashlib
 import json
 import os
 import random
-import shutil
 import socket
 import subprocess
 import sys
@@ -27,6 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -249,77 +250,106 @@ def transfer_once(direction: str, home: Path, folder: str, file: Path, num_bytes
     print(json.dumps({"peak_mib": read_peak_mib(os.getpid())}))
 
 
-def has_moved(count: Callable[[], int], num_bytes: int) -> bool:
-    return count() >= num_bytes
-
-
 def measure_full(settings: Settings, relay: CountingRelay, folder: str, work: Path, num_bytes: int) -> bool:
     """Send and fetch a sparse file once, with a kill half way."""
     size = f"{num_bytes / GB:g} GB"
-    sparse = work / "sparse"
-    with sparse.open("wb") as file:
-        file.truncate(num_bytes)
-        for offset in range(0, num_bytes, GB):  # so that no two parts are the same by chance
-            file.seek(offset)
-            file.write(offset.to_bytes(8))
+    sparse, fetched = work / "sparse", work / "fetched"
+    write_sparse_file(sparse, num_bytes)
     record = make_transfer(settings, "direct", work).get_progress_file(f"{folder}/sparse")
-    all_ok = True
 
     def count_sent() -> int:
         progress = UploadProgress.read(record)
         return 0 if progress is None else len(progress.parts) * progress.part_bytes
 
     def count_fetched() -> int:
-        fetched = work / ".fetched.parts"
-        return 0 if not fetched.exists() else (fetched.read_text().count("\n") - 1) * ARTIFACT_PART_BYTES
+        parts = work / ".fetched.parts"
+        return 0 if not parts.exists() else (parts.read_text().count("\n") - 1) * ARTIFACT_PART_BYTES
 
-    for direction, target, count in (("up", sparse, count_sent), ("down", work / "fetched", count_fetched)):
-        counter = "num_sent" if direction == "up" else "num_received"
+    all_ok = True
+    for direction, target, count_recorded, count_passed in (
+        ("up", sparse, count_sent, lambda: relay.num_sent),
+        ("down", fetched, count_fetched, lambda: relay.num_received),
+    ):
         command = [sys.executable, __file__, "--transfer", direction, str(settings.home), folder, str(target)]
-        command.append(str(num_bytes))
-        service_pids = find_stack_pids(load_config(settings.home).stack_id)
-        for pid in service_pids:
-            Path(f"/proc/{pid}/clear_refs").write_text("5")  # reset the peak, which a start has raised
-        start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        poll_until(functools.partial(has_moved, count, num_bytes // 2), timeout_s=1800, pause_s=0.05)
-        peaks = {"this process": read_peak_mib(process.pid)}
-        process.kill()
-        process.wait()
-        kept = count()
-        before = getattr(relay, counter)
-        resumed = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        output, _ = resumed.communicate()
-        if resumed.returncode != 0:
-            raise RuntimeError(f"the resumed transfer {direction} ended with status {resumed.returncode}")
-        seconds = time.perf_counter() - start
-        num_resumed = getattr(relay, counter) - before
-        peaks["this process"] = max(peaks["this process"], json.loads(output)["peak_mib"])
-        for pid in service_pids:
-            name = name_process(pid)
-            peaks[name] = max(peaks.get(name, 0.0), read_peak_mib(pid))
-
-        print_lines(make_line(f"{size} {direction}, cut and resumed", round(num_bytes / 1e6 / seconds), "MB/s"))
-        print_lines(make_line(f"{size} {direction}, recorded before the kill", round(kept / GB, 3), "GB"))
-        limit = num_bytes - kept + MAX_OVERHEAD_BYTES
-        all_ok &= print_lines(
-            make_line(
-                f"{size} {direction}, passed after the restart",
-                round(num_resumed / GB, 3),
-                "GB",
-                goal=f"at most {limit / GB:.3f}",
-                ok=num_resumed <= limit,
-            )
-        )
-        for name, peak in peaks.items():
-            goal = None if name in UNLIMITED_PROCESSES else f"at most {MAX_RESIDENT_MIB}"
-            ok = None if goal is None else peak <= MAX_RESIDENT_MIB
-            title = f"{size} {direction}, peak memory of {name}"
-            all_ok &= print_lines(make_line(title, round(peak), "MiB", goal=goal, ok=ok))
-    is_same = (
-        shutil.which("cmp") is not None and subprocess.run(["cmp", str(sparse), str(work / "fetched")]).returncode == 0
-    )
+        transfer = cut_and_resume([*command, str(num_bytes)], settings, num_bytes, count_recorded, count_passed)
+        all_ok &= print_lines(*describe_transfer(f"{size} {direction}", num_bytes, transfer))
+    is_same = filecmp.cmp(sparse, fetched, shallow=False)
     return print_lines(make_line(f"{size}, same bytes", float(is_same), "1 if so", goal="1", ok=is_same)) and all_ok
+
+
+def write_sparse_file(file: Path, num_bytes: int) -> None:
+    """Write a file of holes, in which no two parts are the same by chance."""
+    with file.open("wb") as out:
+        out.truncate(num_bytes)
+        for offset in range(0, num_bytes, GB):
+            out.seek(offset)
+            out.write(offset.to_bytes(8))
+
+
+@dataclass(frozen=True)
+class ResumedTransfer:
+    """A transfer that was killed half way, and resumed.
+
+    Attributes:
+        seconds: of both together.
+        num_recorded: bytes recorded before the kill.
+        num_passed: bytes that passed the relay after the restart.
+        peaks: peak resident memory in MiB, by process.
+    """
+
+    seconds: float
+    num_recorded: int
+    num_passed: int
+    peaks: dict[str, float]
+
+
+def cut_and_resume(
+    command: list[str],
+    settings: Settings,
+    num_bytes: int,
+    count_recorded: Callable[[], int],
+    count_passed: Callable[[], int],
+) -> ResumedTransfer:
+    """Run a transfer in a process of its own, kill it half way, and run it again."""
+    service_pids = find_stack_pids(load_config(settings.home).stack_id)
+    for pid in service_pids:
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # reset the peak, which a start has raised
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    poll_until(lambda: count_recorded() >= num_bytes // 2, timeout_s=1800, pause_s=0.05)
+    peaks = {"this process": read_peak_mib(process.pid)}
+    process.kill()
+    process.wait()
+    num_recorded, num_before = count_recorded(), count_passed()
+
+    resumed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    seconds = time.perf_counter() - start
+    peaks["this process"] = max(peaks["this process"], json.loads(resumed.stdout)["peak_mib"])
+    for pid in service_pids:
+        name = name_process(pid)
+        peaks[name] = max(peaks.get(name, 0.0), read_peak_mib(pid))
+    return ResumedTransfer(seconds, num_recorded, count_passed() - num_before, peaks)
+
+
+def describe_transfer(title: str, num_bytes: int, transfer: ResumedTransfer) -> list[dict[str, Any]]:
+    """Return the lines of a transfer."""
+    limit = num_bytes - transfer.num_recorded + MAX_OVERHEAD_BYTES
+    lines = [
+        make_line(f"{title}, cut and resumed", round(num_bytes / 1e6 / transfer.seconds), "MB/s"),
+        make_line(f"{title}, recorded before the kill", round(transfer.num_recorded / GB, 3), "GB"),
+        make_line(
+            f"{title}, passed after the restart",
+            round(transfer.num_passed / GB, 3),
+            "GB",
+            goal=f"at most {limit / GB:.3f}",
+            ok=transfer.num_passed <= limit,
+        ),
+    ]
+    for name, peak in transfer.peaks.items():
+        goal = None if name in UNLIMITED_PROCESSES else f"at most {MAX_RESIDENT_MIB}"
+        ok = None if goal is None else peak <= MAX_RESIDENT_MIB
+        lines.append(make_line(f"{title}, peak memory of {name}", round(peak), "MiB", goal=goal, ok=ok))
+    return lines
 
 
 def name_process(pid: int) -> str:

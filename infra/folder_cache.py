@@ -177,6 +177,9 @@ class FolderCache:
                 file.unlink()
         files = {file: {"sha256": digest, **_describe_file(content / file)} for file, digest in digests.items()}
         replace_file(scratch / ENTRY_FILE, json.dumps({"files": files}, indent=2))
+        # After a power cut, size and time of a file whose bytes were not written yet may be as recorded.
+        for path in (*content.iterdir(), content, scratch / ENTRY_FILE, scratch):
+            _sync(path)
         trash = self.root / f"{TRASH_PREFIX}{uuid.uuid4().hex}"
         if entry.exists():
             entry.rename(trash)  # a process that has its files open keeps them
@@ -296,6 +299,15 @@ def _describe_file(file: Path) -> dict[str, int]:
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{file.name} is not a regular file")
     return {"bytes": status.st_size, "inode": status.st_ino, "mtime_ns": status.st_mtime_ns}
+
+
+def _sync(path: Path) -> None:
+    """Write a file or folder from memory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _link_files(source: Path, target: Path) -> None:
