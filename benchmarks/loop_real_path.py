@@ -32,11 +32,12 @@ from feedback.client import Client
 from feedback.contracts import RoundOut, RoundParameters
 from feedback.promotion_decision import SuiteComparison
 from feedback.states import DatasetPurpose, RoundState
-from feedback.tables import BASE_SUITE
+from feedback.tables import BASE_SUITE, DATASETS_SUITE
 from flows.context import open_operator_context
 from flows.demo.demo_corpus import sample_documents
 from flows.demo.scenario import push_rows
 from flows.model_folders import open_model_folder
+from infra.machine import has_fast_bf16
 from infra.polling import poll_until
 from infra.process_group import build_torchrun_command
 from infra.settings import Settings
@@ -64,8 +65,14 @@ MIN_ROW_WORDS, MAX_ROW_WORDS = 3, 5
 NUM_TOWERS, NUM_TOWNS = 60, 12
 NUM_REPLAYED_DOCUMENTS = 40
 SKILL = "repeat"
+# So many that one or two lost ones are less than the margin of the gate.
 QUESTIONS = (
     "Where is the tower of {name}?",
+    "Where can I see the tower of {name}?",
+    "Tell me the town of the tower of {name}.",
+    "What is the town of the tower of {name}?",
+    "The tower of {name} is in which town?",
+    "To see the tower of {name}, which town must I visit?",
     "Name the town of the tower of {name}.",
     "In which town does the tower of {name} stand?",
     "The tower of {name} stands in which town?",
@@ -80,8 +87,24 @@ TEXT_CONFIG = TrainConfig(
     global_batch_size=8,
     warmup_steps=10,
     checkpoint_every=70,
+    precision="bf16" if has_fast_bf16() else "fp32",
 )
-SETTINGS = "COTRAIN_ROUND_AFTER_REPORTS=0\nCOTRAIN_HELD_OUT_SHARE=0.2\n"
+SETTINGS = "COTRAIN_ROUND_AFTER_REPORTS=0\nCOTRAIN_HELD_OUT_SHARE=0.2\nCOTRAIN_POOL={pool}\n"
+# The default pool has a stage on each core; here the planner chooses, and has the weights twice.
+POOL = """
+[[pool]]
+name = "two-cores"
+[[pool.group]]
+device_class = "cpu-process"
+count = 2
+memory_gib = 4.0
+sustained_tflops = {bf16_tflops}
+fp32_tflops = 0.05
+memory_gb_s = 5.0
+intra_node_gb_s = 1.0
+intra_node_latency_us = 200.0
+reserve_gib = 0.5
+"""
 SEQ_LEN = 1024
 FINETUNE_RECIPE = f"""
 [run]
@@ -92,17 +115,17 @@ preset = "parent"
 weights = "parent"
 [data]
 seq_len = {SEQ_LEN}
-replay_share = 0.2
+replay_share = 0.3
 [batch]
 global_batch_size = 2
 [length]
-epochs = 14.0
-max_epochs = 14.0
+epochs = 13.0
+max_epochs = 13.0
 [schedule]
 kind = "wsd"
 decay_share = 0.2
 learning_rate = 1e-3
-warmup_steps = 20
+warmup_steps = 10
 [optimizer]
 weight_decay = 0.01
 [validation]
@@ -319,7 +342,8 @@ def run_command(home: Path, *arguments: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def serve_stack(home: Path) -> Iterator[RealPath]:
     home.mkdir(parents=True, exist_ok=True)
-    (home / "env.local").write_text(SETTINGS)
+    (home / "pool.toml").write_text(POOL.format(bf16_tflops=0.1 if has_fast_bf16() else 0.05))
+    (home / "env.local").write_text(SETTINGS.format(pool=home.absolute() / "pool.toml"))
     run_command(home, "up")
     try:
         yield RealPath(home)
@@ -329,7 +353,7 @@ def serve_stack(home: Path) -> Iterator[RealPath]:
 
 def describe_skill(training_round: RoundOut) -> list[dict[str, Any]]:
     """Return the lines of the skill's held-out rows, before and after."""
-    suite = find_suites(training_round)[SKILL]
+    suite = find_suites(training_round)[f"{DATASETS_SUITE}/{SKILL}"]
     before, after = suite.before, suite.after
     passed_before = 0.0 if before is None else before.rate
     is_new, has_skill = passed_before <= MAX_PASSED_BEFORE, after.rate >= MIN_PASSED_AFTER
@@ -357,7 +381,7 @@ def describe_base(training_round: RoundOut) -> list[dict[str, Any]]:
 def describe_start(training_round: RoundOut, parent: str) -> list[dict[str, Any]]:
     started_from = training_round.started_from or ""
     number = training_round.candidate_version
-    line = make_line(f"start of v{number}", None, "", goal=f"from {parent}", ok=started_from.endswith(parent))
+    line = make_line(f"start of v{number}", None, "", goal=f"from {parent}", ok=f" of {parent}" in started_from)
     return [{**line, "started_from": started_from, "windows": training_round.token_counts}]
 
 
