@@ -119,8 +119,8 @@ replay_share = 0.3
 [batch]
 global_batch_size = 2
 [length]
-epochs = 13.0
-max_epochs = 13.0
+epochs = 16.0
+max_epochs = 16.0
 [schedule]
 kind = "wsd"
 decay_share = 0.2

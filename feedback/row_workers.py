@@ -22,7 +22,7 @@ from yuan.data.worker_pool import MAX_ITEM_TRIES, WorkerDied, WorkerPool
 MIN_BYTES_OF_WORKERS = 32 * 2**20  # of a file; starting processes takes a second
 MAX_ROW_WORKERS = 8
 MAX_PENDING_BYTES = 64 * 2**20  # of blocks that were read and whose results were not returned
-LOW_PRIORITY = 10  # of `nice`: requests to the portal come first
+LOW_PRIORITY = 10  # of `nice`: the flow comes first, and other sessions too where Linux does not group by session
 
 
 class RowWorkerKilled(MemoryError):
