@@ -28,14 +28,19 @@ MAX_ROWS = 2**31 - 1  # of a dataset, whose row numbers are of this size
 # A row is a duplicate if an accepted dataset, or an earlier row of its own file, has its key. Of the others, those are
 # held out whose prompt's fraction is lowest: so a prompt is held out for all accounts or for none, whoever uploads it
 # and with however many answers, and no account can exclude more than the share of others' prompts from training.
+#
+# Keys of earlier rows are joined: PostgreSQL would take those of all datasets into memory for an `exists` beside `or`.
 INSERT_ROWS = text(f"""
-    with judged as materialized (
-        select number, key, prompt_key, split_key, fraction,
-            row_number() over (partition by key order by number) > 1 or exists (
-                select from dataset_row join dataset on dataset.id = dataset_row.dataset_id
-                where dataset_row.key = staged.key and dataset.state = '{DatasetState.ACCEPTED}'
-            ) as is_duplicate
+    with known as materialized (
+        select distinct staged.key
         from staged_row staged
+        join dataset_row on dataset_row.key = staged.key
+        join dataset on dataset.id = dataset_row.dataset_id
+        where dataset.state = '{DatasetState.ACCEPTED}'
+    ), judged as materialized (
+        select number, key, prompt_key, split_key, fraction,
+            row_number() over (partition by key order by number) > 1 or known.key is not null as is_duplicate
+        from staged_row staged left join known using (key)
     ), testable as (
         select number, fraction, row_number() over (partition by split_key order by number) as answer
         from judged where split_key is not null and not is_duplicate

@@ -29,13 +29,19 @@ HELD_OUT_KEYS = text(f"""
     where dataset_id = :dataset_id and role = '{RowRole.HELD_OUT}' order by number
 """)
 TRAIN_FORMER_DUPLICATES = text(f"""
+    with known as materialized (
+        select distinct staged.key
+        from staged_row staged
+        join dataset_row other on other.key = staged.key
+        join dataset on dataset.id = other.dataset_id
+        where state = '{DatasetState.ACCEPTED}' and key_rule = {KEY_RULE}
+    )
     update dataset_row set role = '{RowRole.TRAIN}'
     from (
-        select number, role, row_number() over (partition by staged.key order by number) = 1 and not exists (
-            select from dataset_row other join dataset on dataset.id = other.dataset_id
-            where other.key = staged.key and state = '{DatasetState.ACCEPTED}' and key_rule = {KEY_RULE}
-        ) as is_first
-        from staged_row staged join dataset_row using (number) where dataset_id = :dataset_id
+        select number, role,
+            row_number() over (partition by staged.key order by number) = 1 and known.key is null as is_first
+        from staged_row staged join dataset_row using (number) left join known on known.key = staged.key
+        where dataset_id = :dataset_id
     ) as judged
     where dataset_row.dataset_id = :dataset_id and dataset_row.number = judged.number
         and is_first and judged.role = '{RowRole.DUPLICATE}'

@@ -33,6 +33,9 @@ REQUIRE_SCRAM_OPTION = "require_auth=scram-sha-256"
 SIGN_IN_TIMEOUT_S = 10
 POSTGRES_ANSWER_TIMEOUT_S = 10.0
 SSL_REQUEST = struct.pack("!ii", 8, 80877103)  # the server responds to it before it assigns a connection slot
+# Accepting a dataset inserts millions of keys in random order. With the defaults, 128 MB of buffers and a checkpoint
+# after 1 GB of log, each page of the indexes is written to log and disk many times over.
+BULK_OPTIONS = ("shared_buffers=512MB", "max_wal_size=4GB", "wal_compression=pglz")
 NOT_DURABLE_OPTIONS = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
 
 
@@ -95,6 +98,7 @@ class Postgres:
             f"authentication_timeout={SIGN_IN_TIMEOUT_S}s",  # unauthenticated clients use connection slots too
             "dynamic_shared_memory_type=mmap",  # in the data folder; /dev/shm is open to every service of this user
             "log_error_verbosity=terse",  # details and contexts of errors quote user data
+            *BULK_OPTIONS,
             *([] if self.durable else NOT_DURABLE_OPTIONS),
         ]
         flags = [part for option in options for part in ("-c", option)]
