@@ -311,7 +311,7 @@ def cut_and_resume(
     count_passed: Callable[[], int],
 ) -> ResumedTransfer:
     """Run a transfer in a process of its own, kill it half way, and run it again."""
-    service_pids = find_stack_pids(load_config(settings.home).stack_id)
+    service_pids = list(find_stack_pids(load_config(settings.home).stack_id))
     for pid in service_pids:
         Path(f"/proc/{pid}/clear_refs").write_text("5")  # reset the peak, which a start has raised
     start = time.perf_counter()
