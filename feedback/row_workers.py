@@ -11,8 +11,7 @@ from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from types import TracebackType
-from typing import IO, Any, BinaryIO, Self
+from typing import IO, Any, BinaryIO
 
 from feedback.row_blocks import BlockResult, RowBlock, StagingRules, process_block, read_row_blocks
 from yuan.data.rows import BadRow
@@ -63,29 +62,15 @@ def process_rows(stream: BinaryIO, rules: StagingRules | None, num_workers: int)
             yield pending.popleft()[0].result()
 
 
-class RowWorkers:
-    """Child processes, started when they are needed, each of which parses one block at a time.
+class RowWorkers(WorkerPool):
+    """Child processes, each of which parses one block at a time.
 
     Args:
         count: processes at most, and threads that call `run`.
     """
 
     def __init__(self, count: int) -> None:
-        self._pool = WorkerPool("feedback.row_workers", count)
-
-    def __enter__(self) -> Self:
-        self._pool.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._pool.__exit__(kind, error, traceback)
-
-    @property
-    def pids(self) -> list[int]:
-        """Return the ids of the processes that run."""
-        return self._pool.pids
+        super().__init__("feedback.row_workers", count)
 
     def run(self, block: RowBlock, rules: StagingRules | None) -> BlockResult:
         """Parse a block, once there is a free process; one that dies is replaced, and the block tried again.
@@ -95,7 +80,7 @@ class RowWorkers:
             RuntimeError: if parsing fails for another reason, or the processes are ended.
         """
         try:
-            reply, copy_lines = self._pool.run(lambda blocks, results: _exchange(blocks, results, block, rules))
+            reply, copy_lines = self.process(lambda blocks, results: _exchange(blocks, results, block, rules))
         except WorkerDied:
             raise RowWorkerKilled(
                 f"the process that reads the rows after row {block.first_row:,} was killed {MAX_ITEM_TRIES} times; "

@@ -13,8 +13,7 @@ import threading
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 from yuan import tokenizer as tokenizers
 from yuan.data.shard_tokens import SampleRules, write_shard_tokens
@@ -84,30 +83,15 @@ class TokenizingFailed(RuntimeError):
     """A shard cannot be tokenized; another try would fail as well."""
 
 
-class TokenWorkers:
-    """Child processes, started when they are needed, each of which tokenizes one shard at a time.
+class TokenWorkers(WorkerPool):
+    """Child processes, each of which tokenizes one shard at a time.
 
     Args:
         count: processes at most.
     """
 
     def __init__(self, count: int) -> None:
-        self.count = count
-        self._pool = WorkerPool("yuan.data.token_workers", count)
-
-    def __enter__(self) -> Self:
-        self._pool.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._pool.__exit__(kind, error, traceback)
-
-    @property
-    def pids(self) -> list[int]:
-        """Return the ids of the processes that run."""
-        return self._pool.pids
+        super().__init__("yuan.data.token_workers", count)
 
     def run(self, job: TokenJob) -> None:
         """Tokenize a shard, once there is a free process; a process that dies is replaced, and the shard tried again.
@@ -124,7 +108,7 @@ class TokenWorkers:
             job.folder.mkdir()
 
         try:
-            reply = self._pool.run(lambda to_process, answers: _exchange(to_process, answers, job), empty_folder)
+            reply = self.process(lambda to_process, answers: _exchange(to_process, answers, job), empty_folder)
         except WorkersEnded:
             raise TokenizingFailed("the processes that tokenize shards are ended; start the round again") from None
         except WorkerDied as death:

@@ -1,4 +1,4 @@
-"""Child processes that process one item at a time: `WorkerPool("yuan.data.token_workers", 2).run(exchange)`.
+"""Child processes that process one item at a time: `WorkerPool("yuan.data.token_workers", 2).process(exchange)`.
 
 They get none of the caller's environment. A process that dies, as the kernel kills the largest one when memory is out,
 costs its item a second try, and never the calling process.
@@ -34,10 +34,11 @@ class WorkerPool:
 
     Args:
         module: which `python -m` runs; it reads items from standard input and writes replies to standard output.
-        count: processes at most, and threads that call `run`.
+        count: processes at most.
     """
 
     def __init__(self, module: str, count: int) -> None:
+        self.count = count
         self._module = module
         self._idle: queue.LifoQueue[subprocess.Popen[bytes] | None] = queue.LifoQueue()
         for _ in range(count):
@@ -64,7 +65,7 @@ class WorkerPool:
         with self._lock:
             return sorted(process.pid for process in self._processes)
 
-    def run(
+    def process(
         self, exchange: Callable[[IO[bytes], IO[bytes]], Reply | None], prepare_retry: Callable[[], None] | None = None
     ) -> Reply:
         """Process an item, once there is a free process; one that dies is replaced, and the item tried again.
@@ -123,5 +124,9 @@ def _exchange(
     assert process.stdin is not None and process.stdout is not None, "opened with pipes"
     try:
         return exchange(process.stdin, process.stdout)
-    except (BrokenPipeError, ValueError):  # ValueError: the pipe was closed as the processes were ended
+    except BrokenPipeError:
         return None
+    except ValueError:
+        if process.stdin.closed:  # since the processes were ended
+            return None
+        raise
