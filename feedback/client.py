@@ -4,7 +4,7 @@ import itertools
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, TypeVar
@@ -64,6 +64,7 @@ MAX_REQUEST_ATTEMPTS = 6
 CONNECT_TIMEOUT_S = 10.0
 MAX_SINGLE_PART_BYTES = 16 * 2**20  # larger files are sent in parts
 MAX_SINGLE_REQUEST_BYTES = 64 * 2**20  # the portal's default limit
+MAX_LOCK_WAIT_S = 300.0  # for a process that has the file locked while no byte of it arrives
 MAX_UPLOAD_ROUNDS = 3
 CONFLICT_STATUS = 409
 MALFORMED_FILE = "malformed"  # the portal's type of error for a file with malformed rows
@@ -174,9 +175,13 @@ class Client:
                 name=name or file.stem, purpose=purpose, num_bytes=pushed.num_bytes, sha256=pushed.sha256
             )
             upload = self.begin_upload(form, idempotency_key=idempotency_key)
+
+            def send() -> DatasetOut:
+                return self._send_missing_parts(pushed, upload, report_progress, max_bytes_per_s)
+
             try:
                 while True:
-                    dataset = self._send_alone(pushed, upload, report_progress, max_bytes_per_s)
+                    dataset = self._send_alone(pushed, upload.id, report_progress, send)
                     if not wait:
                         return dataset
                     dataset = self._poll_check(dataset, report_progress, (DatasetState.CHECKING,))
@@ -221,20 +226,22 @@ class Client:
         return self._post(DatasetOut, f"/api/v1/datasets/uploads/{dataset_id}/complete", None)
 
     def _send_alone(
-        self,
-        file: PushedFile,
-        upload: DatasetUploadOut,
-        report_progress: ReportPushProgress,
-        max_bytes_per_s: float | None,
+        self, file: PushedFile, dataset_id: str, report_progress: ReportPushProgress, send: Callable[[], DatasetOut]
     ) -> DatasetOut:
-        """Send the parts that have not arrived, after any other process of this machine that sends the file."""
+        """Call `send` after any other process of this machine that sends the file, unless that one completes it.
+
+        A process that has the file locked and sends nothing for five minutes is waited for no longer.
+        """
+        num_received, received_at = -1, time.monotonic()
         for attempt in itertools.count():
             with lock_file(file) as is_locked:
-                if is_locked:
-                    return self._send_missing_parts(file, upload, report_progress, max_bytes_per_s)
-            dataset = self.dataset(upload.id)
+                if is_locked or time.monotonic() - received_at > MAX_LOCK_WAIT_S:
+                    return send()
+            dataset = self.dataset(dataset_id)
             if dataset.state != DatasetState.UPLOADING:
                 break
+            if dataset.num_received_bytes != num_received:
+                num_received, received_at = dataset.num_received_bytes, time.monotonic()
             report_progress(PushProgress(PushStage.WAITING, dataset.num_received_bytes, dataset.num_bytes))
             wait_between_polls(attempt)
         return dataset

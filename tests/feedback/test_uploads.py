@@ -149,6 +149,14 @@ def test_second_push_waits_for_the_one_that_sends_the_file(client, account, url,
     check()
 
 
+def test_file_that_is_locked_by_a_program_that_sends_nothing_is_sent(client, file, check, monkeypatch):
+    monkeypatch.setattr("feedback.client.MAX_LOCK_WAIT_S", 0.5)
+    with file.open("rb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        assert client.push_dataset(file, wait=False).state == "checking"
+    check()
+
+
 @pytest.mark.parametrize("has_waited", [True, False])
 def test_file_that_the_store_has_lost_is_sent_again(client, objects, check, file, has_waited):
     """By the command that waits for its check, or by the next one."""
