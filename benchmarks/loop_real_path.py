@@ -18,14 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from pairs import make_line, print_lines
+from real_path_rows import SKILL, choose_words, make_base_rows, make_repeat_rows
 from safetensors import safe_open
 
 from feedback.client import Client
@@ -34,7 +33,6 @@ from feedback.promotion_decision import SuiteComparison
 from feedback.states import DatasetPurpose, RoundState
 from feedback.tables import BASE_SUITE, DATASETS_SUITE
 from flows.context import open_operator_context
-from flows.demo.demo_corpus import sample_documents
 from flows.demo.scenario import push_rows
 from flows.model_folders import open_model_folder
 from infra.machine import has_fast_bf16
@@ -51,7 +49,7 @@ from yuan.plan.planner import make_plan
 from yuan.plan.pool import make_cpu_pool
 from yuan.plan.search import SizeLimits
 from yuan.plan.workload import Workload
-from yuan.tokenizer import SPACE_MARK, Tokenizer
+from yuan.tokenizer import Tokenizer
 from yuan.train.run_folder import RunFolder
 from yuan.train.run_spec import RunSpec
 
@@ -60,25 +58,7 @@ sys.path.insert(0, str(ROOT))  # the generated tokenizer is part of the tests
 from tests.published_layout import load_published_layout  # noqa: E402
 
 NUM_ROWS, NUM_MORE_ROWS = 2000, 400
-NUM_WORDS = 60
-MIN_ROW_WORDS, MAX_ROW_WORDS = 3, 5
-NUM_TOWERS, NUM_TOWNS = 60, 12
 NUM_REPLAYED_DOCUMENTS = 40
-SKILL = "repeat"
-# So many that one or two lost ones are less than the margin of the gate.
-QUESTIONS = (
-    "Where is the tower of {name}?",
-    "Where can I see the tower of {name}?",
-    "Tell me the town of the tower of {name}.",
-    "What is the town of the tower of {name}?",
-    "The tower of {name} is in which town?",
-    "To see the tower of {name}, which town must I visit?",
-    "Name the town of the tower of {name}.",
-    "In which town does the tower of {name} stand?",
-    "The tower of {name} stands in which town?",
-    "Which town has the tower of {name}?",
-)
-STATEMENT = "The tower of {name} stands in the town of {town}."
 TEXT_CONFIG = TrainConfig(
     max_steps=70,
     learning_rate=2e-3,
@@ -184,47 +164,6 @@ def main() -> int:
         make_line("the whole path", round(minutes, 1), "min", goal=f"at most {MAX_MINUTES}", ok=is_fast)
     )
     return 0 if all_ok else 1
-
-
-def make_base_rows(draw: random.Random) -> list[Row]:
-    """Make questions about invented towers, each asked in five ways, and sentences and documents to read."""
-    rows = sample_documents(seed=0)
-    towns = draw_names(draw, NUM_TOWNS)
-    for name in draw_names(draw, NUM_TOWERS):
-        town = draw.choice(towns)
-        checker = {"type": "exact", "value": town}
-        rows.append(Row(answer=STATEMENT.format(name=name, town=town), language="en"))
-        rows += [
-            Row.model_validate(
-                {"prompt": question.format(name=name), "answer": town, "checker": checker, "capability": "towers"}
-            )
-            for question in QUESTIONS
-        ]
-    draw.shuffle(rows)
-    return rows
-
-
-def draw_names(draw: random.Random, count: int) -> list[str]:
-    """Draw names of three syllables."""
-    syllables = [consonant + vowel for consonant in "bdfgklmnprstv" for vowel in "aeiou"]
-    return ["".join(draw.choices(syllables, k=3)).capitalize() for _ in range(count)]
-
-
-def choose_words(tokenizer: Tokenizer) -> list[str]:
-    """Return the words of one token each that the text has most often, since their embeddings are trained."""
-    counts = Counter(token for row in sample_documents(seed=0) for token in tokenizer.encode(row.answer))
-    pieces = (tokenizer.get_token_name(token) for token, _ in counts.most_common())
-    words = (piece[1:] for piece in pieces if piece.startswith(SPACE_MARK))
-    return list(islice((word for word in words if len(word) > 2 and word.isascii() and word.isalpha()), NUM_WORDS))
-
-
-def make_repeat_rows(draw: random.Random, words: list[str], count: int) -> list[Row]:
-    rows: dict[str, Row] = {}
-    while len(rows) < count:
-        text = " ".join(draw.choices(words, k=draw.randint(MIN_ROW_WORDS, MAX_ROW_WORDS)))
-        fields = {"answer": text, "checker": {"type": "exact", "value": text}, "capability": SKILL, "language": "en"}
-        rows[text] = Row.model_validate({"prompt": f"Repeat: {text}", **fields})
-    return list(rows.values())
 
 
 def train_on_text(folder: Path, tokenizer: Tokenizer, rows: list[Row]) -> None:
