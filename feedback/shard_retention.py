@@ -177,6 +177,24 @@ def delete_unneeded_shards(
     return num_bytes
 
 
+def delete_between_rounds(sessions: sessionmaker[Session], objects: ObjectStore, stored: Sequence[StoredObject]) -> int:
+    """Delete objects that a round may come to use, in transactions in which none begins; return their bytes.
+
+    Once a round runs, the rest stays for the next call.
+    """
+    num_bytes = 0
+    is_running = select(exists().where(Round.state == RoundState.RUNNING))
+    for start in range(0, len(stored), MAX_DELETED_OBJECTS):
+        batch = stored[start : start + MAX_DELETED_OBJECTS]
+        with sessions.begin() as session:
+            hold_advisory_lock(session, AdvisoryLock.SHARDS)
+            if session.scalar(is_running):
+                break
+            objects.delete_many([entry.key for entry in batch])
+        num_bytes += sum(entry.num_bytes for entry in batch)
+    return num_bytes
+
+
 def count_unneeded_entries(session: Session, unneeded: UnneededShards, limits: SnapshotLimits) -> int:
     """Return the number of entries of shards that no kept snapshot needs."""
     oldest_kept = read_transaction_time(session) - timedelta(days=limits.unused_days)

@@ -1,19 +1,18 @@
 """The areas of a cleanup: for each, what the retention policy keeps no longer, and how it is removed."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 from feedback import rounds
-from feedback.advisory_locks import AdvisoryLock, hold_advisory_lock
 from feedback.retention import ExpiredRecords, find_expired_records
 from feedback.shard_retention import (
-    MAX_DELETED_OBJECTS,
     SnapshotLimits,
     UnneededShards,
     count_unneeded_entries,
+    delete_between_rounds,
     delete_unneeded_shards,
     delete_withdrawn_upload,
     find_kept_runs,
@@ -27,7 +26,6 @@ from flows.round.consumed_record import find_row_record_names
 from flows.round.row_records import RowRecords
 from flows.round.token_cache import TOKEN_CACHE_FOLDER, TokenCache
 from infra.folder_cache import measure_folder
-from infra.object_store import StoredObject
 from infra.version_cache import make_entry_name
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE
 from yuan.safe_files import list_names, remove_entry
@@ -194,8 +192,12 @@ def list_row_record_removals(context: Context, policy: RetentionPolicy) -> Itera
     unneeded = RowRecords(context.objects).list_unneeded(needed, stored_until)
     if unneeded:
         num_bytes = sum(stored.num_bytes for stored in unneeded)
-        removal = _make_row_record_removal(context, unneeded)
-        yield Removal("consumed samples", f"{len(unneeded)} records of rows in windows", num_bytes, removal)
+        yield Removal(
+            "consumed samples",
+            f"{len(unneeded)} records of rows in windows",
+            num_bytes,
+            lambda: delete_between_rounds(context.sessions, context.objects, unneeded),
+        )
 
 
 def list_upload_removals(context: Context, policy: RetentionPolicy) -> Iterator[Removal]:
@@ -256,22 +258,6 @@ def _make_cached_removal(context: Context, version: int) -> Callable[[], int | N
 
 def _make_shard_removal(context: Context, unneeded: UnneededShards, limits: SnapshotLimits) -> Callable[[], int]:
     return lambda: delete_unneeded_shards(context.sessions, context.objects, unneeded, limits)
-
-
-def _make_row_record_removal(context: Context, unneeded: Sequence[StoredObject]) -> Callable[[], int]:
-    def remove() -> int:
-        num_bytes = 0
-        for start in range(0, len(unneeded), MAX_DELETED_OBJECTS):
-            batch = unneeded[start : start + MAX_DELETED_OBJECTS]
-            with context.sessions.begin() as session:
-                hold_advisory_lock(session, AdvisoryLock.SHARDS)  # no round begins meanwhile, which might use one
-                if rounds.find_running_round(session) is not None:
-                    break
-                context.objects.delete_many([stored.key for stored in batch])
-            num_bytes += sum(stored.num_bytes for stored in batch)
-        return num_bytes
-
-    return remove
 
 
 def _make_upload_removal(context: Context, sha256: str, num_bytes: int) -> Callable[[], int]:
