@@ -36,6 +36,7 @@ from pairs import PAIRS, make_at_least_line, make_line, measure_ratios, print_li
 
 from flows.stack.services import make_services
 from flows.stack.stack_config import load_config, load_or_make_config, write_environment
+from infra.artifact_server import ArtifactServer
 from infra.artifact_transfer import ArtifactSource, ArtifactTransfer
 from infra.confinement import parse_port
 from infra.keeper import Keeper, find_stack_pids
@@ -165,7 +166,7 @@ def run_stack(home: Path, relay_url: str | None = None) -> None:
 
 def make_transfer(settings: Settings, mode: Any, work: Path) -> ArtifactTransfer:
     account = (settings.mlflow_username, settings.mlflow_password.get_secret_value())
-    return ArtifactTransfer(settings.mlflow_url, account, mode, work / "uploads")
+    return ArtifactTransfer(ArtifactServer(settings.mlflow_url, account), mode, work / "uploads")
 
 
 def measure_pairs(

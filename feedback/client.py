@@ -7,10 +7,10 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import httpx
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from feedback.contracts import (
     AccountWithdrawalOut,
@@ -19,7 +19,6 @@ from feedback.contracts import (
     DatasetUploadIn,
     DatasetUploadOut,
     ErrorBody,
-    ErrorOut,
     FeedbackIn,
     FeedbackOut,
     NoticeOut,
@@ -44,21 +43,21 @@ from feedback.part_sender import (
     read_pushed_file,
     wait_between_polls,
 )
+from feedback.portal_address import check_portal_url
+from feedback.portal_responses import (
+    PortalError,
+    ResponseModel,
+    make_refusal,
+    make_unusable_error,
+    parse_response,
+    parse_response_list,
+)
 from feedback.states import DatasetPurpose, DatasetState
 from yuan.config import FieldError
 from yuan.data.file_formats import find_file_fault
-from yuan.data.rule_text import describe_errors
-from yuan.data.text import make_printable
 
-ResponseModel = TypeVar("ResponseModel", bound=BaseModel)
-Parsed = TypeVar("Parsed")
-MAX_SHOWN_RESPONSE_CHARACTERS = 100
-MAX_SHOWN_ROWS = 3
-MAX_SHOWN_URL_CHARACTERS = 80
-MAX_URL_PORT = 65535
-MAX_REASON_CHARACTERS = 300
-UNUSABLE_RESPONSE = "unusable"  # type of the error for a response that is not a portal's
-NO_ROUTE = "http"  # the portal's type of error for a path that it does not have, with status 404
+__all__ = ["Client", "PortalError"]
+
 RETRIED_STATUSES = (502, 503, 504)
 MAX_REQUEST_ATTEMPTS = 6
 CONNECT_TIMEOUT_S = 10.0
@@ -69,24 +68,6 @@ MAX_UPLOAD_ROUNDS = 3
 CONFLICT_STATUS = 409
 MALFORMED_FILE = "malformed"  # the portal's type of error for a file with malformed rows
 CLIENT_PAGE_SIZE = 200  # the portal's largest page
-
-
-class PortalError(Exception):
-    """The portal refused a request, or the response is not that of a portal.
-
-    Attributes:
-        status: the HTTP status.
-        body: the reason: message, type, and where there are any the field and the malformed rows. The type is
-            `UNUSABLE_RESPONSE` for the response of a server that is no portal.
-    """
-
-    def __init__(self, status: int, body: ErrorBody) -> None:
-        field = f" ({body.param})" if body.param else ""
-        rows = body.rows or []
-        shown = "".join(f"; row {row.row}: {row.reason}" for row in rows[:MAX_SHOWN_ROWS])
-        more = f"; and {len(rows) - MAX_SHOWN_ROWS} more in body.rows" if len(rows) > MAX_SHOWN_ROWS else ""
-        super().__init__(f"{status}: {body.message}{field}{shown}{more}")
-        self.status, self.body = status, body
 
 
 class Client:
@@ -210,7 +191,7 @@ class Client:
 
     def open_uploads(self) -> list[DatasetUploadOut]:
         """Fetch your uploads that still receive parts, oldest first."""
-        return _parse_list(self._request("GET", "/api/v1/datasets/uploads"), DatasetUploadOut)
+        return parse_response_list(self._request("GET", "/api/v1/datasets/uploads"), DatasetUploadOut)
 
     def received_parts(self, dataset_id: str) -> ReceivedPartsOut:
         """Fetch the numbers of an upload's parts that have arrived."""
@@ -344,7 +325,7 @@ class Client:
     def complete(self, prompts: list[str], *, max_tokens: int = 48) -> StoredCompletion:
         """Complete prompts with the champion at temperature 0; return one choice for each prompt, in their order."""
         body = {"model": "yuan", "prompt": prompts, "max_tokens": max_tokens, "temperature": 0}
-        return _parse(self._request("POST", "/v1/completions", json=body), TypeAdapter(StoredCompletion))
+        return parse_response(self._request("POST", "/v1/completions", json=body), TypeAdapter(StoredCompletion))
 
     def add_contributor(self, name: str) -> ContributorOut:
         """Create an account; operators only."""
@@ -367,7 +348,7 @@ class Client:
         return self._get(VersionOut, f"/api/v1/versions/{number}")
 
     def _get(self, model: type[ResponseModel], path: str) -> ResponseModel:
-        return _parse(self._request("GET", path), TypeAdapter(model))
+        return parse_response(self._request("GET", path), TypeAdapter(model))
 
     def _get_pages(self, model: type[ResponseModel], path: str) -> list[ResponseModel]:
         items: list[ResponseModel] = []
@@ -376,19 +357,19 @@ class Client:
         while str(params) not in seen:  # a server that repeats a page would never end
             seen.add(str(params))
             response = self._request("GET", path, params=params)
-            items += _parse_list(response, model)
+            items += parse_response_list(response, model)
             if "next" not in response.links:
                 return items
             # Use only the link's query: the token must not be sent to another address, whatever a response contains.
             try:
                 params = httpx.URL(response.links["next"]["url"]).params
             except httpx.InvalidURL:
-                raise _make_unusable_error(response, "its link to the next page is no URL") from None
-        raise _make_unusable_error(response, "its link to the next page leads back to an earlier one")
+                raise make_unusable_error(response, "its link to the next page is no URL") from None
+        raise make_unusable_error(response, "its link to the next page leads back to an earlier one")
 
     def _post(self, model: type[ResponseModel], path: str, key: str | None, **request: Any) -> ResponseModel:
         headers = {"Idempotency-Key": key or uuid.uuid4().hex}
-        return _parse(self._request("POST", path, headers=headers, **request), TypeAdapter(model))
+        return parse_response(self._request("POST", path, headers=headers, **request), TypeAdapter(model))
 
     def _request(self, method: str, path: str, **request: Any) -> httpx.Response:
         for attempt in range(MAX_REQUEST_ATTEMPTS):
@@ -405,7 +386,7 @@ class Client:
                 if response.is_success:
                     return response
                 if response.status_code not in RETRIED_STATUSES or is_last:
-                    raise _make_refusal(response)
+                    raise make_refusal(response)
             time.sleep(0.4 * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
 
@@ -418,85 +399,3 @@ class Client:
         if self._has_connected:
             return MAX_REQUEST_ATTEMPTS
         return 1 if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) else 2
-
-
-def check_portal_url(url: str) -> None:
-    """Reject an address at which no portal can be.
-
-    Raises:
-        FieldError: if it is not http or https, or lacks a host, or has a port that does not exist, a password, a query
-            or a fragment; its field is `url`.
-
-    >>> check_portal_url("https://portal.example/yuan")
-    >>> check_portal_url("http://127.0.0.1:99999")
-    Traceback (most recent call last):
-    yuan.config.FieldError: url must have a port from 1 to 65535, got 'http://127.0.0.1:99999'; correct it
-    """
-    if fault := _find_url_fault(url):
-        raise FieldError(["url"], f"must {fault}, got {make_printable(url, MAX_SHOWN_URL_CHARACTERS)!r}; correct it")
-
-
-def _find_url_fault(url: str) -> str | None:
-    """Return the rule that a portal's address breaks, behind "must"; None if it breaks none."""
-    try:
-        parts = httpx.URL(url)
-    except (httpx.InvalidURL, UnicodeError) as error:
-        return f"be an address such as http://HOST:PORT ({str(error).rstrip('.')})"
-    if parts.scheme not in ("http", "https") or not parts.host or any(letter.isspace() for letter in url):
-        return "begin with http:// or https:// and name a host"
-    if parts.port is not None and not 1 <= parts.port <= MAX_URL_PORT:
-        return f"have a port from 1 to {MAX_URL_PORT}"
-    if parts.userinfo or parts.query or parts.fragment:
-        return "have no user, query or fragment, since the token is an option of its own"
-    return None
-
-
-def _parse(response: httpx.Response, adapter: TypeAdapter[Parsed]) -> Parsed:
-    """Parse a response.
-
-    Raises:
-        PortalError: if it is not JSON of the expected form, as from a server that is no portal.
-    """
-    try:
-        return adapter.validate_json(response.content)
-    except ValidationError as error:
-        raise _make_unusable_error(response, _describe_form(error)) from None
-
-
-def _parse_list(response: httpx.Response, model: type[ResponseModel]) -> list[ResponseModel]:
-    try:
-        return [model.model_validate(item) for item in _parse(response, TypeAdapter(list[Any]))]
-    except ValidationError as error:
-        raise _make_unusable_error(response, _describe_form(error)) from None
-
-
-def _describe_form(error: ValidationError) -> str:
-    is_json = all(entry["type"] != "json_invalid" for entry in error.errors(include_url=False, include_input=False))
-    return f"its fields are others ({describe_errors(error)})" if is_json else "it is not JSON"
-
-
-def _make_refusal(response: httpx.Response) -> PortalError:
-    """Make the error of a response that is no success; one without a portal's error body is not that of a portal."""
-    try:
-        body = ErrorOut.model_validate_json(response.content).error
-    except ValidationError:
-        return _make_unusable_error(response, "it has no error object")
-    if response.status_code == 404 and body.type == NO_ROUTE:
-        return _make_unusable_error(response, f"it has no route {response.request.url.path}")
-    return PortalError(response.status_code, body)
-
-
-def _make_unusable_error(response: httpx.Response, reason: str) -> PortalError:
-    """Make the error of a response that is not that of a portal, with the facts that show what answered."""
-    url, content_type = response.request.url, response.headers.get("Content-Type", "")
-    text = response.content[: 4 * MAX_SHOWN_RESPONSE_CHARACTERS].decode(errors="replace")
-    facts = [f"status {response.status_code}", content_type.partition(";")[0] or "no content type"]
-    if "Location" in response.headers:
-        facts.append(f"redirects to {response.headers['Location'][:MAX_SHOWN_RESPONSE_CHARACTERS]}")
-    facts.append(f"begins with {text[:MAX_SHOWN_RESPONSE_CHARACTERS]!r}" if text.strip() else "empty")
-    message = (
-        f"the response of {url.scheme}://{url.netloc.decode()} is not that of a portal: "
-        f"{make_printable(reason, MAX_REASON_CHARACTERS)} ({make_printable(', '.join(facts), MAX_REASON_CHARACTERS)}); "
-        "check the address, which is the portal's without /api/v1 or /v1"
-    )
-    return PortalError(response.status_code, ErrorBody(message=message, type=UNUSABLE_RESPONSE))

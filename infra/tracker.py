@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
+from infra.artifact_server import ArtifactServer
 from infra.artifact_transfer import ArtifactSource, ArtifactTransfer, CountBytes, DamagedArtifact, ignore_bytes
 from infra.error_text import SafeMessageError
 from infra.files import open_regular
@@ -103,8 +104,9 @@ class Tracker:
         # Retries belong to the calling step; the library would retry for minutes, and block the process meanwhile.
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "2"
         self.client = MlflowClient(settings.mlflow_url)
+        self._server = ArtifactServer(settings.mlflow_url, self._auth)
         self.transfer = ArtifactTransfer(
-            settings.mlflow_url, self._auth, settings.registry_transfer, settings.home / UPLOAD_RECORDS_FOLDER
+            self._server, settings.registry_transfer, settings.home / UPLOAD_RECORDS_FOLDER
         )
         self._versions: dict[int, int] = {}  # by MLflow's number; neither ever changes
 
@@ -254,7 +256,7 @@ class Tracker:
         """
         folder = self._find_artifact_folder(self._find_mlflow_run_id(version))
         for name in names:
-            self.transfer.delete(f"{folder}/{name}")
+            self._server.delete(f"{folder}/{name}")
 
     def _find_artifact_folder(self, mlflow_run_id: str) -> str:
         """Return the path of a run's model folder in the artifact store.

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from feedback.client import Client, check_portal_url
+from feedback.client import Client
 from feedback.contracts import DatasetName, DatasetOut, FeedbackIn, IdempotencyKeyText
 from feedback.part_sender import PushProgress, PushStage, ReportPushProgress
+from feedback.portal_address import check_portal_url
 from feedback.states import DatasetPurpose, DatasetState
 from flows.cli.output import (
     EXIT_INTERRUPTED,

@@ -6,7 +6,7 @@ import httpx
 import typer
 from pydantic import ValidationError
 
-from feedback.client import UNUSABLE_RESPONSE, PortalError
+from feedback.portal_responses import UNUSABLE_RESPONSE, PortalError
 from yuan.data.rule_text import describe_errors, describe_rule
 from yuan.data.text import make_printable
 

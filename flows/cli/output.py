@@ -13,7 +13,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from feedback.client import PortalError
+from feedback.portal_responses import PortalError
 from flows.cli.error_lines import USAGE_ERROR, describe_failure, describe_usage_error
 from yuan.config import FieldError
 from yuan.data.rule_text import describe_errors, describe_rule

@@ -3,6 +3,8 @@
 import pytest
 
 from flows.stack.stack_config import load_config
+from infra.object_store import open_object_store
+from infra.settings import StoreAccess
 from tests.conftest import start
 from tests.infra.mlflow import fill_mlflow, make_mlflow_service
 
@@ -14,3 +16,15 @@ def mlflow(stores, tmp_path_factory):
     yield fill_mlflow(stores, tmp_path_factory.mktemp("mlflow"))
     process.terminate()
     process.wait()
+
+
+@pytest.fixture
+def bucket(stores):
+    """Return MLflow's bucket, with the keeper's keys."""
+    secrets = load_config(stores.home).secrets
+    access = StoreAccess(
+        s3_endpoint=stores.s3_endpoint,
+        s3_access_key=secrets["s3_admin_access_key"],
+        s3_secret_key=secrets["s3_admin_secret_key"],
+    )
+    return open_object_store(access, "mlflow")

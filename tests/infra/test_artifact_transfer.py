@@ -14,10 +14,10 @@ from io import BytesIO
 import httpx
 import pytest
 
+from infra.artifact_server import ArtifactServer
 from infra.artifact_transfer import ArtifactSource, ArtifactTransfer, DamagedArtifact
-from infra.object_store import ObjectStore, open_object_store
+from infra.object_store import ObjectStore
 from infra.polling import poll_until
-from infra.settings import StoreAccess
 from infra.transfer_records import ARTIFACT_PART_BYTES, UploadProgress
 from tests.infra.mlflow import get_credentials
 
@@ -30,9 +30,10 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 SEND = """
 import json, sys
 from pathlib import Path
+from infra.artifact_server import ArtifactServer
 from infra.artifact_transfer import ArtifactSource, ArtifactTransfer
 url, name, password, progress, folder, file = json.loads(sys.stdin.read())
-transfer = ArtifactTransfer(url, (name, password), "direct", Path(progress))
+transfer = ArtifactTransfer(ArtifactServer(url, (name, password)), "direct", Path(progress))
 transfer.upload(folder, ArtifactSource("big", lambda: open(file, "rb")))
 """
 
@@ -48,23 +49,11 @@ def make_transfer(stores, tmp_path):
     """Return a function that makes a transfer of an account."""
 
     def make(mode, account="administrator"):
-        return ArtifactTransfer(stores.mlflow_url, get_credentials(stores)[account], mode, tmp_path / "uploads")
+        return ArtifactTransfer(
+            ArtifactServer(stores.mlflow_url, get_credentials(stores)[account]), mode, tmp_path / "uploads"
+        )
 
     return make
-
-
-@pytest.fixture
-def bucket(stores):
-    """Return MLflow's bucket, with the keeper's keys."""
-    from flows.stack.stack_config import load_config
-
-    secrets = load_config(stores.home).secrets
-    access = StoreAccess(
-        s3_endpoint=stores.s3_endpoint,
-        s3_access_key=secrets["s3_admin_access_key"],
-        s3_secret_key=secrets["s3_admin_secret_key"],
-    )
-    return open_object_store(access, "mlflow")
 
 
 def source(content=CONTENT, sha256=SHA256):

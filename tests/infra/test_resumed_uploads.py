@@ -9,10 +9,8 @@ from io import BytesIO
 import httpx
 import pytest
 
-from flows.stack.stack_config import load_config
+from infra.artifact_server import ArtifactServer
 from infra.artifact_transfer import ArtifactSource, ArtifactTransfer
-from infra.object_store import open_object_store
-from infra.settings import StoreAccess
 from infra.transfer_records import ARTIFACT_PART_BYTES, UploadProgress
 from tests.infra.mlflow import get_credentials
 
@@ -32,8 +30,8 @@ class CutStream(BytesIO):
         return super().read(size)
 
 
-class HastyTransfer(ArtifactTransfer):
-    """A transfer whose first addresses have expired before they are used, and that records what it signs for."""
+class HastyServer(ArtifactServer):
+    """A server whose first addresses have expired before they are used, and that records what it signs for."""
 
     def __init__(self, bucket, key, *arguments):
         super().__init__(*arguments)
@@ -51,29 +49,18 @@ class HastyTransfer(ArtifactTransfer):
 
 
 @pytest.fixture
-def bucket(stores):
-    secrets = load_config(stores.home).secrets
-    access = StoreAccess(
-        s3_endpoint=stores.s3_endpoint,
-        s3_access_key=secrets["s3_admin_access_key"],
-        s3_secret_key=secrets["s3_admin_secret_key"],
-    )
-    return open_object_store(access, "mlflow")
-
-
-@pytest.fixture
 def folder(mlflow):
     return f"{mlflow.artifacts}/{os.urandom(4).hex()}"
 
 
 @pytest.fixture
-def arguments(stores, tmp_path):
-    return stores.mlflow_url, get_credentials(stores)["administrator"], "direct", tmp_path / "uploads"
+def account(stores):
+    return stores.mlflow_url, get_credentials(stores)["administrator"]
 
 
 @pytest.fixture(params=["direct", "streamed"])
-def transfer(arguments, request):
-    return ArtifactTransfer(*arguments[:2], request.param, arguments[3])
+def transfer(account, tmp_path, request):
+    return ArtifactTransfer(ArtifactServer(*account), request.param, tmp_path / "uploads")
 
 
 def send(transfer, folder, stream=BytesIO):
@@ -102,11 +89,11 @@ def test_upload_that_the_store_has_forgotten_starts_again_in_the_same_call(trans
     assert bucket.get(key) == CONTENT and bucket.find_unfinished_upload(key) is None
 
 
-def test_expired_addresses_are_renewed_and_the_parts_are_kept(folder, bucket, arguments):
-    progress = cut_off(ArtifactTransfer(*arguments), folder)
+def test_expired_addresses_are_renewed_and_the_parts_are_kept(folder, bucket, account, tmp_path):
+    progress = cut_off(ArtifactTransfer(ArtifactServer(*account), "direct", tmp_path), folder)
     key = find_key(bucket, progress)
-    hasty = HastyTransfer(bucket, key, *arguments)
-    send(hasty, folder)
+    hasty = HastyServer(bucket, key, *account)
+    send(ArtifactTransfer(hasty, "direct", tmp_path), folder)
     assert bucket.get(key) == CONTENT
     assert hasty.signed == [progress.upload_id] * 2 and bucket.find_unfinished_upload(key) is None
 
