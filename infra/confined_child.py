@@ -1,9 +1,9 @@
 """Run a program confined: `python -I confined_child.py JSON PROGRAM ARGUMENT...`; `infra.confinement` writes the JSON.
 
 The JSON is a `ConfinementSpec`. The steps, in this order: protect /proc (`thread_names`), change the user (`user`),
-drop every capability, set no_new_privs, restrict files, ports and signals with Landlock, request `signal` for the
-parent's death, refuse with seccomp the system calls that Landlock does not restrict, and replace this process by the
-program.
+drop every capability, set no_new_privs, lower the priority (`niceness`), restrict files, ports and signals with
+Landlock, request `signal` for the parent's death, refuse with seccomp the system calls that Landlock does not restrict,
+and replace this process by the program.
 
 This file runs alone, before any package can be imported, so it imports the standard library only.
 """
@@ -45,6 +45,7 @@ AT_FDCWD = -100
 AT_RECURSIVE = 0x8000
 MAX_OPEN_FILES = 65_536
 LAST_CAPABILITY = 63
+MAX_NICENESS = 19
 
 # Landlock: system calls (the same numbers on every architecture), and access rights of linux/landlock.h.
 CREATE_RULESET = 444
@@ -161,6 +162,7 @@ class ConfinementSpec:
             - `search`, `override`: the process changes to `uid` and keeps one capability, to enter folders that only
               root may enter; used where user namespaces are forbidden.
         uid: the new user id; not used with `same`.
+        niceness: from 0 to 19, by which the process and its children come after others for a processor.
     """
 
     read: Sequence[str]
@@ -177,6 +179,7 @@ class ConfinementSpec:
     signal: str
     user: UserChange
     uid: int
+    niceness: int
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -199,6 +202,7 @@ class ConfinementSpec:
         _check_field("thread_names", spec.thread_names in get_args(ThreadNameAccess))
         _check_field("user", spec.user in get_args(UserChange))
         _check_field("uid", type(spec.uid) is int and spec.uid >= 0)
+        _check_field("niceness", type(spec.niceness) is int and 0 <= spec.niceness <= MAX_NICENESS)
         _check_field("signal", isinstance(spec.signal, str) and spec.signal in signal.Signals.__members__)
         return spec
 
@@ -524,6 +528,19 @@ def allow_sockets(*, otherwise: int, with_unix: bool) -> list[BpfInstruction]:
     ]
 
 
+def lower_priority(niceness: int) -> None:
+    """Let other processes come first, by a niceness from 0 to 19.
+
+    Where the kernel divides the processors by session, niceness counts within a session only; so a process that leads
+    a session lowers that as well.
+    """
+    os.nice(niceness)
+    if os.getsid(0) == os.getpid():
+        # A kernel that does not divide them by session has no such file.
+        with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as autogroup:
+            autogroup.write(str(niceness))
+
+
 def raise_file_limit() -> None:
     """Raise the soft limit of open files: a thousand clients need a thousand, more than many systems' default."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -546,6 +563,7 @@ def main() -> None:
     elif os.geteuid() == 0:
         drop_capabilities()
     check_result(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+    lower_priority(spec.niceness)  # before Landlock, which protects /proc
     apply_landlock(spec)
     # After the change of user, since that clears the parent death signal.
     check_result(libc.prctl(PR_SET_PDEATHSIG, getattr(signal, spec.signal), 0, 0, 0), "parent death signal")

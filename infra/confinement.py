@@ -69,6 +69,7 @@ class Confinement:
     signal: str = "SIGTERM"
     user: UserChange = "same"
     uid: int = 0
+    niceness: int = 0
 
     def command(self, program: str, *arguments: str) -> list[str]:
         """Return the command that runs a program under this confinement."""
@@ -89,6 +90,7 @@ class Confinement:
             signal=self.signal,
             user=self.user,
             uid=self.uid,
+            niceness=self.niceness,
         )
         return [sys.executable, "-I", str(CHILD_PROGRAM), spec.to_json(), program, *arguments]
 

@@ -15,6 +15,7 @@ from infra.keeper import ManagedService
 from infra.settings import FlowSettings, PrefectAccess, Settings, WorkerSettings
 
 READINESS_TIMEOUT_S = 3.0
+WORKER_NICENESS = 10  # people wait for the portal and the model server, and for no flow
 WORKER_HANG_TIMEOUT_S = 120.0  # heartbeat age for a restart
 
 
@@ -42,6 +43,7 @@ def make_worker_service(home: Path, settings: Settings) -> ManagedService:
             write=(work, *folders, flow_log, Path(SHARED_MEMORY_FOLDER)),
             accelerators="descendants",
             connect=None,  # ranks connect on ports that the system chooses
+            niceness=WORKER_NICENESS,
         ),
         env={
             **build_prefect_environment(work, settings),

@@ -387,6 +387,8 @@ def test_thread_names_are_granted_with_accelerators_of_cuda(use, expected, monke
         {"thread_names": "all"},
         {"user": {}},
         {"uid": -1},
+        {"niceness": 20},
+        {"niceness": True},
     ],
 )
 def test_wrong_type_or_value_in_a_specification_stops_the_start(change):
@@ -399,3 +401,13 @@ def test_repeated_field_in_a_specification_stops_the_start():
     text = Confinement().command("program")[3]
     with pytest.raises(TypeError, match="repeated"):
         ConfinementSpec.from_json(text[:-1] + ', "uid": 0}')
+
+
+@pytest.mark.parametrize("leads_session", [True, False])
+def test_process_of_low_priority_lowers_a_session_only_if_it_leads_it(leads_session):
+    code = "import os; print(os.nice(0)); f = '/proc/self/autogroup'; print(os.path.exists(f) and open(f).read())"
+    command = Confinement(niceness=7).command(sys.executable, "-c", code)
+    result = subprocess.run(command, capture_output=True, text=True, check=True, start_new_session=leads_session)
+    niceness, autogroup = result.stdout.splitlines()[:2]
+    assert int(niceness) == min(19, os.nice(0) + 7)
+    assert autogroup == "False" or autogroup.endswith("nice 7") == leads_session
