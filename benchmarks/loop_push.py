@@ -2,7 +2,8 @@
 
 Starts PostgreSQL, S3 and the portal as the stack does. For each size a file of rows of about 1,000 bytes, half of them
 Chinese, a tenth of them checkable, is pushed by `cotrain dataset push`, then checked and accepted, each by a process of
-its own, while another account sends reports. Sizes: 25, 50 and 100 MB; `--full` is `--sizes 0.5,1,2,5`.
+its own with the worker's priority, while another account sends reports. Sizes: 25, 50 and 100 MB; `--full` is
+`--sizes 0.5,1,2,5`.
 
 Prints progress on standard error and one JSON object at the end; `--plot FILE` draws time and memory by size as SVG.
 Memory is the peak resident memory of a process since its start, as the kernel counts it; each of PostgreSQL's
@@ -33,9 +34,12 @@ from sqlalchemy import select
 
 from feedback.dataset_acceptance import accept_dataset
 from feedback.dataset_checks import process_uploads
+from feedback.row_blocks import StagingRules
 from feedback.states import DatasetState
 from feedback.tables import Dataset
 from flows.stack.stack_config import load_or_make_config, write_environment
+from flows.stack.worker_service import WORKER_NICENESS
+from infra.confined_child import lower_priority
 from infra.database import make_session_factory, open_engine
 from infra.keeper import find_stack_pids
 from infra.object_store import open_object_store
@@ -353,7 +357,9 @@ def serve_portal(home: Path) -> Iterator[tuple[Settings, str]]:
 def check_uploads(home: Path) -> None:
     """Check the uploads, as the flow `cotrain-check-datasets` does."""
     settings = Settings(_env_file=home / "env", home=home)
-    counts = process_uploads(make_session_factory(open_engine(settings)), open_object_store(settings))
+    lower_priority(WORKER_NICENESS)
+    rules = StagingRules(SALT, HELD_OUT_SHARE)
+    counts = process_uploads(make_session_factory(open_engine(settings)), open_object_store(settings), rules)
     if counts.checked != 1:
         raise RuntimeError(f"one dataset was pushed, the check found {counts}")
 
@@ -362,6 +368,7 @@ def accept_datasets(home: Path) -> None:
     """Accept the checked dataset, as a round does."""
     settings = Settings(_env_file=home / "env", home=home)
     objects = open_object_store(settings)
+    lower_priority(WORKER_NICENESS)
     with make_session_factory(open_engine(settings)).begin() as session:
         dataset_id = session.scalars(select(Dataset.id).where(Dataset.state == DatasetState.CHECKED)).one()
         accept_dataset(session, dataset_id, objects.open_stream, SALT, HELD_OUT_SHARE, MAX_CASES)

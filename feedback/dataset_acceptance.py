@@ -1,5 +1,6 @@
 """Accept checked datasets: find duplicates, choose the rows to hold out, and make cases of them."""
 
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -13,10 +14,12 @@ from feedback.cases import add_cases
 from feedback.datasets import OpenObject, make_stored_key
 from feedback.items import record_faulty_rows, record_item_fault
 from feedback.round_steps import ItemStep
-from feedback.row_blocks import StagingRules
+from feedback.row_blocks import BlockResult, StagingRules
 from feedback.row_staging import INSERT_CONVERSATION_PROMPTS, StagedFaults, stage_rows
+from feedback.row_workers import parse_file_rows
+from feedback.staged_rows import find_staged_shard, make_staged_key, read_staged_rows
 from feedback.states import AccountRole, CaseRole, DatasetPurpose, DatasetState, RowRole
-from feedback.tables import Contributor, Dataset, DatasetRow, transaction_time
+from feedback.tables import Contributor, Dataset, DatasetRow, DatasetUpload, transaction_time
 from feedback.withdrawal import get_suite_name, lock_datasets
 from yuan.data.rows import Row
 
@@ -75,8 +78,9 @@ def accept_dataset(
     """Assign a role to each row of a dataset: train, held out as a case, or duplicate of an earlier row.
 
     A row that an older release accepted and today's rules refuse gets no entry, and is named on the owner's timeline.
-    The stored file is read as a stream, and its rows are inserted, before the lock is taken that withdrawals wait for.
-    If another dataset was accepted or withdrawn meanwhile, the rows are inserted again under the lock.
+    The rows, as the check has staged them or else of the stored file, are read as a stream and inserted before the
+    lock is taken that withdrawals wait for. If another dataset was accepted or withdrawn meanwhile, they are inserted
+    again under the lock.
 
     Args:
         open_object: opens an object for reading by its key.
@@ -88,12 +92,14 @@ def accept_dataset(
     dataset = session.get_one(Dataset, dataset_id)
     if dataset.state != DatasetState.CHECKED:
         return
-    # Every checkable row of a suite is held out.
-    share = 1.0 if dataset.purpose == DatasetPurpose.SUITE else held_out_share
-    rules = StagingRules(salt, share)
+    rules = StagingRules(salt, held_out_share).for_purpose(dataset.purpose)
     with (
         open_object(make_stored_key(dataset.sha256)) as stream,
-        stage_rows(session, stream, dataset.num_bytes, rules) as faults,
+        stage_rows(
+            session,
+            *_find_staged_rows(session, dataset, rules, open_object),
+            lambda: parse_file_rows(stream, dataset.num_bytes, rules),
+        ) as faults,
     ):
         limits = _find_limits(session, dataset, max_cases)
         num_duplicates = _insert_rows(session, dataset, limits)
@@ -107,6 +113,22 @@ def accept_dataset(
             num_duplicates = _insert_rows(session, dataset, present)
         dataset.num_duplicates += num_duplicates
         _accept_inserted_rows(session, dataset, faults)
+
+
+def _find_staged_rows(
+    session: Session, dataset: Dataset, rules: StagingRules, open_object: OpenObject
+) -> list[Callable[[], Generator[BlockResult]]]:
+    """Return a function that reads the rows which the check has staged; none if it has not, or by other rules."""
+    upload = session.get(DatasetUpload, dataset.id)
+    shard = None if upload is None else find_staged_shard(upload.staged_rows, rules, dataset.sha256)
+    if shard is None:
+        return []
+
+    def read() -> Generator[BlockResult]:
+        with open_object(make_staged_key(dataset.id)) as stored:
+            yield from read_staged_rows(stored, shard)
+
+    return [read]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from sqlalchemy import or_
 from sqlalchemy.orm import Session, sessionmaker
@@ -15,7 +15,9 @@ from sqlalchemy.orm import Session, sessionmaker
 from feedback.datasets import UNCHECKED_STATES, FileCheckResult, check_rows, make_stored_key, make_upload_key
 from feedback.items import describe_error_place, record_fault_reason, record_item_fault
 from feedback.round_steps import ItemStep
+from feedback.row_blocks import StagingRules
 from feedback.row_workers import choose_num_workers
+from feedback.staged_rows import StagedRowsWriter
 from feedback.states import DatasetState
 from feedback.tables import Dataset, DatasetUpload, transaction_time
 from feedback.upload_release import (
@@ -130,11 +132,14 @@ def is_work_waiting(session: Session) -> bool:
     return session.scalar(select_unreleased().where(or_(*conditions)).limit(1)) is not None
 
 
-def process_uploads(sessions: sessionmaker[Session], objects: ObjectStore) -> DatasetCheckCounts:
+def process_uploads(sessions: sessionmaker[Session], objects: ObjectStore, rules: StagingRules) -> DatasetCheckCounts:
     """Check every complete upload, drop the abandoned ones, and delete what ended uploads left in the store.
 
     What ended is deleted before the checks, between them and during each. An error that ends the work on one upload
     stops no other.
+
+    Args:
+        rules: by which a round will stage the rows of a valid file.
 
     Raises:
         Exception: the first error that was not an upload's own, as of an unreachable store, after all other work.
@@ -152,7 +157,7 @@ def process_uploads(sessions: sessionmaker[Session], objects: ObjectStore) -> Da
     states, errors = list[str](), list[Exception]()
     for dataset_id in waiting_ids:
         try:
-            states.append(check_upload(sessions, objects, dataset_id, releaser.release_ended))
+            states.append(check_upload(sessions, objects, dataset_id, rules, releaser.release_ended))
             releaser.release_ended()
         except Exception as error:
             log.warning("the check of dataset %s did not end: %s", dataset_id, describe_error_place(error))
@@ -169,9 +174,15 @@ def process_uploads(sessions: sessionmaker[Session], objects: ObjectStore) -> Da
 
 
 def check_upload(
-    sessions: sessionmaker[Session], objects: ObjectStore, dataset_id: str, run_meanwhile: Callable[[], object]
+    sessions: sessionmaker[Session],
+    objects: ObjectStore,
+    dataset_id: str,
+    rules: StagingRules,
+    run_meanwhile: Callable[[], object],
 ) -> str:
     """Check a complete upload, and store a valid file under its sha256; return the dataset's state.
+
+    The rows of a valid file are stored as a round stages them, so that it does not parse them again.
 
     A check that is interrupted leaves the dataset as it was, and is repeated. It counts as begun only if its process
     was killed or had no memory, or if the store fails for this file alone: a server that does not answer says nothing
@@ -195,6 +206,7 @@ def check_upload(
         upload.num_checks += 1
         upload.num_checked_bytes = 0
         file = AnnouncedFile(dataset_id, dataset.num_bytes, dataset.sha256)
+        rules = rules.for_purpose(dataset.purpose)
 
     def report_progress(num_checked: int) -> None:
         with contextlib.suppress(*DATABASE_ERRORS):  # a progress that is not shown is no reason to begin again
@@ -203,8 +215,10 @@ def check_upload(
             run_meanwhile()
 
     try:
-        result = _check_and_store(sessions, objects, file, report_progress)
-        return _run_transaction(sessions, lambda session: _record_check(session, dataset_id, result))
+        with StagedRowsWriter(rules) as staged:
+            result = _check_and_store(sessions, objects, file, staged, report_progress)
+            record = None if result.reason else staged.store(objects, dataset_id, file.sha256)
+        return _run_transaction(sessions, lambda session: _record_check(session, dataset_id, result, record))
     except DatasetChecksEnded as ended:
         return ended.state
     except MemoryError:
@@ -255,10 +269,11 @@ def _check_and_store(
     sessions: sessionmaker[Session],
     objects: ObjectStore,
     file: AnnouncedFile,
+    staged: StagedRowsWriter,
     report_progress: Callable[[int], object],
 ) -> FileCheckResult:
     with objects.open_stream(make_upload_key(file.dataset_id)) as stream:
-        result = check_stream(stream, file.num_bytes, file.sha256, report_progress)
+        result = check_stream(stream, file.num_bytes, file.sha256, staged, report_progress)
     if result.reason is None and not objects.exists(make_stored_key(file.sha256)):
         _run_transaction(sessions, lambda session: _begin_copy(session, file.dataset_id))
         objects.copy(make_upload_key(file.dataset_id), make_stored_key(file.sha256))
@@ -266,12 +281,17 @@ def _check_and_store(
 
 
 def check_stream(
-    stream: BinaryIO, num_bytes: int, sha256: str, report_progress: Callable[[int], object]
+    stream: BinaryIO,
+    num_bytes: int,
+    sha256: str,
+    staged: StagedRowsWriter,
+    report_progress: Callable[[int], object],
 ) -> FileCheckResult:
     """Check a file that can be read only once: its format, its rows and its sha256, in bounded memory.
 
     Args:
         num_bytes, sha256: of the file as its owner announced it.
+        staged: gets the rows.
         report_progress: called with the number of bytes read, every two seconds; it may raise to stop the check.
     """
     digesting = DigestingReader(stream, num_bytes, report_progress)
@@ -279,7 +299,7 @@ def check_stream(
         try:
             if reason := describe_foreign_format(buffered.peek(HEAD_BYTES)[:HEAD_BYTES]):
                 return FileCheckResult(num_bytes, 0, [], reason)
-            result = check_rows(buffered, num_bytes, choose_num_workers(num_bytes))
+            result = check_rows(buffered, num_bytes, choose_num_workers(num_bytes), staged)
         except ExcessLines as error:
             return FileCheckResult(num_bytes, 0, [], str(error))
         if result.reason is None and (digesting.num_bytes, digesting.sha256) != (num_bytes, sha256):
@@ -335,7 +355,9 @@ def _reject_faulty(session: Session, dataset_id: str, error: Exception) -> str:
     return dataset.state
 
 
-def _record_check(session: Session, dataset_id: str, result: FileCheckResult) -> str:
+def _record_check(
+    session: Session, dataset_id: str, result: FileCheckResult, staged_rows: dict[str, Any] | None
+) -> str:
     dataset, upload = lock_upload(session, dataset_id)
     if dataset.state != DatasetState.CHECKING:  # withdrawn meanwhile
         return dataset.state
@@ -343,7 +365,7 @@ def _record_check(session: Session, dataset_id: str, result: FileCheckResult) ->
     dataset.bad_rows = [row.model_dump() for row in result.bad_rows]
     if result.reason is None:
         dataset.state, upload.checked_at = DatasetState.CHECKED, transaction_time()
-        upload.num_checked_bytes = dataset.num_bytes
+        upload.num_checked_bytes, upload.staged_rows = dataset.num_bytes, staged_rows
     else:
         reject_upload(dataset, result.reason)
     log.info("dataset %s is %s: %d rows, %d bytes", dataset_id, dataset.state, result.num_rows, result.num_bytes)

@@ -19,6 +19,7 @@ from feedback.items import MAX_NAMED_ROWS, find_faults_by_subject
 from feedback.paging import read_page
 from feedback.row_blocks import MAX_BLOCK_FAULTS
 from feedback.row_workers import process_rows
+from feedback.staged_rows import StagedRowsWriter
 from feedback.states import DatasetPurpose, DatasetState
 from feedback.tables import (
     BASE_SUITE,
@@ -125,17 +126,23 @@ def check_file(file: BinaryIO) -> FileCheckResult:
     return check_rows(file, num_bytes)
 
 
-def check_rows(stream: BinaryIO, num_bytes: int, num_workers: int = 0) -> FileCheckResult:
+def check_rows(
+    stream: BinaryIO, num_bytes: int, num_workers: int = 0, staged: StagedRowsWriter | None = None
+) -> FileCheckResult:
     """Check the rows of a file, which is read once from its start, in bounded memory.
 
     Reading stops at 1,000 malformed rows, or a few blocks of lines later.
 
     Args:
         num_workers: child processes that parse; see `process_rows`.
+        staged: gets the rows as they are staged by its rules.
     """
     num_rows, bad = 0, list[BadRow]()
-    with contextlib.closing(process_rows(stream, None, num_workers)) as results:
+    rules = None if staged is None else staged.rules
+    with contextlib.closing(process_rows(stream, rules, num_workers)) as results:
         for result in results:
+            if staged is not None:
+                staged.add(result.copy_lines)
             for number, fault in result.faults:
                 bad.append(fault)
                 if len(bad) == MAX_LISTED_BAD_ROWS:

@@ -16,6 +16,7 @@ from feedback.reports import get_or_add_report_case, make_report_row
 from feedback.round_steps import ItemStep
 from feedback.row_blocks import STAGE_KEYS_ALONE
 from feedback.row_staging import INSERT_CONVERSATION_PROMPTS, stage_rows
+from feedback.row_workers import parse_file_rows
 from feedback.states import CaseRole, DatasetState, ReportState, RowRole
 from feedback.tables import REPORTS_SUITE, Case, ConversationPrompt, Dataset, Feedback
 from feedback.withdrawal import get_suite_name, lock_datasets
@@ -73,7 +74,7 @@ def upgrade_dataset_keys(session: Session, dataset_id: str, open_object: OpenObj
         return
     with (
         open_object(make_stored_key(dataset.sha256)) as stream,
-        stage_rows(session, stream, dataset.num_bytes, STAGE_KEYS_ALONE),
+        stage_rows(session, lambda: parse_file_rows(stream, dataset.num_bytes, STAGE_KEYS_ALONE)),
     ):
         lock_datasets(session)
         session.refresh(dataset, with_for_update=True)

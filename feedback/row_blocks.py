@@ -6,9 +6,10 @@ A result has the rows as PostgreSQL's COPY reads them, so that the process that 
 import codecs
 import hmac
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
+from feedback.states import DatasetPurpose
 from yuan.data.rows import MAX_LINE_BYTES, SKIPPED_CHUNK_BYTES, BadRow, Row, parse_rows
 
 BLOCK_BYTES = 2**20
@@ -42,6 +43,10 @@ class StagingRules:
 
     salt: str
     held_out_share: float
+
+    def for_purpose(self, purpose: str) -> "StagingRules":
+        """Return the rules of a dataset with this purpose; of a suite every checkable row is held out."""
+        return replace(self, held_out_share=1.0) if purpose == DatasetPurpose.SUITE else self
 
 
 STAGE_KEYS_ALONE = StagingRules(salt="", held_out_share=0.0)

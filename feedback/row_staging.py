@@ -1,20 +1,25 @@
 """Stage the keys of a file's rows in a temporary table, so that set operations on any number of rows are done in SQL.
 
-The file is read once, as a stream, before the transaction takes a lock that others wait for.
+The rows are read once, as a stream, before the transaction takes a lock that others wait for.
 """
 
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
 
+import psycopg
+from botocore.exceptions import ClientError
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from feedback.items import MAX_NAMED_ROWS
-from feedback.row_blocks import STAGED_COLUMNS, StagingRules
-from feedback.row_workers import choose_num_workers, process_rows
+from feedback.row_blocks import STAGED_COLUMNS, BlockResult
+from infra.error_text import describe_error
+from yuan.data.row_shards import ShardDamageError
 from yuan.data.rows import BadRow
+
+log = logging.getLogger(__name__)
 
 # Memory of a sort or hash of the transaction; the default of 4 MB makes many passes over millions of keys.
 SORT_MEMORY = "64MB"
@@ -52,26 +57,46 @@ class StagedFaults:
 
 
 @contextlib.contextmanager
-def stage_rows(session: Session, stream: BinaryIO, num_bytes: int, rules: StagingRules) -> Iterator[StagedFaults]:
+def stage_rows(session: Session, *sources: Callable[[], Generator[BlockResult]]) -> Iterator[StagedFaults]:
     """Copy a file's rows into the temporary table `staged_row` of the transaction, which the block may query.
 
     Args:
-        num_bytes: of the file.
+        sources: each reads the rows of all blocks; one that is damaged is left, and the next one is read.
+
+    Raises:
+        Exception: as the last source.
     """
     session.execute(text(f"set local work_mem = '{SORT_MEMORY}'"))
     session.execute(CREATE_STAGED_ROWS)
+    faults = _copy_first(session, sources)
+    session.execute(text("create unique index on staged_row (number)"))
+    session.execute(text("analyze staged_row"))
+    yield faults
+    session.execute(text("drop table staged_row"))
+
+
+def _copy_first(session: Session, sources: Sequence[Callable[[], Generator[BlockResult]]]) -> StagedFaults:
+    """Copy the rows of the first source that is whole."""
+    *stored, last = sources
+    for read in stored:
+        try:
+            with session.begin_nested():
+                return _copy_rows(session, read())
+        except (ShardDamageError, ClientError, psycopg.DataError) as error:
+            log.warning("stored rows are lost or damaged, so their file is parsed: %s", describe_error(error))
+    return _copy_rows(session, last())
+
+
+def _copy_rows(session: Session, blocks: Generator[BlockResult]) -> StagedFaults:
     connection = session.connection().connection.driver_connection
     assert connection is not None, "a session's connection is open"
     num_bad, bad_rows = 0, list[BadRow]()
     with (
-        contextlib.closing(process_rows(stream, rules, choose_num_workers(num_bytes))) as results,
+        contextlib.closing(blocks) as results,
         connection.cursor().copy(f"copy staged_row ({STAGED_COLUMNS}) from stdin") as copy,
     ):
         for result in results:
             copy.write(result.copy_lines)
             num_bad += result.num_bad
             bad_rows += [fault for _, fault in result.faults[: MAX_NAMED_ROWS - len(bad_rows)]]
-    session.execute(text("create unique index on staged_row (number)"))
-    session.execute(text("analyze staged_row"))
-    yield StagedFaults(num_bad, bad_rows)
-    session.execute(text("drop table staged_row"))
+    return StagedFaults(num_bad, bad_rows)

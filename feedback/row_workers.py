@@ -29,8 +29,17 @@ class RowWorkerKilled(MemoryError):
 
 
 def choose_num_workers(num_bytes: int) -> int:
-    """Return the number of child processes for a file of this size; 0 to parse it in this process."""
-    return 0 if num_bytes < MIN_BYTES_OF_WORKERS else min(MAX_ROW_WORKERS, len(os.sched_getaffinity(0)))
+    """Return the number of child processes for a file of this size; 0 to parse it in this process.
+
+    One core is left to the portal and its stores, if there is more than one.
+    """
+    num_cores = len(os.sched_getaffinity(0))
+    return 0 if num_bytes < MIN_BYTES_OF_WORKERS else min(MAX_ROW_WORKERS, max(1, num_cores - 1))
+
+
+def parse_file_rows(stream: BinaryIO, num_bytes: int, rules: StagingRules) -> Generator[BlockResult]:
+    """Stage the rows of a file of this size, as `process_rows` does with as many processes as suit it."""
+    return process_rows(stream, rules, choose_num_workers(num_bytes))
 
 
 def process_rows(stream: BinaryIO, rules: StagingRules | None, num_workers: int) -> Generator[BlockResult]:

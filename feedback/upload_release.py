@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from feedback.datasets import UNCHECKED_STATES, UPLOAD_EXPIRY_S, make_stored_key, make_upload_key
 from feedback.items import describe_error_place
+from feedback.staged_rows import make_staged_key
 from feedback.states import DatasetState
 from feedback.tables import Dataset, DatasetUpload, transaction_time
 from infra.object_store import ObjectStore
@@ -79,6 +80,7 @@ class UploadReleaser:
                 self.num_released += 1
 
     def _release(self, dataset_id: str) -> None:
+        self._objects.abort_uploads(make_staged_key(dataset_id))  # of a check that was killed
         key = make_upload_key(dataset_id)
         self._objects.abort_uploads(key)
         self._objects.delete(key)

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from prefect import flow
 
 from feedback.dataset_checks import DatasetCheckCounts, process_uploads
+from feedback.row_blocks import StagingRules
 from flows.allowed_flows import CHECK_DATASETS_FLOW, CheckDatasetsForm
 from flows.context import Context, open_context
 from flows.round.artifacts import publish_table
@@ -15,8 +16,9 @@ from infra.process_group import hold_file_lock
 def check_waiting_datasets(context: Context) -> DatasetCheckCounts:
     """Check the complete uploads, one after the other; a second process waits for the first."""
     context.runs.mkdir(parents=True, exist_ok=True)
+    rules = StagingRules(context.salt, context.settings.held_out_share)
     with hold_file_lock(context.runs / ".check-datasets.lock"):
-        return process_uploads(context.sessions, context.objects)
+        return process_uploads(context.sessions, context.objects, rules)
 
 
 check_datasets_task = make_task(check_waiting_datasets, "check datasets")

@@ -19,6 +19,7 @@ from feedback.shard_retention import (
     find_unneeded_shards,
     find_withdrawn_uploads,
 )
+from feedback.staged_rows import list_unneeded_staged_rows
 from feedback.tables import read_transaction_time
 from flows.context import Context
 from flows.retention_policy import RetentionPolicy
@@ -209,6 +210,20 @@ def list_upload_removals(context: Context, policy: RetentionPolicy) -> Iterator[
         yield Removal(f"upload {upload.sha256[:12]}", "file of withdrawn datasets", upload.num_bytes, removal)
 
 
+def list_staged_rows_removals(context: Context, policy: RetentionPolicy) -> Iterator[Removal]:
+    """List the rows that checks have staged for acceptances which are over."""
+    with context.sessions() as session:
+        unneeded = list_unneeded_staged_rows(session, context.objects)
+    if unneeded:
+        keys, num_bytes = [stored.key for stored in unneeded], sum(stored.num_bytes for stored in unneeded)
+        files = f"staged rows of {len(unneeded)} datasets"
+
+        def remove() -> None:
+            context.objects.delete_many(keys)
+
+        yield Removal("datasets", files, num_bytes, remove)
+
+
 def make_snapshot_limits(policy: RetentionPolicy) -> SnapshotLimits:
     """Return the limits of a policy for the shards of snapshots."""
     return SnapshotLimits(
@@ -228,6 +243,7 @@ CLEANUP_AREAS = (
     CleanupArea("the cache of versions", list_cache_removals, needs=("MLflow",)),
     CleanupArea("shards of snapshots", list_shard_removals, needs=("the object store",)),
     CleanupArea("records of rows", list_row_record_removals, needs=("the object store",)),
+    CleanupArea("staged rows", list_staged_rows_removals, needs=("the object store",)),
     CleanupArea("withdrawn uploads", list_upload_removals, needs=("the object store",)),
 )
 

@@ -11,12 +11,15 @@ from sqlalchemy.exc import OperationalError
 
 from feedback.dataset_checks import process_uploads
 from feedback.datasets import count_stored_bytes
+from feedback.row_blocks import StagingRules
 from feedback.tables import DatasetUpload, new_id
 from infra.database import make_session_factory
 from infra.object_store import open_object_store
+from tests.feedback.loop import SALT, SHARE
 from tests.feedback.uploading import begin, complete, presign, put, send
 from yuan.data.file_formats import compute_max_lines
 
+RULES = StagingRules(SALT, SHARE)
 OUTAGE = "raise 'shutting down' using errcode = '57P01';"  # as PostgreSQL ends a transaction when it is stopped
 
 
@@ -76,9 +79,9 @@ def test_checks_while_the_store_is_down_do_not_count(portal, account, sessions, 
     unreachable = open_object_store(stores, attempts=1, endpoint="http://127.0.0.1:9")
     for _ in range(6):
         with pytest.raises(BotoCoreError):
-            process_uploads(sessions, unreachable)
+            process_uploads(sessions, unreachable, RULES)
     assert read(portal, account, dataset_id)["state"] == "checking"
-    process_uploads(sessions, objects)
+    process_uploads(sessions, objects, RULES)
     assert read(portal, account, dataset_id)["state"] == "checked"
 
 
@@ -87,7 +90,7 @@ def test_result_of_a_check_is_recorded_when_postgresql_responds_again(
 ):
     dataset_id, _ = upload()
     with run_on_update(engine, "new.checked_at is not null", f"if nextval('test_calls') < 3 then {OUTAGE} end if;"):
-        assert process_uploads(sessions, objects).checked == 1
+        assert process_uploads(sessions, objects, RULES).checked == 1
     assert read(portal, account, dataset_id)["state"] == "checked"
 
 
@@ -101,13 +104,13 @@ def test_one_upload_with_an_error_stops_neither_the_check_nor_the_release_of_oth
     is_failing = f"new.dataset_id = '{failing_id}' and new.num_checks > 0"
     is_unreleasable = f"new.dataset_id = '{unreleasable_id}' and new.released_at is not null"
     with run_on_update(engine, f"{is_failing} or {is_unreleasable}", OUTAGE), pytest.raises(OperationalError):
-        process_uploads(sessions, objects)
+        process_uploads(sessions, objects, RULES)
     assert read(portal, account, failing_id)["state"] == "checking"
     assert read(portal, account, dataset_id)["state"] == "checked"
     with sessions() as session:
         uploads = [session.get_one(DatasetUpload, ended_id) for ended_id in (unreleasable_id, withdrawn_id)]
         assert [upload.released_at is None for upload in uploads] == [True, False]
-    counts = process_uploads(sessions, objects)
+    counts = process_uploads(sessions, objects, RULES)
     assert (counts.checked, counts.released) == (1, 2)
 
 
@@ -117,7 +120,7 @@ def test_upload_withdrawn_during_a_pass_is_released_before_the_next_check(sessio
     withdrawal = f"update dataset set state = 'withdrawn' where id = '{withdrawn_id}';"
     is_begun = "new.num_checks > old.num_checks and new.dataset_id ="
     with run_on_update(engine, f"{is_begun} '{first_id}'", withdrawal):
-        process_uploads(sessions, objects)
+        process_uploads(sessions, objects, RULES)
     with sessions() as session:
         released_at = session.get_one(DatasetUpload, withdrawn_id).released_at
         assert released_at < session.get_one(DatasetUpload, second_id).checked_at
@@ -136,7 +139,7 @@ def test_bytes_of_an_upload_withdrawn_during_its_copy_count_if_they_are_stored(
     if is_copied:  # by a check that was killed then
         objects.copy(f"uploading/{dataset_id}", target)
     assert withdraw(portal, account, dataset_id) == "withdrawn"
-    process_uploads(sessions, objects)
+    process_uploads(sessions, objects, RULES)
     assert objects.exists(target) == is_copied and not objects.exists(f"uploading/{dataset_id}")
     assert read_stored_bytes(sessions, account) == (len(data) if is_copied else 0)
 
@@ -147,7 +150,7 @@ def test_withdrawal_while_the_file_is_copied_keeps_its_bytes_in_the_account(
     dataset_id, data = upload()
     withdrawal = "update dataset set state = 'withdrawn', num_stored_bytes = 0 where id = new.dataset_id;"
     with run_on_update(engine, "new.copy_began_at is not null and old.copy_began_at is null", withdrawal):
-        process_uploads(sessions, objects)
+        process_uploads(sessions, objects, RULES)
     assert read(portal, account, dataset_id)["state"] == "withdrawn"
     assert objects.exists(f"uploads/{hashlib.sha256(data).hexdigest()}")
     assert read_stored_bytes(sessions, account) == len(data)

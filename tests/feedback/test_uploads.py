@@ -22,13 +22,16 @@ from feedback.api.app import make_app
 from feedback.client import Client, PortalError
 from feedback.dataset_checks import process_uploads
 from feedback.dataset_uploads import compute_part_size
+from feedback.row_blocks import StagingRules
 from feedback.tables import new_id
 from infra.database import make_session_factory
+from tests.feedback.loop import SALT, SHARE
 from tests.feedback.uploading import PART_BYTES, begin, complete, cut, presign, put, send, write_rows
 from tests.serving import serve_app
 from tests.waiting import wait_until
 
 ROW = b'{"prompt": "%d", "answer": "%s"}\n'
+RULES = StagingRules(SALT, SHARE)
 NUM_ROWS = 1_200
 TWO_PARTS = b"".join(ROW % (number, b"x" * 15_000) for number in range(NUM_ROWS))
 PUSH = "import sys; from pathlib import Path; from feedback.client import Client\n"
@@ -50,7 +53,7 @@ def client(url, account):
 @pytest.fixture
 def check(engine, objects):
     """Return a function that checks every complete upload, as the flow does."""
-    return lambda: process_uploads(make_session_factory(engine), objects)
+    return lambda: process_uploads(make_session_factory(engine), objects, RULES)
 
 
 @pytest.fixture

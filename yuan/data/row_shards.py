@@ -216,10 +216,14 @@ class ShardWriter:
     def add(self, line: bytes) -> None:
         """Add one row's line, which ends with its only newline."""
         assert line.find(b"\n") == len(line) - 1, "one line"
-        self._compressed.write(line)
-        self._digest.update(line)
-        self.num_rows += 1
-        self.num_bytes += len(line)
+        self.add_lines(line)
+
+    def add_lines(self, lines: bytes) -> None:
+        """Add the lines of any number of rows, each of which ends with its only newline."""
+        self._compressed.write(lines)
+        self._digest.update(lines)
+        self.num_rows += lines.count(b"\n")
+        self.num_bytes += len(lines)
 
     def finish(self) -> tuple[RowShard, Path]:
         """Complete the file, and return the shard and the file's path."""
