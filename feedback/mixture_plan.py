@@ -1,22 +1,26 @@
 """The plan of a mixture: which rows of which records each shard takes, selected in SQL; no row's text is read.
 
 A shard's rows depend on its own inputs only. So its boundaries are stable: an upload from the target size is cut into
-segments by itself; smaller ones are grouped by the bytes of all small datasets of their purpose that were ever decided
-on before them, withdrawn ones included; corrections are grouped by the bytes of all earlier cases of reports.
+segments by itself. Smaller datasets of a purpose, and the cases of reports, are grouped by their generation, that is by
+the snapshots frozen before they were accepted, and then by the bytes of those before them in it, withdrawn ones
+included. So what is new since the last snapshot is in shards, and windows, of its own: that the model has not read it
+changes nothing in how often the rest was read.
 """
 
 import hashlib
 import json
 import sys
 from array import array
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import (
     ARRAY,
+    TIMESTAMP,
     ColumnElement,
     Integer,
     LargeBinary,
@@ -35,7 +39,7 @@ from sqlalchemy.dialects.postgresql import aggregate_order_by
 from sqlalchemy.orm import Session
 
 from feedback.states import CaseRole, DatasetPurpose, DatasetState, ReportState, RowRole
-from feedback.tables import REPORTS_SUITE, Case, ConversationPrompt, Dataset, DatasetRow, Feedback
+from feedback.tables import REPORTS_SUITE, Case, ConversationPrompt, Dataset, DatasetRow, Feedback, Snapshot
 from feedback.upload_segments import SegmentRange, count_segments, find_segments, make_whole_segment
 from yuan.data.row_shards import SHARD_TARGET_BYTES
 from yuan.data.rows import KEY_RULE, make_prompt_key
@@ -43,6 +47,7 @@ from yuan.data.rows import KEY_RULE, make_prompt_key
 SHARD_RULE = 1  # version of how rows are read, validated and written into shards; a new one rewrites every shard
 PART_PURPOSES = {"datasets": DatasetPurpose.MIXTURE, "base": DatasetPurpose.BASE}
 BLANK_PROMPT_KEY = make_prompt_key("")
+GENERATION_GROUPS = 2**20  # numbers of groups that a generation of corrections has to itself
 STREAMED_ROWS = 10_000  # per round trip of a cursor
 NO_BYTES: ColumnElement[bytes] = literal_column("''::bytea", LargeBinary)
 
@@ -228,7 +233,7 @@ def digest_numbers(numbers: "array[int]") -> str:
 
 def stream_corrections(session: Session, scope: MixtureScope, group: int) -> Iterator[tuple[Case, bytes]]:
     """Yield the train cases of a group in order, each with the sha256 of its content, from a cursor."""
-    held_out, cases = _select_held_out_prompts(), _group_cases(scope)
+    held_out, cases = _select_held_out_prompts(), _group_cases(session, scope)
     query = _select_corrections(scope, held_out, cases, Case, _hash_case())
     query = query.where(cases.c.group == group, held_out.c.prompt_key.is_(None))
     rows = session.execute(query.order_by(Case.created_at, Case.key).execution_options(yield_per=STREAMED_ROWS // 10))
@@ -263,12 +268,27 @@ def _select_contaminated_rows() -> Subquery:
     return union(rows, conversations).subquery("contaminated")
 
 
-def _group_cases(scope: MixtureScope) -> Subquery:
+def _read_freezing_times(session: Session) -> Sequence[datetime]:
+    """Return when each snapshot was frozen, in order; what was accepted between two of them is a generation."""
+    return session.scalars(select(Snapshot.created_at).order_by(Snapshot.created_at)).all()
+
+
+def _group_cases(session: Session, scope: MixtureScope) -> Subquery:
     """Select every train case of a report, withdrawn ones too, with the number of its group."""
+    frozen_at = literal(list(_read_freezing_times(session)), ARRAY(TIMESTAMP(timezone=True)))
+    generation = func.width_bucket(Case.created_at - timedelta(microseconds=1), frozen_at)  # snapshots before it
     num_bytes = func.octet_length(Case.prompt) + func.octet_length(Case.expected)
-    num_bytes_before = func.sum(num_bytes).over(order_by=(Case.created_at, Case.key)) - num_bytes
-    group = (num_bytes_before // scope.target_bytes).label("group")
-    return select(Case.id, group).where(Case.suite == REPORTS_SUITE, Case.role == CaseRole.TRAIN).subquery("cases")
+    sized = (
+        select(Case.id, Case.created_at, Case.key, num_bytes.label("num_bytes"), generation.label("generation"))
+        .where(Case.suite == REPORTS_SUITE, Case.role == CaseRole.TRAIN)
+        .subquery("sized")
+    )
+    num_bytes_until = func.sum(sized.c.num_bytes).over(
+        partition_by=sized.c.generation, order_by=(sized.c.created_at, sized.c.key)
+    )
+    num_bytes_before = num_bytes_until - sized.c.num_bytes
+    group = (sized.c.generation * GENERATION_GROUPS + num_bytes_before // scope.target_bytes).label("group")
+    return select(sized.c.id, group).subquery("cases")
 
 
 def _select_corrections(scope: MixtureScope, held_out: Subquery, cases: Subquery, *columns: Any) -> Select[Any]:
@@ -289,7 +309,7 @@ def _hash_case() -> ColumnElement[bytes]:
 
 def _plan_corrections(session: Session, scope: MixtureScope) -> tuple[list[CorrectionGroup], int]:
     """Return the groups of corrections that have rows, and the number of decontaminated corrections."""
-    held_out, cases = _select_held_out_prompts(), _group_cases(scope)
+    held_out, cases = _select_held_out_prompts(), _group_cases(session, scope)
     is_kept = held_out.c.prompt_key.is_(None)
     hashes = func.string_agg(_hash_case(), aggregate_order_by(NO_BYTES, Case.created_at, Case.key))
     columns = (cases.c.group, func.count(), func.count().filter(is_kept), _hash_in_hex(hashes.filter(is_kept)))
@@ -334,13 +354,14 @@ def _select_usable(scope: MixtureScope, purpose: DatasetPurpose) -> Select[tuple
     return query.where(Dataset.id.not_in(scope.excluded_ids)) if scope.excluded_ids else query
 
 
-def _select_decided(purpose: DatasetPurpose) -> Select[tuple[str, str, int, str]]:
+def _select_decided(purpose: DatasetPurpose) -> Select[tuple[str, str, int, str, datetime]]:
     """Select every dataset that was ever accepted, or rejected later than on arrival, in the order of decision.
 
     A dataset never leaves this list, so it never moves the others from one group to another.
     """
     decided_at = func.coalesce(Dataset.decided_at, Dataset.created_at)  # early releases did not store it
-    query = select(Dataset.id, Dataset.sha256, Dataset.num_bytes, Dataset.state).where(Dataset.purpose == purpose)
+    query = select(Dataset.id, Dataset.sha256, Dataset.num_bytes, Dataset.state, decided_at)
+    query = query.where(Dataset.purpose == purpose)
     query = query.where(or_(Dataset.state == DatasetState.ACCEPTED, Dataset.decided_at.is_not(None)))
     return query.order_by(decided_at, Dataset.created_at, Dataset.id)
 
@@ -353,14 +374,20 @@ def _plan_part(session: Session, scope: MixtureScope, part: str, replay_limit: b
     small_counts = _count_rows(session, scope, DatasetRow.dataset_id.in_(small_ids), limit)
     counts_by_dataset = {count.dataset_id: [count] for count in small_counts}
 
-    inputs: defaultdict[tuple[int, int, int], list[ShardInput]] = defaultdict(list)  # by the shard's place
+    inputs: defaultdict[tuple[int, int, int, int], list[ShardInput]] = defaultdict(list)  # by the shard's place
     selections: list[DatasetSelection] = []
     uncut_uploads: list[UncutUpload] = []
-    num_small_bytes = 0
-    for position, (dataset_id, sha256, num_bytes, state) in enumerate(session.execute(_select_decided(purpose)).all()):
+    frozen_at = _read_freezing_times(session)
+    num_small_bytes: defaultdict[int, int] = defaultdict(int)  # of each generation
+    for position, (dataset_id, sha256, num_bytes, state, decided_at) in enumerate(
+        session.execute(_select_decided(purpose)).all()
+    ):
         is_small = num_bytes < scope.target_bytes
-        place = (1, num_small_bytes // scope.target_bytes) if is_small else (0, position)
-        num_small_bytes += num_bytes if is_small else 0
+        place = (0, 0, position)
+        if is_small:
+            generation = bisect_left(frozen_at, decided_at)
+            place = (1, generation, num_small_bytes[generation] // scope.target_bytes)
+            num_small_bytes[generation] += num_bytes
         if state != DatasetState.ACCEPTED or dataset_id in scope.excluded_ids:
             continue
 

@@ -2,11 +2,12 @@
 
 import hashlib
 import io
+from datetime import timedelta
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import func, select, text
+from sqlalchemy import func, select, text, update
 
 from feedback import datasets, rounds, snapshots
 from feedback.accounts import add_contributor
@@ -146,9 +147,9 @@ def test_conversation_with_a_held_out_question_in_any_turn_is_excluded(session, 
 def test_added_and_withdrawn_datasets_leave_the_other_shards_as_they_are(session, objects, reporter):
     uploads = [upload(session, objects, reporter, make_rows(f"set {n}", 10)) for n in range(24)]
     large = upload(session, objects, reporter, make_rows("large", 150))
-    decided_at = select(func.now()).scalar_subquery()
+    now = session.scalar(select(func.now()))
     for number, dataset in enumerate([*uploads, large]):  # the test's transaction has one time for all
-        dataset.decided_at = session.scalar(select(decided_at + text(f"interval '{number} s'")))
+        dataset.decided_at = now - timedelta(hours=1) + timedelta(seconds=number)
     session.flush()
     before = freeze(session, objects)["datasets"]
     assert len(before) > 6
@@ -157,13 +158,26 @@ def test_added_and_withdrawn_datasets_leave_the_other_shards_as_they_are(session
     withdrawn = freeze(session, objects)["datasets"]
     assert count_changes(before, withdrawn) == (1, 1)
     newest = upload(session, objects, reporter, make_rows("newest", 10))
-    newest.decided_at = session.scalar(select(decided_at + text("interval '1 h'")))
+    newest.decided_at = now + timedelta(hours=1)
     session.flush()
     added = freeze(session, objects)["datasets"]
-    assert count_changes(withdrawn, added) in {(1, 1), (0, 1)}  # beside other small ones, or the first of a group
+    assert count_changes(withdrawn, added) == (0, 1)  # since snapshots were frozen before it
     withdraw_dataset(session, reporter, large.id, "test")
     num_large = round(large.num_bytes / TARGET_BYTES)
     assert count_changes(added, freeze(session, objects)["datasets"]) == (num_large, 0)
+
+
+def test_corrections_accepted_since_a_snapshot_are_in_a_shard_of_their_own(session, objects, reporter, later):
+    for number in range(3):
+        submit(session, reporter, prompt=f"Old {number}", expected="a")
+    accept_all(session, later, share=0.0)
+    session.execute(update(Case).values(created_at=Case.created_at - timedelta(hours=1)))
+    before = freeze(session, objects)["corrections"]
+    submit(session, reporter, prompt="New", expected="a")
+    accept_all(session, later, share=0.0)
+    session.execute(update(Case).where(Case.prompt == "New").values(created_at=Case.created_at + timedelta(hours=1)))
+    after = freeze(session, objects)["corrections"]
+    assert len(before) == 1 and count_changes(before, after) == (0, 1)
 
 
 def test_lost_or_cut_shard_is_built_again(session, objects, reporter):
