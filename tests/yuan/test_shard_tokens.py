@@ -52,6 +52,23 @@ def read_files(folder):
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+def test_beginnings_of_a_conversation_validate_with_it():
+    num_validating = 0
+    for number in range(200):
+        texts = [f"question {number}", "one", "and then?", "two"]
+        messages = [
+            {"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, texts, strict=True)
+        ]
+        beginnings = [
+            Row(prompt=texts[0], answer="one"),
+            *(Row.model_validate({"messages": messages[:n]}) for n in (2, 4)),
+        ]
+        results = {is_validating(row, 0.3) for row in beginnings}
+        assert len(results) == 1
+        num_validating += results == {True}
+    assert 30 < num_validating < 90
+
+
 def test_every_row_is_in_one_of_the_two_sets_in_a_shuffled_order(tmp_path, tokenizer):
     folder, report = write_shard(tmp_path, tokenizer, dump_rows(ROWS))
     validating = [row for row in ROWS if is_validating(row, 0.3)]

@@ -192,6 +192,14 @@ class Row(BaseModel):
         return frozenset(map(make_prompt_key, [*prompts, *(turn.text for turn in turns if turn.role == "user")]))
 
     @property
+    def first_prompt_key(self) -> str:
+        """Return the key of the first prompt that the row trains an answer to; it is that of a beginning as well."""
+        if self.messages is None:
+            return self.prompt_key
+        first = next(number for number, message in enumerate(self.messages) if message.role == "assistant")
+        return make_prompt_key(join_turns([Turn(m.role, m.content) for m in self.messages[:first]]))
+
+    @property
     def split_key(self) -> str:
         """Return the key that decides if the prompt is held out; coarser, so that near-equal prompts share a split."""
         return hash_texts(fold_coarsely(self.prompt))

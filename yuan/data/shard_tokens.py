@@ -26,7 +26,7 @@ from yuan.data.tokens import write_token_files
 from yuan.safe_files import read_file
 from yuan.tokenizer import Tokenizer
 
-SAMPLE_RULE_VERSION = 2  # raise it when the same rows and tokenizer give other token files
+SAMPLE_RULE_VERSION = 3  # raise it when the same rows and tokenizer give other token files
 TRAINING_FOLDER = "training"
 VALIDATION_FOLDER = "validation"
 SHARD_REPORT_FILE = "report.json"
@@ -128,8 +128,8 @@ def write_shard_tokens(
 ) -> ShardReport:
     """Write the token files of a shard and their report into an existing folder.
 
-    A row that cannot be encoded is left out, and named in the report. A row validates by a hash of its prompt, or of
-    its text if it has none, so that it does in every round.
+    A row that cannot be encoded is left out, and named in the report. A row validates by a hash of its first prompt,
+    or of its text if it has none, so that it does in every round.
 
     Args:
         rows_file: the shard's lines.
@@ -187,10 +187,13 @@ def read_shard_report(folder: Path) -> ShardReport:
 
 
 def is_validating(row: Row, share: float) -> bool:
-    """Return True if a row validates: by a hash, so that a row that validates once always does, at the same share."""
+    """Return True if a row validates: by a hash, so that a row that validates once always does, at the same share.
+
+    Of a conversation its first question decides, so that no row which is its beginning trains while it validates.
+    """
     if not share:
         return False
-    digest = hashlib.sha256(f"validation {row.prompt_key if row.prompt else row.key}".encode()).digest()
+    digest = hashlib.sha256(f"validation {row.first_prompt_key if row.prompt else row.key}".encode()).digest()
     return int.from_bytes(digest[:8]) < share * 2**64
 
 
