@@ -10,10 +10,12 @@ from feedback import snapshots
 from feedback.promotion import find_champion
 from flows.context import Context
 from flows.recipe_files import CUSTOM_RECIPES_FOLDER
+from flows.round.consumed_record import fetch_consumed
 from flows.round.prepare_data import make_sample_rules
 from flows.round.run_model import RunModel, choose_parent, make_new_model, read_parent_model
 from flows.round.versions import open_version
 from yuan.config import ModelConfig
+from yuan.data.consumed_samples import ConsumedSamples
 from yuan.data.packing import NUM_OPEN_WINDOWS, WindowPacker
 from yuan.data.row_shards import SnapshotManifest, SnapshotPart
 from yuan.data.rows import Row, parse_rows
@@ -65,9 +67,7 @@ def find_round_model(context: Context, recipe: Recipe, texts: Iterator[str]) -> 
     Raises:
         RoundUnfit: if there is no champion and the recipe needs one, or shape or tokenizer do not fit.
     """
-    with context.sessions() as session:
-        champion = find_champion(session)
-    parent_version = choose_parent(recipe, champion)
+    parent_version = _find_parent(context, recipe)
     if parent_version is None:
         return make_new_model(recipe, context.settings.home / CUSTOM_RECIPES_FOLDER, texts)
     with open_version(context, parent_version) as folder:
@@ -93,7 +93,26 @@ def measure_snapshot(context: Context, recipe: Recipe, snapshot_id: str) -> tupl
         windows={name: count for name, count in windows.items() if count},
         num_stored_bytes=_count_stored_bytes(manifest),
         source="counted" if all(sample.is_complete for sample in samples.values()) else "estimated from a sample",
+        mean_epochs=_count_mean_epochs(manifest, fetch_consumed(context, _find_parent(context, recipe))),
     )
+
+
+def _find_parent(context: Context, recipe: Recipe) -> int | None:
+    with context.sessions() as session:
+        champion = find_champion(session)
+    return choose_parent(recipe, champion)
+
+
+def _count_mean_epochs(manifest: SnapshotManifest, consumed: ConsumedSamples) -> dict[str, float]:
+    """Return how often a row of each part was read on average; a shard that has changed since counts as unread."""
+    means = {}
+    for part in manifest.parts:
+        num_reads = 0.0
+        for shard in part.shards:
+            earlier = consumed.find(part.name, "", shard.sha256)
+            num_reads += 0.0 if earlier is None else shard.num_rows * earlier.history.mean_epochs
+        means[part.name] = num_reads / sum(shard.num_rows for shard in part.shards)
+    return means
 
 
 def _fetch_sample(context: Context, snapshot_id: str, part: SnapshotPart, folder: Path) -> RowSample:

@@ -107,7 +107,7 @@ class DataSection(Section):
     )
     replay_share: Share | None = Field(
         default=None,
-        description="share of windows from the base mixture, against forgetting; left out: by number of windows",
+        description="share of windows from the base, against forgetting; 0: none of it; left out: by number of windows",
     )
     replay_rows: Annotated[int, Field(ge=0, le=100_000_000)] | None = Field(
         default=None, description="rows of the base mixture at most; left out: all"

@@ -1,7 +1,7 @@
 """Resolve a recipe against the data and the devices of a run: batch, steps and weights of the parts."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from yuan.config import MODEL_PRESETS, ModelConfig, TrainConfig
@@ -57,6 +57,13 @@ def make_preset_model(recipe: Recipe) -> ModelConfig:
     return model if vocab_size is None else replace(model, vocab_size=pad_vocab_size(vocab_size))
 
 
+def list_trained_parts(recipe: Recipe, parts: Collection[str]) -> list[str]:
+    """Return the parts with rows that are trained on: all, without the base if its share is 0 and there are others."""
+    if recipe.data.replay_share == 0 and set(parts) - {REPLAY_PART}:
+        return [part for part in parts if part != REPLAY_PART]
+    return list(parts)
+
+
 def resolve_part_weights(recipe: Recipe, windows: Mapping[str, int]) -> dict[str, float] | None:
     """Return the weight of each part that has windows; None: every window has the same weight.
 
@@ -84,6 +91,18 @@ def resolve_part_weights(recipe: Recipe, windows: Mapping[str, int]) -> dict[str
     return {part: weights[part] for part in windows}
 
 
+def resolve_part_places(recipe: Recipe, windows: Mapping[str, int]) -> dict[str, int] | None:
+    """Return each part's places in a block of the mixture where the replay share sets them; else None.
+
+    A window of the new data has one place, so each is read once in a block, however few windows its part has.
+    """
+    share = recipe.data.replay_share
+    num_new = sum(count for part, count in windows.items() if part != REPLAY_PART)
+    if not share or not num_new or REPLAY_PART not in windows:
+        return None
+    return {**windows, REPLAY_PART: max(1, round(num_new * share / (1 - share)))}
+
+
 def count_epoch_windows(windows: Mapping[str, int], weights: Mapping[str, float] | None) -> float:
     """Return how many windows of the mixture pass until those of the new data were read once on average.
 
@@ -101,13 +120,14 @@ def count_epochs_read(windows: Mapping[str, int], mean_epochs: Mapping[str, floa
     """Return how often a window of the new data was read on average in earlier rounds.
 
     Args:
-        mean_epochs: times that a window of each part was read on average.
+        mean_epochs: times that a window of each part was read on average; of a part that is left out, none.
 
     >>> count_epochs_read({"fixes": 10, "datasets": 30, "base": 500}, {"fixes": 0, "datasets": 2, "base": 9})
     1.5
     """
     new = [part for part in windows if part != REPLAY_PART] or [REPLAY_PART]
-    return sum(windows[part] * mean_epochs[part] for part in new) / sum(windows[part] for part in new)
+    num_reads = sum(windows[part] * mean_epochs.get(part, 0.0) for part in new)
+    return num_reads / sum(windows[part] for part in new)
 
 
 def resolve_length(recipe: Recipe, epoch_windows: float, *, epochs_read: float = 0.0) -> RunLength:

@@ -32,9 +32,12 @@ from yuan.plan.search import SizeLimits
 from yuan.plan.workload import Workload, compute_default_loss_block
 from yuan.recipe import Recipe
 from yuan.recipe_resolution import (
+    REPLAY_PART,
     RecipeUnfit,
     RunLength,
     count_epoch_windows,
+    count_epochs_read,
+    list_trained_parts,
     resolve_length,
     resolve_part_weights,
 )
@@ -45,6 +48,7 @@ CACHED_VERSIONS = 2  # that serving and evaluation hold on disk: the champion an
 KEPT_STATES = 2  # versions whose masters, or masters and moments, the store holds: the champion and the one before
 
 SHORT_UPLOAD_S = 60.0  # that nobody waits for
+MANY_REPLAYS = 20  # readings of a row of the base in one run, above which the check notes them
 
 RateSource = Literal["calibrated", "data sheets"]
 
@@ -56,12 +60,14 @@ class DataSize:
     Attributes:
         windows: number of windows of each part that has rows.
         num_stored_bytes: bytes of the snapshot in the object store.
+        mean_epochs: times that a window of each part was read on average in earlier rounds.
         source: how it is known, for a reader.
     """
 
     windows: Mapping[str, float]
     num_stored_bytes: int
     source: str
+    mean_epochs: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,18 +214,35 @@ def _resolve_run_length(recipe: Recipe, data: DataSize | None, problems: list[st
     """Return steps and batch; a run that the recipe refuses is a problem, and is estimated all the same."""
     if data is None:
         return _assume_length(recipe, problems, notes)
+    windows = {part: round(data.windows[part]) for part in list_trained_parts(recipe, data.windows)}
     try:
-        weights = resolve_part_weights(recipe, {part: round(count) for part, count in data.windows.items()})
-        epoch_windows = count_epoch_windows({part: round(count) for part, count in data.windows.items()}, weights)
+        weights = resolve_part_weights(recipe, windows)
+        epoch_windows = count_epoch_windows(windows, weights)
     except RecipeUnfit as error:
         problems.append(str(error))
-        epoch_windows = sum(data.windows.values())
+        epoch_windows = sum(windows.values())
     try:
-        return resolve_length(recipe, epoch_windows)
+        length = resolve_length(recipe, epoch_windows, epochs_read=count_epochs_read(windows, data.mean_epochs))
+        _note_repeated_replay(windows, weights, length, notes)
+        return length
     except RecipeUnfit as error:
         problems.append(str(error))
     unbounded = recipe.length.model_copy(update={"min_steps": 1, "max_epochs": math.inf})
     return resolve_length(recipe.model_copy(update={"length": unbounded}), epoch_windows)
+
+
+def _note_repeated_replay(
+    windows: Mapping[str, int], weights: Mapping[str, float] | None, length: RunLength, notes: list[str]
+) -> None:
+    if weights is None or not windows.get(REPLAY_PART):
+        return
+    share = weights[REPLAY_PART] / sum(weights.values())
+    num_reads = length.steps * length.global_batch_size * share / windows[REPLAY_PART]
+    if num_reads > MANY_REPLAYS:
+        notes.append(
+            f"the base has {windows[REPLAY_PART]:,} windows, and the run would read each {num_reads:,.0f} times; push "
+            "more rows with the purpose base, or lower data.replay_share"
+        )
 
 
 def _assume_length(recipe: Recipe, problems: list[str], notes: list[str]) -> RunLength:
@@ -274,9 +297,18 @@ def _plan_run(
     return plan
 
 
-def estimate_growing_bytes(recipe: Recipe, model: ModelConfig) -> int:
-    """Return the bytes that a prepared run writes while it trains: checkpoints and the exported weights."""
-    return estimate_checkpoint_bytes(model) + DTYPE_BYTES[recipe.model.version_dtype] * model.num_parameters
+def estimate_growing_bytes(recipe: Recipe, model: ModelConfig, *, has_local_store: bool) -> int:
+    """Return the bytes that a prepared run writes on the home folder's disk: checkpoints and the exported weights.
+
+    Args:
+        has_local_store: the object store, which gets copies of both, is on this disk too.
+    """
+    version_bytes = DTYPE_BYTES[recipe.model.version_dtype] * model.num_parameters
+    num_bytes = estimate_checkpoint_bytes(model) + version_bytes
+    if has_local_store:
+        num_stored = count_stored_checkpoints(1, 1, exports_best=recipe.validation.share > 0)  # of the shortest run
+        num_bytes += num_stored * STATE_BYTES * model.num_parameters + version_bytes
+    return num_bytes
 
 
 def _estimate_disk(recipe: Recipe, model: ModelConfig, length: RunLength, data: DataSize | None) -> dict[str, int]:

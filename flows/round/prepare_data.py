@@ -26,7 +26,9 @@ from yuan.recipe_resolution import (
     RunLength,
     count_epoch_windows,
     count_epochs_read,
+    list_trained_parts,
     resolve_length,
+    resolve_part_places,
     resolve_part_weights,
 )
 from yuan.train.file_digest import FileDigest
@@ -127,6 +129,7 @@ def write_run_data(
         OSError: if the disk is full.
     """
     training, validation = _split_parts(parts)
+    training = {name: training[name] for name in list_trained_parts(recipe, training)}
     if not training:
         raise RoundUnfit("no row of the snapshot can be trained on; see the reasons on the datasets' timelines")
     origins = {name: _make_origins(name, shards, consumed, records) for name, shards in training.items()}
@@ -142,7 +145,8 @@ def write_run_data(
         shutil.rmtree(corpus, ignore_errors=True)
     seq_len = recipe.data.seq_len
     digests = _copy_tokens(folder, cache, folder.data, training)
-    write_corpus_index(folder.data, origins, seq_len=seq_len, pad=pad, weights=weights)
+    places = resolve_part_places(recipe, windows)
+    write_corpus_index(folder.data, origins, seq_len=seq_len, pad=pad, weights=weights, places=places)
     if validation:
         digests |= _copy_tokens(folder, cache, folder.validation, validation)
         fresh_origins = {

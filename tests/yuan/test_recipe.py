@@ -13,7 +13,9 @@ from yuan.recipe_resolution import (
     RecipeUnfit,
     build_train_config,
     count_epoch_windows,
+    list_trained_parts,
     resolve_length,
+    resolve_part_places,
     resolve_part_weights,
 )
 
@@ -169,6 +171,25 @@ def test_replay_share_is_the_base_share_of_windows():
     assert resolve_part_weights(recipe, {"base": 500}) is None  # nothing new: no share to keep
     assert resolve_part_weights(recipe, {"datasets": 500}) is None  # no base to replay
     assert count_epoch_windows(windows, None) == 540
+
+
+def test_every_new_window_has_a_place_however_few_its_part_has():
+    recipe = make_recipe(data={"replay_share": 0.25})
+    windows = {"corrections": 1, "datasets": 599_999, "base": 7}
+    places = resolve_part_places(recipe, windows)
+    assert places == {"corrections": 1, "datasets": 599_999, "base": 200_000}
+    assert count_epoch_windows(windows, resolve_part_weights(recipe, windows)) == pytest.approx(sum(places.values()))
+    assert resolve_part_places(recipe, {"base": 7}) is None and resolve_part_places(recipe, {"datasets": 7}) is None
+    assert resolve_part_places(make_recipe(), windows) is None
+
+
+def test_base_is_left_out_at_a_replay_share_of_zero():
+    parts = ["corrections", "base"]
+    assert list_trained_parts(make_recipe(data={"replay_share": 0.0}), parts) == ["corrections"]
+    assert list_trained_parts(make_recipe(data={"replay_share": 0.0}), ["base"]) == ["base"]
+    assert list_trained_parts(make_recipe(), parts) == list_trained_parts(
+        make_recipe(data={"replay_share": 0.1}), parts
+    )
 
 
 def test_part_with_rows_and_without_weight_is_refused():

@@ -112,6 +112,25 @@ def test_recipe_without_enough_data_is_a_problem_with_the_change_that_helps(tmp_
     assert "would have 5 steps, at least 20 are needed" in problem
 
 
+def test_epochs_of_earlier_rounds_count_for_a_recipe_that_continues(tmp_path):
+    data = make_data(**WINDOWS)
+    assert estimate(tmp_path, "continue-2b", ONE_DEVICE, data=data).fits
+    read = dataclasses.replace(data, mean_epochs={"datasets": 4.0, "base": 9.0})
+    [problem] = estimate(tmp_path, "continue-2b", ONE_DEVICE, data=read).problems
+    assert "after 4.0 times in earlier rounds" in problem
+
+
+def test_no_replay_leaves_the_base_out(tmp_path):
+    changes = {"data": {"replay_share": 0.0}}
+    time = estimate(tmp_path, "finetune-2b", ONE_DEVICE, data=make_data(**WINDOWS), changes=changes).time
+    assert time.steps * time.global_batch_size == pytest.approx(3 * 400, rel=0.02) and time.epochs == 3.0
+
+
+def test_small_base_that_is_read_again_and_again_is_noted(tmp_path):
+    [note] = estimate(tmp_path, "finetune-2b", ONE_DEVICE, data=make_data(datasets=400.0, base=10.0)).notes
+    assert "the base has 10 windows, and the run would read each 120 times" in note
+
+
 def test_longer_intervals_upload_less_and_lose_more(tmp_path):
     pool = dataclasses.replace(ONE_DEVICE, store_gb_s=1.0, disk_gb_s=2.0)
     few, many = (

@@ -165,12 +165,14 @@ def write_corpus_index(
     seq_len: int,
     pad: int,
     weights: Mapping[str, float] | None = None,
+    places: Mapping[str, int] | None = None,
 ) -> list[CorpusSource]:
     """Write the index of sources whose token files are written; a folder without an index is no corpus.
 
     Args:
         sources: the shards of each source, in the order in which they were written.
         weights: share of windows by source; None gives every window the same weight.
+        places: places of each source in a block, instead of weights.
 
     Raises:
         ValueError: if a source has no target token, or a history does not match its shard.
@@ -189,7 +191,10 @@ def write_corpus_index(
         _write_further_reads(folder / str(number), shards, histories)
 
     sizes = [sum(shard.windows for shard in shards) for shards in shards_by_source]
-    quotas = compute_quotas(sizes, None if weights is None else [weights[name] for name in sources])
+    if places is not None:
+        quotas = tuple(places[name] for name in sources)
+    else:
+        quotas = compute_quotas(sizes, None if weights is None else [weights[name] for name in sources])
     corpus_sources = [
         CorpusSource(
             name=name,
