@@ -1,4 +1,4 @@
-"""`cotrain submit` and `cotrain dataset push`: send reports and datasets. Needs no local stack."""
+"""`cotrain submit`, `cotrain dataset push` and `show`: send reports and datasets. They need no local stack."""
 
 import os
 from collections.abc import Iterator
@@ -152,10 +152,37 @@ def push(
     show(pushed.model_dump(mode="json"), _describe_pushed(pushed), as_json)
 
 
+@dataset.command("show")
+def show_dataset(
+    dataset_id: Annotated[str, typer.Argument(metavar="ID", help="as `dataset push` printed it")],
+    url: PortalUrlOption = "",
+    token: ContributorTokenOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Show the state of one of your datasets, what has arrived and is checked, and its timeline."""
+    with open_client(url or find_portal_url(), token) as client:
+        dataset = client.dataset(dataset_id)
+    lines = [_describe_dataset(dataset), *(f"{event.at:%Y-%m-%d %H:%M:%S}  {event.text}" for event in dataset.timeline)]
+    show(dataset.model_dump(mode="json"), "\n".join(lines), as_json)
+
+
+def _describe_dataset(dataset: DatasetOut) -> str:
+    details = [
+        format_count(dataset.num_rows, "row") if dataset.num_rows else "",
+        format_count(dataset.num_duplicates, "duplicate") if dataset.num_duplicates else "",
+        dataset.progress or "",
+        dataset.reason or "",
+    ]
+    state = f"dataset {dataset.id} ({dataset.name}) is {dataset.state}"
+    return "; ".join([state, *filter(None, details)])
+
+
 def _describe_pushed(dataset: DatasetOut) -> str:
     if dataset.state in (DatasetState.UPLOADING, DatasetState.CHECKING):
         size = format_count(dataset.num_bytes, "byte")
-        return f"dataset {dataset.id} is {dataset.state} with {size}; follow it at /api/v1/datasets/{dataset.id}"
+        return (
+            f"dataset {dataset.id} is {dataset.state} with {size}; follow it with `cotrain dataset show {dataset.id}`"
+        )
     return f"dataset {dataset.id} is {dataset.state} with {format_count(dataset.num_rows, 'row')}" + (
         "; the next round processes it" if dataset.state == DatasetState.CHECKED else ""
     )

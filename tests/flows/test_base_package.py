@@ -39,6 +39,7 @@ COMMANDS = {
     "promote": (["7"], "platform"),
     "demo": ([], "platform"),
     "dataset push": (["run.json", *PORTAL], "does not answer"),
+    "dataset show": (["id", *PORTAL], "does not answer"),
     "withdraw report": ([*RECORD, *PORTAL], "does not answer"),
     "withdraw dataset": (RECORD, "platform"),
     "withdraw account": (["name", "--reason", "r"], "platform"),

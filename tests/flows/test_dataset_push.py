@@ -73,6 +73,10 @@ def test_interrupted_push_reports_how_to_continue_and_is_continued(stack, operat
         pushed = start_push(stack, token, file, "--no-wait")
         dataset = json.loads(pushed.communicate(timeout=60)[0])
         assert dataset["state"] in ("checking", "checked")
+        environment = {**os.environ, "COTRAIN_HOME": str(stack.home), "COTRAIN_TOKEN": token}
+        show = [sys.executable, "-m", "flows.cli.app", "dataset", "show", dataset["id"]]
+        shown = subprocess.run(show, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert shown.startswith(f"dataset {dataset['id']} (rows) is check") and "  uploaded: " in shown
         assert client.wait_for_check(client.dataset(dataset["id"])).num_rows == num_rows
         assert len(client.all_datasets()) == 1
 
