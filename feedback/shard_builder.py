@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import delete
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -94,6 +95,14 @@ def find_built_shard(session: Session, objects: ObjectStore, input_digest: str) 
     return BuiltShard(shard, faults, is_reused=True)
 
 
+def forget_shard(session: Session, sha256: str) -> None:
+    """Delete the entries of a damaged shard, so that the next freeze builds it again and stores it over its object.
+
+    The object stays: a failed read may be the damage of this machine.
+    """
+    session.execute(delete(StoredShard).where(StoredShard.sha256 == sha256))
+
+
 def build_shard(
     sessions: sessionmaker[Session], objects: ObjectStore, scratch: Path, plan: MixturePlan, shard_plan: ShardPlan
 ) -> BuiltShard:
@@ -120,8 +129,9 @@ def build_shard(
                 if fault is not None:
                     faults.append(ShardFault(str(number), fault.count, fault.reasons))
         shard, path = writer.finish()
-        if shard.num_rows:
-            _store(objects, shard, path)
+        if shard.num_rows:  # also over an object of this name: one that was damaged may have the same size
+            with path.open("rb") as stream:
+                objects.put_stream(make_shard_key(shard.sha256), stream)
     values = {
         "sha256": shard.sha256,
         "num_rows": shard.num_rows,
@@ -133,14 +143,6 @@ def build_shard(
         insertion = upsert(StoredShard).values(input_digest=shard_plan.digest, **values)
         session.execute(insertion.on_conflict_do_update(index_elements=["input_digest"], set_=values))
     return BuiltShard(shard if shard.num_rows else None, tuple(faults))
-
-
-def _store(objects: ObjectStore, shard: RowShard, path: Path) -> None:
-    """Store a shard's file, unless an object of its size is there: one of the same name has the same rows."""
-    key = make_shard_key(shard.sha256)
-    if objects.find_size(key) != shard.num_stored_bytes:
-        with path.open("rb") as stream:
-            objects.put_stream(key, stream)
 
 
 def _write_input(

@@ -31,6 +31,7 @@ from feedback.shard_builder import (
     SelectionChangedError,
     build_shard,
     find_built_shard,
+    forget_shard,
     make_shard_key,
 )
 from feedback.states import CaseRole, DatasetState, ReportState, RowRole
@@ -38,7 +39,7 @@ from feedback.tables import REPORTS_SUITE, Case, Dataset, DatasetRow, Feedback, 
 from feedback.upload_segments import cut_upload, record_segments
 from feedback.withdrawal import lock_datasets
 from infra.error_text import SafeMessageError
-from infra.faults import is_item_error
+from infra.faults import is_item_error, is_transient_error
 from infra.object_store import ObjectStore
 from yuan.data.row_shards import (
     SHARD_TARGET_BYTES,
@@ -196,23 +197,39 @@ def is_frozen_as_one_object(objects: ObjectStore, snapshot_id: str) -> bool:
     return objects.exists(f"{SNAPSHOTS_FOLDER}/{snapshot_id}")
 
 
-def fetch_shard(objects: ObjectStore, snapshot_id: str, part: str, shard: RowShard, target: Path) -> None:
+def fetch_shard(
+    sessions: sessionmaker[Session], objects: ObjectStore, snapshot_id: str, part: str, shard: RowShard, target: Path
+) -> None:
     """Write the rows of a shard of a snapshot to a file, which exists only if they are verified; holds 10 MB at most.
+
+    A shard that is lost or changed, or that the store answers with an error of its own, as it does for bytes that
+    changed on its disk, is built again by the next freeze.
 
     Raises:
         SnapshotLostError: if the shard is lost or changed, with its place and what to do.
+        ClientError: if the store cannot read it.
     """
-    place = f"shard {shard.sha256} of the part {part} of snapshot {snapshot_id}"
-    fix = "start a new round, which freezes a new snapshot"
     try:
         with objects.open_stream(make_shard_key(shard.sha256)) as stream:
-            decompress_shard(stream, target, shard)
+            return decompress_shard(stream, target, shard)
     except ShardDamageError as damage:
-        raise SnapshotLostError(f"{place} has changed in the object store: {damage}; {fix}") from None
+        fault = f"has changed in the object store: {damage}"
     except ClientError as error:
+        if is_transient_error(error):
+            _forget_shard(sessions, shard)
         if not is_item_error(error):
             raise
-        raise SnapshotLostError(f"{place} is missing in the object store; {fix}") from None
+        fault = "is missing in the object store"
+    _forget_shard(sessions, shard)
+    raise SnapshotLostError(
+        f"shard {shard.sha256} of the part {part} of snapshot {snapshot_id} {fault}; start a new round, which builds "
+        "it again"
+    )
+
+
+def _forget_shard(sessions: sessionmaker[Session], shard: RowShard) -> None:
+    with sessions.begin() as session:
+        forget_shard(session, shard.sha256)
 
 
 def _cut_uploads(

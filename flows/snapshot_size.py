@@ -117,7 +117,7 @@ def _count_mean_epochs(manifest: SnapshotManifest, consumed: ConsumedSamples) ->
 
 def _fetch_sample(context: Context, snapshot_id: str, part: SnapshotPart, folder: Path) -> RowSample:
     shard, file = part.shards[0], folder / part.name
-    snapshots.fetch_shard(context.objects, snapshot_id, part.name, shard, file)
+    snapshots.fetch_shard(context.sessions, context.objects, snapshot_id, part.name, shard, file)
     stride = max(1, shard.num_rows // MAX_SAMPLED_ROWS)
     return RowSample(file, stride, shard.num_bytes, part.num_bytes)
 

@@ -28,3 +28,24 @@ def store_snapshot(objects, parts):
     manifest = SnapshotManifest(tuple(snapshot_parts))
     objects.put(snapshots.make_manifest_key(manifest.root), manifest.dump())
     return manifest
+
+
+def flip_byte(content, place):
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def flip_stored_byte(stores, objects, key):
+    """Change a byte of a stored object on the disk of the embedded store, which cannot read the object any more.
+
+    The object must not be text, which the store compresses.
+    """
+    content = objects.get(key)
+    for volume in (stores.home / "s3").glob("*.dat"):
+        start = volume.read_bytes().find(content)
+        if start >= 0:
+            place = len(content) // 2
+            with volume.open("r+b") as stream:
+                stream.seek(start + place)
+                stream.write(flip_byte(content, place)[place : place + 1])
+            return
+    raise AssertionError(f"no volume has the bytes of {key}")

@@ -1,5 +1,6 @@
 """Prepare the run folder of a round from its recipe and snapshot, with a plan for the configured pool."""
 
+import contextlib
 import functools
 import logging
 import shutil
@@ -20,6 +21,7 @@ from flows.round.run_room import check_room
 from flows.round.token_cache import TOKEN_CACHE_FOLDER, CacheDamageError, TokenCache
 from flows.round.tokenize_shards import FetchShard, TokenizingProgress, tokenize_snapshot
 from flows.supervisor.pool_launcher import choose_precision, load_configured_pool, make_plan_limits
+from infra.faults import OBJECT_STORE_ERRORS
 from infra.machine import count_available_cpus
 from yuan.config import RUN_SPEC_FILE, ModelConfig
 from yuan.data.consumed_samples import ConsumedSamples
@@ -71,12 +73,17 @@ def prepare_run_folder(context: Context, round_id: str) -> PipelinePlan:
     parent_version = choose_parent(recipe, inputs.parent_version)
     check_optimizer_state(context, recipe, parent_version)
     manifest = snapshots.read_manifest(context.objects, inputs.snapshot_id)
-    fetch = functools.partial(snapshots.fetch_shard, context.objects, inputs.snapshot_id)
-    texts = sample_texts(manifest, fetch, folder.path)
-    model = prepare_model(context, folder, recipe, parent_version, texts)
-    model.tokenizer.save(folder.path)
-    consumed = fetch_consumed(context, parent_version)
-    data = _prepare_data(context, round_id, folder, recipe, manifest, fetch, consumed, model.tokenizer.pad)
+    fetch = functools.partial(snapshots.fetch_shard, context.sessions, context.objects, inputs.snapshot_id)
+    try:
+        texts = sample_texts(manifest, fetch, folder.path)
+        model = prepare_model(context, folder, recipe, parent_version, texts)
+        model.tokenizer.save(folder.path)
+        consumed = fetch_consumed(context, parent_version)
+        data = _prepare_data(context, round_id, folder, recipe, manifest, fetch, consumed, model.tokenizer.pad)
+    except snapshots.SnapshotLostError as error:
+        log.warning("%s; reading all shards, so that a new round builds every damaged one again", error)
+        _fetch_all_shards(manifest, fetch, folder)
+        raise
     plan = _plan_run(context, round_id, folder, model.config, recipe, data.length)
     main_memory = check_room(context.settings.home, recipe, model.config, load_configured_pool(context.settings), plan)
     start = prepare_start(context, folder, recipe, model.config, parent_version)
@@ -125,6 +132,17 @@ def _read_inputs(context: Context, round_id: str) -> RunInputs:
             parent_version=training_round.parent_version,
             seed=rounds.read_parameters(training_round).seed,
         )
+
+
+def _fetch_all_shards(manifest: SnapshotManifest, fetch: FetchShard, folder: RunFolder) -> None:
+    """Read each shard of a snapshot, by which those that are damaged are built again by the next freeze."""
+    file = folder.path / "shard.jsonl"
+    for part in manifest.parts:
+        for shard in part.shards:
+            raise_if_cancelled()
+            with contextlib.suppress(snapshots.SnapshotLostError, *OBJECT_STORE_ERRORS):
+                fetch(part.name, shard, file)
+    file.unlink(missing_ok=True)
 
 
 def _prepare_data(

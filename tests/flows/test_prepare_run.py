@@ -6,14 +6,15 @@ import re
 from pathlib import Path
 
 import pytest
-from sqlalchemy import update
+from botocore.exceptions import ClientError
+from sqlalchemy import select, update
 
 from feedback import rounds, snapshots
 from feedback.accounts import add_contributor
 from feedback.contracts import RoundParameters
 from feedback.round_steps import RoundStep
 from feedback.shard_builder import make_shard_key
-from feedback.tables import Dataset, Round, Snapshot, new_id
+from feedback.tables import Dataset, Round, Snapshot, StoredShard, new_id
 from flows.context import Context
 from flows.recipe_files import find_recipe_file, load_recipe
 from flows.round.artifacts import build_token_rows
@@ -27,8 +28,9 @@ from flows.round.token_cache import TOKEN_CACHE_FOLDER
 from flows.snapshot_size import measure_snapshot
 from flows.supervisor.pool_launcher import choose_precision
 from infra.database import make_session_factory
+from infra.object_store import open_object_store
 from tests.feedback.loop import upload
-from tests.records import store_snapshot
+from tests.records import flip_byte, flip_stored_byte, store_snapshot
 from yuan import tokenizer as tokenizers
 from yuan.config import tiny, yuan_2b, yuan_51b, yuan_102b
 from yuan.data.rows import Row, dump_rows
@@ -369,6 +371,59 @@ def test_frozen_mixture_is_prepared_from_its_shards(context, objects):
         with context.sessions.begin() as session:
             rounds.finish_round(session, round_id, "cancelled", "the test is over")
             session.execute(update(Dataset).where(Dataset.contributor_id == account.id).values(state="withdrawn"))
+
+
+def freeze_new_round(context):
+    """Start a first round, freeze its mixture and return its id; other running rounds are cancelled."""
+    with context.sessions.begin() as session:
+        session.execute(update(Round).values(state="cancelled"))
+        round_id = rounds.request_round(session, "test", RoundParameters(max_steps=4), new_id()).id
+        rounds.find_round(session, round_id).parent_version = None
+    freeze_snapshot(context, round_id)
+    return round_id
+
+
+def test_shards_that_change_at_equal_size_are_built_again_by_the_next_round(context, objects):
+    with context.sessions.begin() as session:
+        account = add_contributor(session, new_id()).contributor
+        for purpose in ("mixture", "base"):
+            upload(session, objects, account, [*ROWS, Row(answer=new_id())], purpose)
+    try:
+        round_id = freeze_new_round(context)
+        with context.sessions() as session:
+            snapshot_id = str(rounds.find_round(session, round_id).snapshot_id)
+        shards = [shard for part in snapshots.read_manifest(objects, snapshot_id).parts for shard in part.shards]
+        assert len(shards) >= 2
+        for shard in shards:
+            stored = objects.get(make_shard_key(shard.sha256))
+            objects.put(make_shard_key(shard.sha256), flip_byte(stored, len(stored) // 2))
+        with pytest.raises(ValueError, match="has changed in the object store: "):
+            prepare_run_folder(context, round_id)
+        round_id = freeze_new_round(context)
+        prepare_run_folder(context, round_id)
+        assert read_spec(context, round_id).snapshot == snapshot_id
+    finally:
+        with context.sessions.begin() as session:
+            session.execute(update(Round).values(state="cancelled"))
+            session.execute(update(Dataset).where(Dataset.contributor_id == account.id).values(state="withdrawn"))
+
+
+@pytest.mark.slow
+def test_shard_that_the_store_cannot_read_is_built_again_by_the_next_freeze(context, start, stores, tmp_path):
+    impatient = open_object_store(stores, attempts=2)  # each of 16 s, in which the store itself reads again
+    parts = {"datasets": [dump_rows([Row(answer=new_id())])]}
+    manifest = store_snapshot(impatient, parts)
+    (shard,) = manifest.parts[0].shards
+    values = {"num_rows": 1, "num_bytes": shard.num_bytes, "num_stored_bytes": shard.num_stored_bytes, "faults": []}
+    with context.sessions.begin() as session:
+        session.add(StoredShard(input_digest=new_id(), sha256=shard.sha256, **values))
+    flip_stored_byte(stores, impatient, make_shard_key(shard.sha256))
+    with pytest.raises(ClientError):
+        snapshots.fetch_shard(context.sessions, impatient, manifest.root, "datasets", shard, tmp_path / "rows")
+    with context.sessions() as session:
+        assert not session.scalars(select(StoredShard).where(StoredShard.sha256 == shard.sha256)).all()
+    store_snapshot(impatient, parts)
+    snapshots.fetch_shard(context.sessions, impatient, manifest.root, "datasets", shard, tmp_path / "rows")
 
 
 def replace_snapshot(context, round_id, snapshot_id):
