@@ -169,7 +169,7 @@ def _prepare_data(
         with context.sessions.begin() as session:
             rounds.record_activity(session, round_id, progress.describe(), context.attempt)
 
-    def prepare() -> PreparedData:
+    def prepare(*, verify_tokens: bool = False) -> PreparedData:
         parts = tokenize_snapshot(
             cache,
             manifest,
@@ -178,6 +178,7 @@ def _prepare_data(
             rules={part.name: make_sample_rules(recipe, part.name) for part in manifest.parts},
             num_workers=settings.token_workers or count_available_cpus(),
             report=report,
+            verify_tokens=verify_tokens,
         )
         records = RowRecords(context.objects)
         return write_run_data(folder, cache, parts, recipe, pad=pad, consumed=consumed, records=records)
@@ -186,8 +187,8 @@ def _prepare_data(
         try:
             data = prepare()
         except CacheDamageError as error:
-            log.warning("%s; made again", error)
-            data = prepare()
+            log.warning("%s; reading all token files of the round, and making every damaged one again", error)
+            data = prepare(verify_tokens=True)
     cache.evict(settings.max_token_cache_bytes)
     return data
 

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from infra.files import copy_descriptor, remove_path
-from yuan.data.shard_tokens import ShardReport, read_shard_report
+from yuan.data.shard_tokens import MAX_SHARD_REPORT_BYTES, SHARD_REPORT_FILE, ShardReport
 from yuan.data.text import make_printable, parse_json
+from yuan.data.tokens import TOKENS_FILE
 from yuan.safe_files import is_plain_file_name, open_file, read_file
-from yuan.train.file_digest import FileDigest, compute_digest
+from yuan.train.file_digest import FileDigest, compute_digest, digest_content, find_difference
 from yuan.train.run_folder import write_json
 
 log = logging.getLogger(__name__)
@@ -76,11 +77,16 @@ class TokenCache:
             fcntl.flock(lock, fcntl.LOCK_SH)
             yield
 
-    def find(self, digest: str) -> CachedTokens | None:
-        """Return an entry, and count it as used now; None if there is none, or its files have other sizes."""
+    def find(self, digest: str, *, verify_tokens: bool = False) -> CachedTokens | None:
+        """Return an entry, and count it as used now; None if there is none, or it is damaged, and then removed.
+
+        Args:
+            verify_tokens: also read the tokens, by far the largest files; else they are verified by `export`.
+        """
         folder = self.folder / digest
         try:
             entry = _read_entry(folder)
+            _verify_files(entry, verify_tokens=verify_tokens)
         except FileNotFoundError:
             if folder.is_dir():  # an eviction was killed; an entry takes its place when the folder is gone
                 remove_path(folder)
@@ -260,10 +266,24 @@ def _read_entry(folder: Path) -> CachedTokens:
         if num_bytes != files[path].num_bytes:
             raise ValueError(f"{path} has {num_bytes} bytes, recorded are {files[path].num_bytes}")
     try:
-        report = read_shard_report(folder)
+        content = read_file(folder, SHARD_REPORT_FILE, MAX_SHARD_REPORT_BYTES)
     except FileNotFoundError:
         raise ValueError("its report is missing") from None
-    return CachedTokens(folder.name, folder, data["shard"], files, report)
+    if digest_content(content) != files.get(SHARD_REPORT_FILE):
+        raise ValueError("its report has another sha256")
+    return CachedTokens(folder.name, folder, data["shard"], files, ShardReport.parse(content))
+
+
+def _verify_files(entry: CachedTokens, *, verify_tokens: bool) -> None:
+    """Compare the files of an entry with their digests, which must be done before any of them is parsed.
+
+    Raises:
+        ValueError: if one differs.
+    """
+    for path, digest in entry.files.items():
+        is_read = verify_tokens or path.rpartition("/")[2] != TOKENS_FILE
+        if is_read and (difference := find_difference(entry.folder, path, digest)):
+            raise ValueError(f"{path} {difference}")
 
 
 def _sync(path: Path) -> None:

@@ -75,6 +75,7 @@ def tokenize_snapshot(
     rules: Mapping[str, SampleRules],
     num_workers: int,
     report: Callable[[TokenizingProgress], None],
+    verify_tokens: bool = False,
 ) -> dict[str, list[TokenizedShard]]:
     """Return the token files of every shard, by part; hold the cache meanwhile.
 
@@ -84,6 +85,8 @@ def tokenize_snapshot(
         fetch: writes the verified lines of a shard into a new file; called from several threads.
         rules: of each part.
         report: called every few seconds, and whenever a shard is done.
+        verify_tokens: read all tokens in the cache, so that every damaged shard is made again; not only the other
+            files, which are small.
 
     Raises:
         TokenizingFailed: if the processes die of a shard twice.
@@ -95,7 +98,7 @@ def tokenize_snapshot(
     for part in manifest.parts:
         for shard in dict.fromkeys(part.shards):
             digest = compute_digest(shard.sha256, tokenizer, rules[part.name])
-            tokens = cache.find(digest)
+            tokens = cache.find(digest, verify_tokens=verify_tokens)
             if tokens is None:
                 tasks.append(_ShardTask(part.name, shard, digest, rules[part.name]))
             else:

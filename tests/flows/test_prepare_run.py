@@ -196,19 +196,19 @@ def test_size_of_a_large_part_is_estimated_from_a_sample(context, start, objects
     assert many.windows["base"] == pytest.approx(6 * few.windows["base"], rel=0.05)
 
 
-def test_damaged_file_of_the_cache_is_made_again(context, start):
+@pytest.mark.parametrize("name", ["training/tokens.bin", "training/rows.npy", "training/pieces.npy", "report.json"])
+def test_all_files_of_the_cache_that_changed_at_equal_size_are_made_again_in_one_round(context, start, name):
     prepare_run_folder(context, start())
     cache = context.settings.home / TOKEN_CACHE_FOLDER
-    files = list(cache.glob("*/training/tokens.bin"))
+    files = {file: file.read_bytes() for file in cache.glob(f"*/{name}")}
     assert len(files) == 2
-    before = files[0].read_bytes()
-    files[0].chmod(0o600)
-    files[0].write_bytes(bytes([before[0] ^ 1]) + before[1:])
+    for file, content in files.items():
+        file.chmod(0o600)
+        file.write_bytes(flip_byte(content, 1))
     round_id = start()
     prepare_run_folder(context, round_id)
-    folder = RunFolder(context.runs / find_run_id(context, round_id))
-    folder.check_inputs()
-    assert before in [(folder.data / str(n) / "0" / "tokens.bin").read_bytes() for n in (0, 1)]
+    RunFolder(context.runs / find_run_id(context, round_id)).check_inputs()
+    assert {file: file.read_bytes() for file in cache.glob(f"*/{name}")} == files
 
 
 def test_activity_of_a_step_is_replaced_by_the_next_step(context, start):

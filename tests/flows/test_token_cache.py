@@ -90,6 +90,15 @@ def test_damaged_entry_is_removed_when_it_is_used(cache, damage):
     assert cache.add(DIGEST, SHARD, write).files == entry.files
 
 
+def test_changed_tokens_are_found_if_all_files_are_verified(cache):
+    entry = cache.add(DIGEST, SHARD, write)
+    file = entry.folder / "training" / "tokens.bin"
+    file.chmod(0o600)
+    file.write_bytes(b"tokenz")
+    assert cache.find(DIGEST) == entry
+    assert cache.find(DIGEST, verify_tokens=True) is None and not entry.folder.exists()
+
+
 def test_changed_byte_is_found_when_the_file_is_copied(cache, tmp_path):
     entry = cache.add(DIGEST, SHARD, write)
     file = entry.folder / "training" / "tokens.bin"
