@@ -274,10 +274,26 @@ def _check_and_store(
 ) -> FileCheckResult:
     with objects.open_stream(make_upload_key(file.dataset_id)) as stream:
         result = check_stream(stream, file.num_bytes, file.sha256, staged, report_progress)
-    if result.reason is None and not objects.exists(make_stored_key(file.sha256)):
+    if result.reason is None and not _is_stored(objects, file, report_progress):
         _run_transaction(sessions, lambda session: _begin_copy(session, file.dataset_id))
         objects.copy(make_upload_key(file.dataset_id), make_stored_key(file.sha256))
     return result
+
+
+def _is_stored(objects: ObjectStore, file: AnnouncedFile, report_progress: Callable[[int], object]) -> bool:
+    """Return True if the store has the bytes of a checked file under its sha256; they are read as a stream."""
+    key = make_stored_key(file.sha256)
+    if objects.find_size(key) != file.num_bytes:
+        return False
+    try:
+        with objects.open_stream(key) as stream:
+            digesting = DigestingReader(stream, file.num_bytes, lambda _: report_progress(file.num_bytes))
+            while digesting.read(CHECK_BUFFER_BYTES):
+                pass
+    except (ExcessLines, *OBJECT_STORE_ERRORS) as error:  # what the store cannot read is copied over as well
+        log.warning("the stored file of dataset %s is damaged: %s", file.dataset_id, describe_error_place(error))
+        return False
+    return digesting.sha256 == file.sha256
 
 
 def check_stream(

@@ -17,6 +17,7 @@ from infra.database import make_session_factory
 from infra.object_store import open_object_store
 from tests.feedback.loop import SALT, SHARE
 from tests.feedback.uploading import begin, complete, presign, put, send
+from tests.records import flip_byte
 from yuan.data.file_formats import compute_max_lines
 
 RULES = StagingRules(SALT, SHARE)
@@ -124,6 +125,23 @@ def test_upload_withdrawn_during_a_pass_is_released_before_the_next_check(sessio
     with sessions() as session:
         released_at = session.get_one(DatasetUpload, withdrawn_id).released_at
         assert released_at < session.get_one(DatasetUpload, second_id).checked_at
+
+
+@pytest.mark.parametrize("damage", [lambda data: flip_byte(data, 20), lambda data: b"\n" * len(data), lambda _: b"cut"])
+def test_file_that_is_pushed_again_replaces_damaged_bytes_only(portal, account, sessions, objects, damage):
+    data = b'{"prompt": "%s", "answer": "a"}\n' % new_id().encode()
+    key = f"uploads/{hashlib.sha256(data).hexdigest()}"
+    copied = []
+    for stored in (damage(data), data):
+        objects.put(key, stored)
+        dataset_id = begin(portal, account.headers, data, name=new_id()).json()["id"]
+        send(portal, account.headers, dataset_id, {1: data})
+        complete(portal, account.headers, dataset_id)
+        process_uploads(sessions, objects, RULES)
+        assert read(portal, account, dataset_id)["state"] == "checked" and objects.get(key) == data
+        with sessions() as session:
+            copied.append(session.get_one(DatasetUpload, dataset_id).copy_began_at is not None)
+    assert copied == [True, False]
 
 
 @pytest.mark.parametrize("is_copied", [False, True])
