@@ -7,7 +7,8 @@ from datetime import datetime
 
 from botocore.exceptions import ClientError
 
-from infra.object_store import ObjectStore, StoredObject, is_not_found
+from infra.faults import OBJECT_STORE_ERRORS
+from infra.object_store import READ_BUFFER_BYTES, ObjectStore, StoredObject, is_not_found
 from yuan.data.row_shards import SHA256_PATTERN
 from yuan.data.text import make_printable
 from yuan.data.window_rows import WindowRows
@@ -24,12 +25,23 @@ class RowRecords:
         self._objects = objects
 
     def store(self, rows: WindowRows) -> str:
-        """Store a record if it is not there, and return its name."""
+        """Store a record if it is not there or damaged, and return its name."""
         content = rows.dump()
         name = hashlib.sha256(content).hexdigest()
-        if not self._objects.exists(f"{ROWS_KEY_PREFIX}/{name}"):
+        if self._compute_stored_sha256(name) != name:
             self._objects.put(f"{ROWS_KEY_PREFIX}/{name}", content)
         return name
+
+    def _compute_stored_sha256(self, name: str) -> str | None:
+        """Return the sha256 of a stored record, read as a stream; None if it is missing or cannot be read."""
+        digest = hashlib.sha256()
+        try:
+            with self._objects.open_stream(f"{ROWS_KEY_PREFIX}/{name}") as stream:
+                while chunk := stream.read(READ_BUFFER_BYTES):
+                    digest.update(chunk)
+        except OBJECT_STORE_ERRORS:
+            return None
+        return digest.hexdigest()
 
     def fetch(self, name: str) -> WindowRows | None:
         """Return a record; None if it is missing or damaged, so that its rows count as unread."""

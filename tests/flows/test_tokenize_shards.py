@@ -19,6 +19,7 @@ from flows.round.run_model import RoundUnfit
 from flows.round.token_cache import TokenCache
 from flows.round.tokenize_shards import tokenize_snapshot
 from infra.polling import poll_until
+from tests.records import flip_byte
 from yuan import tokenizer as tokenizers
 from yuan.data.consumed_samples import ConsumedSamples, count_consumed
 from yuan.data.row_shards import RowShard, ShardWriter, SnapshotManifest, SnapshotPart, decompress_shard
@@ -294,6 +295,16 @@ def test_rows_whose_record_is_missing_or_damaged_count_as_unread(rounds, stored,
     objects.put(key, record)
     folder, _ = rounds.prepare({"base": [stored.write(make_rows(1))]}, recipe, consumed)
     assert folder.open_corpus(0).read_histories(0)[0].mean_epochs > 0.5
+
+
+def test_damaged_record_of_rows_is_stored_again_by_the_next_round_with_its_shard(rounds, stored, objects):
+    parts = {"base": [stored.write(make_rows(0))]}
+    rows = WindowRows.read(rounds.prepare(parts, make_recipe())[0].data / "0" / "0")
+    key = f"window-rows/{rounds.records.store(rows)}"
+    record = objects.get(key)
+    objects.put(key, flip_byte(record, 20))
+    rounds.prepare(parts, make_recipe())
+    assert objects.get(key) == record
 
 
 @pytest.mark.parametrize("has_record", [True, False])
