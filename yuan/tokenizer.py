@@ -16,12 +16,12 @@ from yuan.text_chunks import CHUNK_CHARS, TextCutter
 from yuan.text_parts import PART_END, PartEncoder
 
 Int32Array = npt.NDArray[np.int32]
-EOD, SEP, PAD = "<eod>", "<sep>", "<pad>"
+EOD, SEP, PAD, MASK = "<eod>", "<sep>", "<pad>", "<mask>"
 FIM_SUFFIX, FIM_PREFIX, FIM_MIDDLE = "<FIM_SUFFIX>", "<FIM_PREFIX>", "<FIM_MIDDLE>"
 
 # The published tokenizer's added tokens, in its order (tools/preprocess_data_yuan.py of the official repository).
 SPECIAL_TOKENS = (
-    *(EOD, SEP, PAD, "<mask>", "<predict>", FIM_SUFFIX, FIM_PREFIX, FIM_MIDDLE),
+    *(EOD, SEP, PAD, MASK, "<predict>", FIM_SUFFIX, FIM_PREFIX, FIM_MIDDLE),
     *("<commit_before>", "<commit_msg>", "<commit_after>"),
     *("<jupyter_start>", "<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<empty_output>"),
 )

@@ -172,6 +172,9 @@ DAMAGES = {
         ["".join(map(chr, range(0x4E00, 0x4F80)))], vocab_size=800
     ).save(folder),
     "model.safetensors is damaged": lambda folder: os.truncate(folder / "model.safetensors", 20_000),
+    "config.json has 77185 as eod_token, and the tokenizer gives <eod> the id 3": lambda folder: replace_field(
+        folder, "eod_token", 77185
+    ),
     "has no config.json": lambda folder: (folder / "config.json").unlink(),
     "pytorch_model.bin": lambda folder: replace_by_pickle_with_code(folder),
     "has no weights": lambda folder: (folder / "model.safetensors").unlink(),

@@ -4,8 +4,11 @@ import json
 
 import pytest
 
+from tests.published_layout import load_published_layout
+from yuan import tokenizer as tokenizers
 from yuan.config import yuan_2b, yuan_51b, yuan_102b
-from yuan.model.hf_config import read_hf_config
+from yuan.model.convert import import_hf
+from yuan.model.hf_config import check_token_ids, read_hf_config
 
 NEUTRAL_FIELDS = {
     "_name_or_path": "./ckpt",
@@ -177,3 +180,42 @@ def test_scale_that_equals_the_usual_one_is_accepted(tmp_path):
     scale = yuan_2b().head_dim ** -0.5
     write_published_config(tmp_path / "config.json", yuan_2b, {"softmax_scale": scale, "attention_multiplier": scale})
     assert read_hf_config(tmp_path).num_heads == 32
+
+
+@pytest.mark.parametrize("preset", [yuan_2b, yuan_51b, yuan_102b])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        NEUTRAL_FIELDS,
+        {"eod_token": None, "sep_token": None, "eod_token_id": None, "pad_token_id": -1},
+        {"pad_token_id": 77188, "mask_token_id": 134_953, "eos_token_id": [2, 77185], "bos_token_id": 1},
+    ],
+)
+def test_token_ids_of_published_configs_are_those_of_the_published_tokenizer(tmp_path, preset, fields):
+    write_published_config(tmp_path / "config.json", preset, fields)
+    check_token_ids(tmp_path, load_published_layout())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "names"),
+    [
+        ("eod_token", 77185, ["<eod> the id 3"]),
+        ("sep_token", 77187, ["<sep> the id 4"]),
+        ("eod_token_id", 4, ["<eod> the id 3"]),
+        ("eos_token_id", [2, 77185], ["<eod> the id 3"]),
+        ("sep_token_id", 3, ["<sep> the id 4"]),
+        ("pad_token_id", 4, ["<pad> the id 5", "<eod> the id 3"]),
+        ("mask_token_id", 77185, ["<mask> the id 6", "<eod> the id 3"]),
+    ],
+)
+def test_token_id_that_is_another_one_in_the_tokenizer_is_refused_with_both(
+    write_published, tmp_path, field, value, names
+):
+    folder = write_published()
+    tokenizers.train(["abcdefghij 0123456789 加减"], vocab_size=512).save(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(ValueError, match=rf"config\.json has .* as {field}, and the tokenizer gives") as error:
+        import_hf(folder, tmp_path / "ours")
+    assert str(value) in str(error.value) and all(name in str(error.value) for name in names)

@@ -16,7 +16,7 @@ from yuan.config import MODEL_CONFIG_FILE, ModelConfig, Precision
 from yuan.data.conversation import CHAT_TEMPLATE
 from yuan.model import hf_layout
 from yuan.model.dtypes import DTYPES_BY_NAME, cast_tensor, format_dtype, name_dtype
-from yuan.model.hf_config import build_hf_config, read_config_fields, read_hf_config
+from yuan.model.hf_config import build_hf_config, check_token_ids, read_config_fields, read_hf_config
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
 from yuan.model.shards import MAX_SHARD_BYTES, TensorReader, write_shards
 from yuan.model.transformer import Yuan
@@ -116,7 +116,8 @@ def import_hf(
     Raises:
         ValueError: if a file is missing or damaged, the configuration is not of a Yuan model, a tensor is missing,
             unknown, of another shape, of integers, not finite or too large for `dtype` (the message names it), the
-            weights have several dtypes and no `dtype` is given, or `out` has files.
+            tokenizer has more tokens than the model or other ids than config.json, the weights have several dtypes and
+            no `dtype` is given, or `out` has files.
     """
     check_folder_kind(folder, "published")
     if has_input_file(folder / MODEL_MANIFEST_FILE):
@@ -136,7 +137,7 @@ def import_hf(
     if torch_dtype is None:
         _check_one_dtype(source, (name for name in hf_layout.get_hf_shapes(config) if name not in tied))
     config = replace(config, rope_precision=rope_precision or _find_rope_precision(folder, source, config.num_layers))
-    tokenizer = _load_tokenizer(folder, config)
+    tokenizer = _load_published_tokenizer(folder, config)
 
     def read(name: str) -> Tensor:
         return _read_cast(source, embedding if name == hf_layout.HF_EMBEDDING else name, torch_dtype, fix)
@@ -218,7 +219,7 @@ def check_weights(folder: Path) -> CheckedWeights:
 
     Raises:
         ValueError: if it is another folder, a file is missing or damaged, a tensor is missing, unknown or of another
-            shape, or there is no tokenizer that fits; the message names it.
+            shape, or there is no tokenizer that fits the model and its config.json; the message names it.
     """
     kind = find_folder_kind(folder)
     if kind != "model":
@@ -229,7 +230,8 @@ def check_weights(folder: Path) -> CheckedWeights:
     shapes = hf_layout.get_yuan_shapes(config)
     tied = TIED_NAMES if len(source.names & TIED_NAMES) == 1 else ()
     source.check_shapes(shapes if kind == "model" else hf_layout.get_hf_shapes(config), optional=tied)
-    if _load_tokenizer(folder, config) is None:
+    load_tokenizer = _load_tokenizer if kind == "model" else _load_published_tokenizer
+    if load_tokenizer(folder, config) is None:
         raise ValueError(f"{folder} has no {tokenizers.TOKENIZER_MODEL_FILE}; put the model's tokenizer there")
     files = (MODEL_CONFIG_FILE, tokenizers.TOKENIZER_MODEL_FILE, *source.files)
     embedding = "embedding.weight" if kind == "model" else min(source.names & TIED_NAMES)
@@ -247,6 +249,14 @@ def _load_tokenizer(folder: Path, config: ModelConfig) -> tokenizers.Tokenizer |
         tokenizer.check_fits(config.vocab_size)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    return tokenizer
+
+
+def _load_published_tokenizer(folder: Path, config: ModelConfig) -> tokenizers.Tokenizer | None:
+    """Load the tokenizer of a published folder, whose config.json gives ids of its tokens."""
+    tokenizer = _load_tokenizer(folder, config)
+    if tokenizer is not None:
+        check_token_ids(folder, tokenizer)
     return tokenizer
 
 

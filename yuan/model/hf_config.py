@@ -11,6 +11,14 @@ from yuan.data.text import BadJson, make_printable, parse_json
 from yuan.safe_files import read_input_file
 
 PUBLISHED_TOKEN_IDS = {"eod": 77185, "sep": 77187}
+# Special tokens whose id a field may give. The published configurations have that of `<eod>` for padding and masks, and
+# for the begin of a text, before which nothing stands here.
+TOKENS_BY_FIELD = {
+    **dict.fromkeys(("eod_token", "eod_token_id", "eos_token_id"), (tokenizers.EOD,)),
+    **dict.fromkeys(("sep_token", "sep_token_id"), (tokenizers.SEP,)),
+    "pad_token_id": (tokenizers.PAD, tokenizers.EOD),
+    "mask_token_id": (tokenizers.MASK, tokenizers.EOD),
+}
 MAX_MODEL_NAME_CHARS = 100
 PUBLISHED_NAMES = {
     "num_layers": "num_hidden_layers",
@@ -35,8 +43,7 @@ NEUTRAL_FIELDS = frozenset(
         *("tokenizer_class", "prefix", "finetuning_task", "task_specific_params", "problem_type"),
         *("id2label", "label2id", "num_labels", "unsloth_version"),
         # Tokens
-        *("eod_token", "sep_token", "eod_token_id", "mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id"),
-        *("sep_token_id", "unk_token_id", "decoder_start_token_id"),
+        *(*TOKENS_BY_FIELD, "bos_token_id", "unk_token_id", "decoder_start_token_id"),
         # How it is computed: the result is the same up to rounding
         *("torch_dtype", "dtype", "use_bfloat16", "bf16", "fp16", "fp32", "tie_word_embeddings", "pretraining_tp"),
         *("use_cache", "use_flash_attention", "use_flash_attn", "attn_implementation", "_attn_implementation"),
@@ -162,6 +169,28 @@ def read_hf_config(folder: Path) -> ModelConfig:
                 "delete it there if it does not change the model's output, else import a Yuan 2.0 model"
             )
     return _apply_preset_name(config)
+
+
+def check_token_ids(folder: Path, tokenizer: tokenizers.Tokenizer) -> None:
+    """Check that the ids of special tokens in config.json are those of the tokenizer beside it.
+
+    An id that is absent, null or negative stands for none; a list of ids must have one of the tokenizer's.
+
+    Raises:
+        ValueError: if one is another token's; the message has the field and both ids.
+    """
+    fields = read_config_fields(folder)
+    for field, tokens in TOKENS_BY_FIELD.items():
+        value = fields.get(field)
+        values = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int)]
+        given = [item for item in values if item >= 0 and not isinstance(item, bool)]
+        if given and not {tokenizer.special[token] for token in tokens} & set(given):
+            known = " and ".join(f"{token} the id {tokenizer.special[token]}" for token in tokens)
+            raise ValueError(
+                f"{folder / MODEL_CONFIG_FILE} has {format_value(value)} as {field}, and the tokenizer gives {known}; "
+                f"put the {tokenizers.TOKENIZER_MODEL_FILE} there with which the model was trained, or, if that is it, "
+                "correct the field"
+            )
 
 
 def _use_published_name(message: str) -> str:
