@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 import warnings
 
 import pytest
@@ -28,6 +29,21 @@ from yuan.model.shards import WEIGHTS_INDEX_FILE
 def test_missing_unknown_or_mismatched_tensors_are_named(write_published, tmp_path, changes, says):
     with pytest.raises(ValueError, match=says):
         import_hf(write_published(**changes), tmp_path / "ours")
+
+
+def test_index_with_very_many_unknown_names_is_refused_within_seconds_and_in_a_short_line(write_published, tmp_path):
+    folder = write_published()
+    names = [*load_file(folder / "model.safetensors"), *(f"model.stray.{n}" for n in range(100_000))]
+    (folder / "model.safetensors").rename(folder / "first.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "first.safetensors") | {names[-1]: "second.safetensors"}}
+    (folder / "second.safetensors").touch()
+    (folder / WEIGHTS_INDEX_FILE).write_text(json.dumps(index))
+    began_at = time.monotonic()
+    with pytest.raises(
+        ValueError, match=r"model\.stray\.0 of first\.safetensors is unknown, .* and 99992 more"
+    ) as error:
+        import_hf(folder, tmp_path / "ours")
+    assert time.monotonic() - began_at < 10 and len(str(error.value)) < 2000
 
 
 def test_missing_lm_head_is_replaced_by_the_tied_embedding(write_published, model_folder, tmp_path):

@@ -63,7 +63,9 @@ class TensorReader:
         self._pickles: dict[str, dict[str, Tensor]] = {}
         self._index: str | None = None
         self._files = self._find_files()
-        missing = sorted({file for file in self._files.values() if not has_input_file(folder / file)})
+        files = set(self._files.values())
+        self._has_one_file = len(files) == 1
+        missing = sorted(file for file in files if not has_input_file(folder / file))
         if missing:
             raise ValueError(f"{folder} lacks {_list_some(missing)}, which its index names; fetch the model again")
 
@@ -184,8 +186,7 @@ class TensorReader:
 
     def _describe_place(self, name: str) -> str:
         """Return a tensor's name, and its file if the folder has several."""
-        has_one_file = len(set(self._files.values())) == 1
-        return format_tensor_name(name) + ("" if has_one_file else f" of {format_tensor_name(self._files[name])}")
+        return format_tensor_name(name) + ("" if self._has_one_file else f" of {format_tensor_name(self._files[name])}")
 
     @property
     def files(self) -> list[str]:
