@@ -77,7 +77,9 @@ def _read_weight(reader: SliceReader, checkpoint: Path, name: str, form: Tensor)
 
 
 def find_checkpoint(folder: RunFolder, name: str) -> Path:
-    """Find a checkpoint of a run by name: `last`, `best` (lowest training loss), or the number of its step.
+    """Find a checkpoint of a run by name: `last`, `best`, or the number of its step.
+
+    The best has the lowest validation loss, and in a run without validation the lowest training loss.
 
     Raises:
         ValueError: if the run has no such checkpoint; the message lists the steps it has.
@@ -102,7 +104,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="write a checkpoint's weights as a model folder")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument(
-        "--checkpoint", default="last", help="last, best (lowest training loss), or the number of a step"
+        "--checkpoint",
+        default="last",
+        help="last, best (lowest validation loss, or training loss without validation), or the number of a step",
     )
     parser.add_argument("--out", type=Path, help="model folder to write; default: RUN/export")
     args = parser.parse_args()
