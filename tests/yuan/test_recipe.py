@@ -1,7 +1,10 @@
 """Test recipes: their schema, the errors of wrong ones, and their resolution against data."""
 
+import tomllib
+
 import pytest
 
+from flows.recipe_files import find_recipe_file
 from yuan.config import MODEL_PRESETS, TrainConfig, tiny
 from yuan.plan.planner import make_plan
 from yuan.plan.pool import make_cpu_pool
@@ -35,6 +38,9 @@ learning_rate = 1e-3
 [optimizer]
 weight_decay = 0.1
 """
+
+# Values of the published recipes that say which model it is, or are ours.
+UNSOURCED_VALUES = {"model.preset", "model.weights", "length.max_epochs", "schedule.warmup_steps"}
 
 
 def make_recipe(**sections):
@@ -240,3 +246,14 @@ def test_sections_that_choose_files_cannot_be_replaced():
 
 def test_presets_have_the_positions_that_their_recipes_may_use():
     assert MODEL_PRESETS["mini"]().vocab_size == MODEL_PRESETS["2b"]().vocab_size == 135_040
+
+
+@pytest.mark.parametrize("size", ["2b", "51b", "102b"])
+@pytest.mark.parametrize("kind", ["pretrain", "finetune"])
+def test_published_recipes_name_the_source_of_each_value_and_let_documents_attend_to_each_other(tmp_path, kind, size):
+    name = f"paper-{kind}-{size}"
+    content = find_recipe_file(tmp_path, name).read()
+    sections = tomllib.loads(content.decode())
+    values = {f"{section}.{key}" for section in sections.keys() - {"run", "sources"} for key in sections[section]}
+    assert values - UNSOURCED_VALUES <= sections["sources"].keys() <= values
+    assert not parse_recipe(content, name).data.isolate_documents
