@@ -49,6 +49,7 @@ SIZES_GB = "0.025,0.05,0.1"
 FULL_SIZES_GB = "0.5,1,2,5"
 ANSWER_BYTES = 930
 TEXT_POOL_CHARACTERS = 50_000
+MAX_DAILY_REPORTS = 10**9  # none of the sender's is refused
 MAX_RESIDENT_MIB = 1536
 MAX_ACCEPTANCE_S = 300
 MAX_TAIL_RATIO = 2.0
@@ -291,7 +292,7 @@ def send_reports(url: str, token: str) -> None:
             time.sleep(REPORT_PAUSE_S)
             began_at = time.monotonic()
             status = http.post("/api/v1/feedback", json=body).status_code
-            assert status in (201, 429), status  # 429: beyond the daily limit, after the same work
+            assert status == 201, status
             print(1000 * (time.monotonic() - began_at), flush=True)
 
 
@@ -343,6 +344,7 @@ def read_peak_mib(pid: int) -> float:
 def serve_portal(home: Path) -> Iterator[tuple[Settings, str]]:
     """Serve the portal with its stores by a process of its own; yield their settings and the stack's id."""
     config = load_or_make_config(home)
+    (home / "env.local").write_text(f"COTRAIN_MAX_DAILY_REPORTS={MAX_DAILY_REPORTS}\n")
     write_environment(home, config)
     settings = Settings(_env_file=home / "env", home=home)
     keeper = subprocess.Popen([sys.executable, __file__, STACK_ENTRY, str(home)], stdout=subprocess.DEVNULL)
