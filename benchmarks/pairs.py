@@ -1,10 +1,12 @@
 """Paired measurements, shared by the benchmarks: the JSON lines that each prints, and their statistics.
 
-A ratio is the median over interleaved A/B pairs, with a 95 % bootstrap interval of that median.
+A ratio is the median over interleaved A/B pairs, with a 95 % bootstrap interval of that median. Importing this module
+turns off the telemetry of MLflow, which benchmarks import after it.
 """
 
 import contextlib
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -12,6 +14,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from infra.telemetry import NO_TELEMETRY_VARIABLES
+
+os.environ.update(NO_TELEMETRY_VARIABLES)
 
 PAIRS = 10
 PAUSE_S = 0.3  # until the worker threads of the previous measurement have stopped spinning
@@ -121,10 +127,16 @@ class Peer:
 def compare_processes(
     file: str, our_arguments: Sequence[str], peer_arguments: Sequence[str], figure: str
 ) -> tuple[list[float], float]:
-    """Return ratios own/other of a figure and our last figure; each side is a process of `file` with its arguments."""
+    """Return ratios own/other of a figure and our median; each side is a process of `file` with its arguments."""
     first, second = Peer(file, *our_arguments), Peer(file, *peer_arguments)
+    our_figures: list[float] = []
+
+    def measure_ours() -> float:
+        our_figures.append(first.measure()[figure])
+        return our_figures[-1]
+
     try:
-        return measure_ratios(lambda: first.measure()[figure], lambda: second.measure()[figure]), first.last[figure]
+        return measure_ratios(measure_ours, lambda: second.measure()[figure]), statistics.median(our_figures)
     finally:
         first.close()
         second.close()
