@@ -258,8 +258,8 @@ class Registration:
             shutil.rmtree(self.folder, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in NO_ROOM_ERRNOS:
                 raise ValueError(
-                    f"{model} cannot be written: {error.strerror}; make room there for {self._num_bytes:,} bytes and "
-                    "run the command again"
+                    f"{model} cannot be written: {os.strerror(error.errno)}; make room there for "
+                    f"{self._num_bytes:,} bytes and run the command again"
                 ) from None
             raise
         return manifest

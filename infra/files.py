@@ -18,6 +18,7 @@ MAX_REGULAR_FILE_BYTES = 1 << 20
 COPY_CHUNK_BYTES = 1 << 20
 LOG_LINE_BYTES = 2000  # bytes read from the end of a log per requested line
 MIN_DISK_RESERVE_BYTES = 64 * 2**20  # left free beside files of any size that are written
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 MAX_LOG_TAIL_BYTES = 64 * 2**20  # for any number of lines
 
 
@@ -113,6 +114,17 @@ def copy_descriptor(source: int, target: Path) -> str:
 
 
 @contextlib.contextmanager
+def name_file(file: Path) -> Iterator[None]:
+    """Name a file in the error of a write to a full disk, in which the system names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in DISK_FULL_ERRNOS:
+            error.filename = str(file)
+        raise
+
+
+@contextlib.contextmanager
 def replace_when_written(file: Path) -> Iterator[Path]:
     """Yield a path beside a file, where nothing exists; the file written there replaces it at the end of the block.
 
@@ -120,7 +132,8 @@ def replace_when_written(file: Path) -> Iterator[Path]:
     """
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
     remove_path(scratch)
-    yield scratch
+    with name_file(file):
+        yield scratch
     scratch.replace(file)
 
 
@@ -134,7 +147,7 @@ def replace_file(file: Path, text: str) -> None:
 def write_private(file: Path, text: str) -> None:
     """Write a file with mode 0600 atomically; a link at its path is replaced, never followed."""
     descriptor, scratch = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # 0600, O_EXCL, O_NOFOLLOW
-    with os.fdopen(descriptor, "w") as out:
+    with name_file(file), os.fdopen(descriptor, "w") as out:
         out.write(text)
         out.flush()
         os.fsync(out.fileno())  # without it, a power cut may leave the new name with an empty file

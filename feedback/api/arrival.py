@@ -1,6 +1,5 @@
 """Receipt of large request bodies into an unnamed file, so that memory holds only one chunk at a time."""
 
-import errno
 import hashlib
 import tempfile
 from collections.abc import Iterator
@@ -13,8 +12,7 @@ from fastapi import Request
 
 from feedback.api.access import begin_digest
 from feedback.api.transactions import PortalBusy
-
-DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+from infra.files import DISK_FULL_ERRNOS
 
 
 @dataclass(frozen=True)

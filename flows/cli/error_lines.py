@@ -7,6 +7,7 @@ import typer
 from pydantic import ValidationError
 
 from feedback.portal_responses import UNUSABLE_RESPONSE, PortalError
+from infra.files import DISK_FULL_ERRNOS
 from yuan.data.rule_text import describe_errors, describe_rule
 from yuan.data.text import make_printable
 
@@ -64,7 +65,7 @@ def describe_failure(error: Exception) -> str | None:
     if names & MLFLOW_ERROR_NAMES:
         return f"MLflow refused the request: {_get_first_line(error)}; see `cotrain doctor`"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{os.fsdecode(error.filename)} cannot be used: {error.strerror}; check the path and its permissions"
+        return _describe_system_error(error, os.fsdecode(error.filename))
     if names & RECORD_ERROR_NAMES or isinstance(error, ValueError | OSError | RuntimeError):
         return str(error).strip() or type(error).__name__
     return None
@@ -84,6 +85,14 @@ def describe_usage_error(error: Exception) -> str | None:
     help_text = f"see `{context.command_path} --help`" if context is not None else "see `cotrain --help`"
     shown = make_printable(message.strip().rstrip("."), MAX_USAGE_CHARACTERS)
     return f"{shown[:1].lower()}{shown[1:]}; {help_text}"
+
+
+def _describe_system_error(error: OSError, path: str) -> str:
+    """Return what is wrong with a path; of a full disk, also the bytes if the error has them."""
+    if error.errno not in DISK_FULL_ERRNOS:
+        return f"{path} cannot be used: {error.strerror}; check the path and its permissions"
+    is_plain = error.strerror == os.strerror(error.errno)  # else it says what to do
+    return f"{path} cannot be written: {error.strerror}{'; make room there' if is_plain else ''}"
 
 
 def _describe_missing_package(error: ModuleNotFoundError) -> str | None:

@@ -187,6 +187,7 @@ def test_a_version_is_judged_by_its_form_before_the_stack(command, settings, tmp
             FileNotFoundError(2, "No such file or directory", "a.toml"),
             "a.toml cannot be used: No such file or directory",
         ),
+        (OSError(28, "No space left on device", "out"), "out cannot be written: No space left on device; make room"),
     ],
 )
 def test_error_of_each_server_names_it_in_one_line(error, line):

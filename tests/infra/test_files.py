@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import subprocess
 import sys
 
 import pytest
@@ -29,6 +30,25 @@ def test_copy_returns_its_digest_and_overwrites_nothing(tmp_path):
     assert copy_descriptor(open_regular(tmp_path / "file"), tmp_path / "copy") == hashlib.sha256(b"abc").hexdigest()
     with pytest.raises(FileExistsError):
         copy_descriptor(open_regular(tmp_path / "file"), tmp_path / "copy")
+
+
+@pytest.mark.parametrize("write", [write_private, replace_file])
+def test_error_of_a_write_to_a_full_disk_names_the_file(tmp_path, write):
+    mounting = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]
+    mount = f"mount -t tmpfs -o size=64k none {tmp_path}"
+    if subprocess.run([*mounting, mount], capture_output=True).returncode != 0:
+        pytest.skip("this machine does not allow a process to mount a small disk in its own namespace")
+    code = f"""
+from pathlib import Path
+from infra.files import {write.__name__}
+try:
+    {write.__name__}(Path({str(tmp_path)!r}) / "file", "x" * 100_000)
+except OSError as error:
+    print(error)
+"""
+    inside = [*mounting, f'{mount}; exec "$@"', "sh", sys.executable, "-c", code]
+    result = subprocess.run(inside, capture_output=True, text=True)
+    assert result.stdout == f"[Errno 28] No space left on device: '{tmp_path}/file'\n", result.stderr
 
 
 def test_symlink_at_the_path_of_a_private_file_is_replaced_and_not_followed(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -197,6 +198,26 @@ def test_export_without_a_tokenizer_has_token_ids_within_its_vocabulary(write_pu
     data = json.loads((tmp_path / "again" / "config.json").read_text())
     ids = [value for name, value in data.items() if name.endswith(("_token_id", "_token"))]
     assert len(ids) == 7 and all(0 <= token_id < data["vocab_size"] for token_id in ids)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ("64k", r"cannot be written: the weights take 225,024 bytes, and 65,536 are free on its disk; make room there"),
+        ("220k", r"cannot be written: No space left on device; make room there"),
+    ],
+)
+def test_export_to_a_full_disk_names_the_folder_and_leaves_it_empty(model_folder, tmp_path, size, message):
+    mounting = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]
+    mount = f"mount -t tmpfs -o size={size} none {tmp_path}"
+    if subprocess.run([*mounting, mount], capture_output=True).returncode != 0:
+        pytest.skip("this machine does not allow a process to mount a small disk in its own namespace")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "flows.cli.app", "export", str(model_folder), "--out", str(out)]
+    inside = [*mounting, f'{mount}; "$@" || true; ls {out}', "sh", *command]
+    result = subprocess.run(inside, capture_output=True, text=True)
+    assert re.fullmatch(rf"cotrain: {re.escape(str(out))} {message}\n", result.stderr), result.stderr
+    assert result.stdout == ""
 
 
 def test_export_into_a_non_empty_folder_is_refused(model_folder, published_folder):

@@ -1,7 +1,9 @@
 """Conversion of model folders between our layout and the published Hugging Face layout, one tensor at a time."""
 
+import errno
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -55,6 +57,7 @@ def export_hf(
 
     Raises:
         ValueError: if the folder is damaged, a tensor does not fit, or `out` has files.
+        OSError: if the disk of `out` has too little room.
     """
     check_folder_kind(folder, "model")
     manifest = verify_folder(folder)
@@ -72,7 +75,7 @@ def export_hf(
 
     forms = dict(hf_layout.convert_to_hf(config, lambda name: source.read_form(name, torch_dtype)))
     stored_dtype = forms[hf_layout.HF_EMBEDDING].dtype
-    with _fill_folder(out):
+    with _fill_folder(out, forms):
         files = write_shards(out, forms, hf_layout.convert_to_hf(config, read), max_bytes=max_shard_bytes)
         hf_config = build_hf_config(config, tokenizer, stored_dtype)
         generation_config = {name: hf_config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -118,6 +121,7 @@ def import_hf(
             unknown, of another shape, of integers, not finite or too large for `dtype` (the message names it), the
             tokenizer has more tokens than the model or other ids than config.json, the weights have several dtypes and
             no `dtype` is given, or `out` has files.
+        OSError: if the disk of `out` has too little room.
     """
     check_folder_kind(folder, "published")
     if has_input_file(folder / MODEL_MANIFEST_FILE):
@@ -146,7 +150,7 @@ def import_hf(
         return source.read_form(embedding if name == hf_layout.HF_EMBEDDING else name, torch_dtype)
 
     forms = dict(hf_layout.convert_from_hf(config, read_form))
-    with _fill_folder(out):
+    with _fill_folder(out, forms):
         tensors = hf_layout.convert_from_hf(config, read)
         files = write_shards(out, forms, tensors, max_bytes=max_shard_bytes, on_bytes=on_bytes)
         (out / MODEL_CONFIG_FILE).write_text(json.dumps(config.to_json(), indent=2))
@@ -177,6 +181,7 @@ def copy_model(
 
     Raises:
         ValueError: if the folder is damaged, a tensor does not fit or is not finite, or `out` has files.
+        OSError: if the disk of `out` has too little room.
     """
     check_folder_kind(folder, "model")
     manifest = verify_folder(folder)
@@ -188,7 +193,7 @@ def copy_model(
     tokenizer = _load_tokenizer(folder, config)
     tensors = ((name, _read_cast(source, name, torch_dtype, "give another copy")) for name in forms)
 
-    with _fill_folder(out):
+    with _fill_folder(out, forms):
         files = write_shards(out, forms, tensors, max_bytes=max_shard_bytes, on_bytes=on_bytes)
         (out / MODEL_CONFIG_FILE).write_text(json.dumps(config.to_json(), indent=2))
         if tokenizer is not None:
@@ -364,18 +369,31 @@ def _get_dtype(dtype_name: str | None) -> torch.dtype | None:
 
 
 @contextmanager
-def _fill_folder(out: Path) -> Iterator[None]:
+def _fill_folder(out: Path, forms: Mapping[str, Tensor]) -> Iterator[None]:
     """Make an empty folder for the block to fill; if the block fails, it is empty again, so that a retry is possible.
+
+    Args:
+        forms: weights that the block writes.
 
     Raises:
         ValueError: if it has files.
+        OSError: if its disk has too little room for the weights, with the bytes; or of a write, which then names it.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; name a new folder")
     out.mkdir(parents=True, exist_ok=True)
     try:
+        num_bytes, free = sum(form.nbytes for form in forms.values()), shutil.disk_usage(out).free
+        if num_bytes > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"the weights take {num_bytes:,} bytes, and {free:,} are free on its disk; make room there",
+                str(out),
+            )
         yield
-    except BaseException:
+    except BaseException as error:
         for file in out.iterdir():
             file.unlink()
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(out)
         raise
