@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -247,7 +248,9 @@ class Registration:
             done_bytes += num_bytes
             self._report(RegistrationStep.CONVERT, done_bytes, self._num_bytes)
 
-        convert = copy_model if self._weights.kind == "model" else import_hf
+        # A folder that was renamed since the version was recorded gives the recorded files.
+        import_named = functools.partial(import_hf, default_name=Path(self._provenance.folder).name)
+        convert = copy_model if self._weights.kind == "model" else import_named
         about = {"provenance": self._provenance.model_dump(exclude={"folder"})}
         try:
             manifest = convert(

@@ -391,7 +391,8 @@ def test_champion_and_memory_are_checked_and_a_lost_version_is_restored_from_its
 
     tracker = context.tracker
     tracker.client.delete_model_version("yuan", str(tracker.require_number(result.version)))
-    restored = register_weights(context, make_request(folder, is_champion=True), ignore)
+    renamed = folder.rename(tmp_path / "renamed")
+    restored = register_weights(context, make_request(renamed, is_champion=True), ignore)
     assert restored.version == result.version and restored.is_champion and not restored.was_registered
     assert tracker.find_missing_files(result.version, ["manifest.json", "model.safetensors"]) == []
 

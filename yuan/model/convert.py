@@ -96,6 +96,7 @@ def import_hf(
     *,
     dtype: str | None = None,
     rope_precision: Precision | None = None,
+    default_name: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     about: Mapping[str, Any] | None = None,
     on_bytes: OnBytes | None = None,
@@ -110,6 +111,7 @@ def import_hf(
         rope_precision: precision of the rotary angles with which the model was trained; default: our own field in
             config.json, else "bf16" for weights in bf16, as in the official training, and "fp32" for others. A cast
             does not change it.
+        default_name: of a model whose config.json has no `name` of ours; default: the folder's.
         about: further fields of the manifest.
         on_bytes: called with the number of bytes written since the last call.
 
@@ -127,7 +129,7 @@ def import_hf(
     if has_input_file(folder / MODEL_MANIFEST_FILE):
         _verify_manifest(folder)
     source, torch_dtype = TensorReader(folder), _get_dtype(dtype)
-    config = read_hf_config(folder)
+    config = read_hf_config(folder, default_name=default_name)
     source.check_num_layers(config.num_layers)
     embedding = hf_layout.HF_EMBEDDING if hf_layout.HF_EMBEDDING in source.names else hf_layout.HF_HEAD
     tied = TIED_NAMES - {embedding}

@@ -125,11 +125,14 @@ def read_config_fields(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def read_hf_config(folder: Path) -> ModelConfig:
+def read_hf_config(folder: Path, *, default_name: str | None = None) -> ModelConfig:
     """Read a published config.json; without `rope_precision` the angles are exact.
 
     A field is accepted if its value is one of `list_implemented_values`, if it is one of `NEUTRAL_FIELDS`, or if it is
     null, false or empty, so that a feature that is not known here is never taken for absent.
+
+    Args:
+        default_name: of a model whose config.json has no `name` of ours; default: the folder's.
 
     Raises:
         ValueError: if it is missing, or not of a Yuan 2.0 model, or has an unknown field; the message names the field.
@@ -137,7 +140,7 @@ def read_hf_config(folder: Path) -> ModelConfig:
     path, data = folder / MODEL_CONFIG_FILE, read_config_fields(folder)
     try:
         config = ModelConfig(
-            name=_choose_name(data.get("name"), folder),
+            name=_choose_name(data.get("name"), default_name or folder.resolve().name),
             num_layers=data["num_hidden_layers"],
             hidden_size=data["hidden_size"],
             num_heads=data["num_attention_heads"],
@@ -282,10 +285,10 @@ def _is_same_value(field: str, value: object, implemented: object) -> bool:
     return type(value) is type(implemented) and value == implemented
 
 
-def _choose_name(name: object, folder: Path) -> str:
-    """Return our own field `name` if it is one, else the folder's; other software may write anything there."""
+def _choose_name(name: object, default_name: str) -> str:
+    """Return our own field `name` if it is one, else the default; other software may write anything there."""
     is_name = isinstance(name, str) and name.isprintable() and 0 < len(name) <= MAX_MODEL_NAME_CHARS
-    return str(name) if is_name else make_printable(folder.resolve().name, MAX_MODEL_NAME_CHARS)
+    return str(name) if is_name else make_printable(default_name, MAX_MODEL_NAME_CHARS)
 
 
 def _find_rope_base(fields: dict[str, Any]) -> Any:
