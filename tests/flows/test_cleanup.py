@@ -13,6 +13,7 @@ from sqlalchemy import delete, select, update
 
 from feedback import rounds
 from feedback.contracts import RoundParameters
+from feedback.staged_rows import make_staged_key
 from feedback.tables import AuditEvent, ModelVersion, Round, TrainingRun, new_id
 from flows.cleanup_record import CLEANUP_RECORD_FILE, read_cleanup_record, write_cleanup_record
 from flows.context import Context
@@ -79,7 +80,8 @@ def test_expired_runs_keep_their_records_and_the_newest_run_keeps_everything(con
     assert all(removal.num_bytes >= 5000 for removal in removals)
     assert len(list_files(context, ended_runs[0])) == 5  # listing removes nothing
 
-    assert remove_expired(context, "test", KEEP_ONE).removals == removals
+    removed = remove_expired(context, "test", KEEP_ONE).removals
+    assert [removal for removal in removed if removal.subject in ended_runs] == removals
     remaining = ["export/w", "run.json"]  # MLflow does not answer, so an export may be the last copy
     assert list_files(context, ended_runs[0]) == remaining == list_files(context, ended_runs[1])
     assert list_files(context, ended_runs[-1]) == newest_files
@@ -151,6 +153,14 @@ def test_scratch_of_a_killed_freezing_goes_when_its_round_has_ended(context, end
     assert [path.name for path in context.runs.glob(".freeze-*")] == [f".freeze-{running}"]
     with context.sessions.begin() as session:
         session.execute(delete(Round).where(Round.id == running))
+
+
+def test_staged_rows_of_no_waiting_dataset_are_removed(context, objects):
+    key = make_staged_key(new_id())
+    objects.put(key, b"rows")
+    assert "datasets" in {removal.subject for removal in list_expired(context, KEEP_ONE).removals}
+    remove_expired(context, "test", KEEP_ONE)
+    assert not objects.exists(key)
 
 
 def test_records_of_rows_stay_while_a_version_or_a_running_round_may_need_them(context, ended_runs, objects):
