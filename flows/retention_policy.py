@@ -1,12 +1,12 @@
 """The retention policy: how long what can be made again is kept, from `$COTRAIN_HOME/retention.toml`."""
 
-import tomllib
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from yuan.config import suggest_nearest_name
 from yuan.safe_files import read_regular_file
+from yuan.toml_text import parse_toml
 
 RETENTION_FILE = "retention.toml"  # in the home folder
 MAX_RETENTION_BYTES = 64 * 1024
@@ -89,8 +89,7 @@ def read_retention_policy(home: Path) -> RetentionPolicy:
     """
     file = home / RETENTION_FILE
     try:
-        content = tomllib.loads(read_regular_file(file, MAX_RETENTION_BYTES).decode())
-        return RetentionPolicy.model_validate(content)
+        return RetentionPolicy.model_validate(parse_toml(read_regular_file(file, MAX_RETENTION_BYTES)))
     except FileNotFoundError:
         return RetentionPolicy()
     except ValidationError as error:
@@ -98,8 +97,10 @@ def read_retention_policy(home: Path) -> RetentionPolicy:
             _describe_problem(detail["loc"], detail["msg"], detail["type"]) for detail in error.errors()
         )
         raise ValueError(f"{file}: {details}; correct it") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}; correct or remove it") from None
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}; correct or remove it") from None
+    except ValueError as error:
+        raise ValueError(f"{file} {error}") from None
 
 
 def _describe_problem(place: tuple[int | str, ...], message: str, kind: str) -> str:

@@ -4,7 +4,6 @@ A recipe has sections of one level of keys and no inheritance, so one file says 
 makes a run's `TrainConfig` of it, once model and data are known.
 """
 
-import tomllib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -14,6 +13,7 @@ from yuan.config import MAX_MODEL_SIZE, MODEL_PRESETS, suggest_nearest_name
 from yuan.data.rule_text import describe_errors
 from yuan.data.text import PatternRule, TextRule, make_printable, make_rule_error
 from yuan.plan.workload import MAX_GLOBAL_BATCH_SIZE
+from yuan.toml_text import parse_toml
 
 MAX_RECIPE_BYTES = 2**18
 MAX_RUN_STEPS = 10_000_000
@@ -360,12 +360,9 @@ def parse_recipe(content: bytes, name: str) -> Recipe:
     if len(content) > MAX_RECIPE_BYTES:
         raise ValueError(f"recipe {name} has {len(content):,} bytes, at most {MAX_RECIPE_BYTES:,} are read; shorten it")
     try:
-        tables = tomllib.loads(content.decode("utf-8-sig").replace("\r\n", "\n"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"recipe {name} must be UTF-8, byte {error.start} is not; save it as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        reason = " ".join((str(error) or type(error).__name__).split())[:200]
-        raise ValueError(f"recipe {name} must be TOML: {make_printable(reason)}; correct it there") from None
+        tables = parse_toml(content)
+    except ValueError as error:
+        raise ValueError(f"recipe {name} {error}") from None
     return validate_recipe(tables, name)
 
 

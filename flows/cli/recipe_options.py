@@ -1,12 +1,12 @@
 """The option `--set` of commands that take a recipe."""
 
-import tomllib
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
 from yuan.data.text import make_printable
+from yuan.toml_text import NotToml, parse_toml
 
 ReplaceOption = Annotated[
     list[str] | None,
@@ -33,7 +33,9 @@ def parse_replacements(replacements: Sequence[str]) -> dict[str, dict[str, Any]]
         if key in values:
             raise typer.BadParameter(f"must name each value once, got {make_printable(place, 60)!r} twice")
         try:
-            values[key] = tomllib.loads(f"value = {text}")["value"]
-        except (tomllib.TOMLDecodeError, KeyError):
+            values[key] = parse_toml(f"value = {text}".encode(errors="surrogateescape"))["value"]
+        except (NotToml, KeyError):
             values[key] = text
+        except ValueError as error:
+            raise typer.BadParameter(f"{make_printable(place, 60)}: {error}") from None
     return overrides

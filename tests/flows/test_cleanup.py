@@ -228,8 +228,9 @@ def test_removal_that_fails_stops_no_other_and_is_not_audited(context, ended_run
         ("[run]\nkeep_rounds = 3", "there is no key 'run', did you mean 'runs'?"),
         ("[runs]\nkeep_rounds = -1", "runs.keep_rounds: must be greater than or equal to 0"),
         ('[versions]\nkeep_rounds_of_losers = "6"', "versions.keep_rounds_of_losers: must be a valid integer"),
-        ("[runs", "cannot be read"),
-        ("\udcff", "cannot be read"),
+        ("[runs", "must be TOML: "),
+        ("\udcff", "must be UTF-8, byte 0 is not"),
+        ("a = " + "[" * 30_000, "must not be nested so deeply; remove brackets"),
     ],
 )
 def test_wrong_policy_is_refused_by_key_and_found_by_doctor(tmp_path, text, message):

@@ -307,6 +307,12 @@ def test_doctor_reports_that_no_stack_was_ever_started(tmp_path):
         (["plan", "--model", "tiny", "--current", "Makefile"], 1, "--current Makefile: must be JSON"),
         (["plan", "--model", "tiny", "--objective", "speed"], 2, "'speed' is not one of 'time', 'memory'"),
         (["plan", "--model", "tiny", "--pipeline-size", "5"], 2, "use at most 4 stages"),
+        (["recipe", "check", "demo", "--set", "data.seq_len=" + "[" * 5000], 2, "data.seq_len: must not be nested so"),
+        (
+            ["recipe", "check", "demo", "--set", "length.steps=" + "9" * 5000],
+            2,
+            "length.steps: must have no integer of",
+        ),
         (["plan", "--model", "3b"], 2, "must be one of tiny, mini, 2b, 51b, 102b"),
         (["plan", "--model", "tiny", "--pool", "nowhere.toml"], 1, "cannot read the pool file"),
         (["submit", "--prompt", "p", "--response", "r", "--model-version", "x"], 2, "a version must be 7 or v7"),

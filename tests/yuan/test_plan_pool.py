@@ -23,6 +23,12 @@ def test_a_fifo_for_a_pool_does_not_block_and_a_large_file_is_refused(tmp_path):
         load_pool(str(tmp_path / "large"))
 
 
+def test_nested_pool_file_is_refused_by_name(tmp_path):
+    (tmp_path / "pool.toml").write_text("pool = " + "[" * 30_000)
+    with pytest.raises(ValueError, match=r"the pool file .*pool\.toml must not be nested so deeply"):
+        load_pool(str(tmp_path / "pool.toml"))
+
+
 def test_endless_pool_file_is_refused():
     with pytest.raises(ValueError, match="cannot read the pool file /dev/zero: is not a regular file"):
         load_pool("/dev/zero")

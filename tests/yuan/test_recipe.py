@@ -104,7 +104,8 @@ def test_wrong_recipe_gives_one_line_that_names_the_value(change, reason):
     [
         (b"\xff", "must be UTF-8, byte 0 is not"),
         (b"a" * (MAX_RECIPE_BYTES + 1), "are read; shorten it"),
-        (b"a = " + b"[" * 100_000, "must be TOML"),
+        (b"a = " + b"[" * 100_000, "recipe mine must not be nested so deeply"),
+        (b"a" + b".a" * 2**16 + b" = 1", "recipe mine must have at most 200 dots in a line"),
         (b"", "run: is missing"),
     ],
 )

@@ -1,7 +1,6 @@
 """Device pools: read, validate and write them as TOML."""
 
 import sys
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from yuan.config import suggest_nearest_name
 from yuan.plan.devices import DEVICE_SPECS, lacks_bf16
 from yuan.plan.json_fields import show_value
 from yuan.safe_files import read_regular_file
+from yuan.toml_text import parse_toml
 
 LauncherName = Literal["local", "slurm", "kubernetes"]
 
@@ -215,17 +215,13 @@ def load_pool(spec: str) -> Pool:
     if not file:
         raise ValueError(f"a pool file is needed, got {spec!r}; name one as FILE or FILE:NAME")
     try:
-        text = read_regular_file(Path(file), MAX_POOL_FILE_BYTES).decode("utf-8-sig")
-        data = tomllib.loads(text.replace("\r\n", "\n"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the pool file {file} must be UTF-8, byte {error.start} is not; save it as UTF-8") from None
+        data = parse_toml(read_regular_file(Path(file), MAX_POOL_FILE_BYTES))
     except OSError as error:
         raise ValueError(
             f"cannot read the pool file {file}: {error.strerror}; pass a TOML file with [[pool]]"
         ) from None
-    except (ValueError, RecursionError) as error:
-        reason = " ".join((str(error) or type(error).__name__).split())[:200]
-        raise ValueError(f"cannot read the pool file {file}: {reason}; pass a TOML file with [[pool]]") from None
+    except ValueError as error:
+        raise ValueError(f"the pool file {file} {error}") from None
     _check_keys(data, {"pool"}, f"{file}")
     entries = _get_tables(data, "pool", file)
     if not entries:
