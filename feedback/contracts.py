@@ -47,7 +47,11 @@ MAX_PARTS_PER_REQUEST = 100
 # Strict: `true` and "3" are not accepted as numbers. A PostgreSQL integer column holds at most 2**31 - 1.
 VersionNumber = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
 StepCount = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
-RECIPE_NAME_RULE = "lower-case letters, digits, and the signs . _ -, and begin with a letter or digit"
+RECIPE_NAME_RULE = PatternRule(
+    r"^[a-z0-9][a-z0-9._-]*$",
+    "lower-case letters, digits, and the signs . _ -, and begin with a letter or digit",
+    max_length=60,
+)
 # The smallest share that yuan.data.mixture can represent: 32 positions of a block of 2**20.
 MIN_PART_SHARE = 32 / 2**20
 # Fields that each kind of report needs, in addition to the fields that every report needs.
@@ -303,7 +307,7 @@ class ContributorOut(BaseModel):
     token: str
 
 
-RecipeName = Annotated[str, PatternRule(r"^[a-z0-9][a-z0-9._-]*$", RECIPE_NAME_RULE, max_length=60)]
+RecipeName = Annotated[str, RECIPE_NAME_RULE]
 
 
 class RoundParameters(BaseModel):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from feedback.contracts import RoundParameters
+from feedback.contracts import RECIPE_NAME_RULE, RoundParameters
 from yuan.data.rule_text import describe_rule
 
 if TYPE_CHECKING:
@@ -107,7 +107,9 @@ def is_schema_of_flow(schema: Any) -> bool:
         names = schema["properties"]["recipe"]["anyOf"][0].get("enum", [])
     except (KeyError, IndexError, TypeError, AttributeError):
         names = []
-    if not isinstance(names, list) or not all(isinstance(name, str) and len(name) <= 60 for name in names):
+    if not isinstance(names, list) or not all(
+        isinstance(name, str) and RECIPE_NAME_RULE.is_met_by(name) for name in names
+    ):
         return False
     return schema in [flow.build_schema(names) for flow in ALLOWED_FLOWS.values()]
 

@@ -77,7 +77,12 @@ class ModelServerAccess(ProcessSettings):
 
 
 class PoolSettings(ProcessSettings):
-    """Name the pool that runs are planned for, the team charged with their device-hours, and the rounds' recipe."""
+    """Name the pool that runs are planned for, the team charged with their device-hours, and the rounds' recipe.
+
+    Alone they are read by the operator's commands, with no stack up.
+    """
+
+    files: ClassVar[tuple[str, ...]] = ("env", "env.local")
 
     pool: str = ""
     recipe: str = "demo"

@@ -250,9 +250,11 @@ def _assume_length(recipe: Recipe, problems: list[str], notes: list[str]) -> Run
     batch, length = recipe.batch, recipe.length
     size = batch.global_batch_size or batch.max_global_batch_size
     if length.epochs is not None:
+        num_reads = "once" if length.epochs == 1 else f"{length.epochs:g} times"
         notes.append(
-            f"without --snapshot, data for {batch.target_steps:,} steps of {size:,} windows is assumed: "
-            f"{batch.target_steps * size / length.epochs:,.0f} windows of the mixture, read {length.epochs:g} times"
+            f"without --snapshot, data for {format_count(batch.target_steps, 'step')} of "
+            f"{format_count(size, 'window')} is assumed: {batch.target_steps * size / length.epochs:,.0f} windows of "
+            f"the mixture, read {num_reads}"
         )
         if batch.target_steps < length.min_steps:
             problems.append(

@@ -191,7 +191,7 @@ def _describe_pushed(dataset: DatasetOut) -> str:
 @contextmanager
 def show_push_progress() -> Iterator[ReportPushProgress]:
     """Show a bar for each stage of a push on stderr while the block runs, if it is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr_console, disable=not stderr_console.is_terminal) as bars:
         bar_by_stage: dict[PushStage, TaskID] = {}
 

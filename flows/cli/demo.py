@@ -113,7 +113,7 @@ def _show_access(home: Path, urls: dict[str, str]) -> None:
 
 
 def _make_console() -> Console:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     if not console.is_terminal:  # a log file has no width
         console.width = 120
     return console

@@ -30,7 +30,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object 
 
 Form = TypeVar("Form", bound=BaseModel)
 
-stderr_console = Console(stderr=True, highlight=False)
+stderr_console = Console(stderr=True, highlight=False, markup=False)  # shown text may have brackets
 
 
 def show(data: dict[str, Any], text: str, as_json: bool) -> None:
@@ -49,7 +49,7 @@ def escape_control_codes(text: str) -> str:
 
 def show_table(table: Table) -> None:
     """Print a table; a pipe or file has no width, so lines are not wrapped there."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = MAX_LINE_CHARACTERS
     console.print(table)

@@ -35,8 +35,10 @@ def _format_run(estimate: RunEstimate) -> Iterator[str]:
     if estimate.data is not None:
         windows = ", ".join(f"{part} {count:,.0f}" for part, count in estimate.data.windows.items())
         yield _name("data", f"windows of {plan.sequence_length:,} tokens: {windows} ({estimate.data.source})")
-    epochs = "" if time.epochs is None else f", {time.epochs:.3g} epochs"
-    yield _name("length", f"{time.steps:,} steps of {time.global_batch_size:,} windows, {time.tokens:,} tokens{epochs}")
+    num_epochs = "" if time.epochs is None else f"{time.epochs:.3g}"
+    epochs = num_epochs and f", {num_epochs} {'epoch' if num_epochs == '1' else 'epochs'}"
+    batch = format_count(time.global_batch_size, "window")
+    yield _name("length", f"{format_count(time.steps, 'step')} of {batch}, {time.tokens:,} tokens{epochs}")
     yield _name("time", f"{format_duration(time.hours * 3600)} ({time.rates}), {time.device_hours:,.4g} device-hours")
 
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from flows.cli.output import EXIT_FAILED, JsonOption, show, show_table
 from flows.cli.recipe_options import ReplaceOption, parse_replacements
-from flows.recipe_files import find_recipe_file, find_recipe_files, load_recipe
+from flows.recipe_files import find_misnamed_recipes, find_recipe_file, find_recipe_files, load_recipe
 from infra.settings import get_home_folder
 from yuan.data.text import make_printable
 from yuan.recipe import Recipe, parse_recipe
@@ -31,8 +31,9 @@ RecipeNameArgument = Annotated[str, typer.Argument(help="name of a recipe, as `c
 @recipe.command(name="list")
 def list_(as_json: JsonOption = False) -> None:
     """List the shipped recipes and those in `$COTRAIN_HOME/recipes`. A file that breaks a rule is listed with it."""
+    home = get_home_folder()
     rows: list[dict[str, Any]] = []
-    for file in find_recipe_files(get_home_folder()):
+    for file in find_recipe_files(home):
         row: dict[str, Any] = {"name": file.name, "file": str(file.path), "shipped": not file.is_custom}
         try:
             values = parse_recipe(file.read(), file.name)
@@ -41,6 +42,8 @@ def list_(as_json: JsonOption = False) -> None:
         else:
             row |= {"kind": values.run.kind, "preset": values.model.preset, "description": values.run.description}
         rows.append(row)
+    for path, reason in find_misnamed_recipes(home).items():
+        rows.append({"name": "-", "file": path, "shipped": False, "error": reason})
     if as_json:
         show({"recipes": rows}, "", as_json)
         return

@@ -92,7 +92,12 @@ def open_operator_client(url: str = "") -> Client:
 
 def follow_round(client: Client, round_id: str) -> RoundOut:
     """Show a round's steps and training progress until it ends, and return it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[facts]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[facts]}", markup=False),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=stderr_console, transient=True) as progress:
         bar = progress.add_task("round", total=None, facts="")
         while True:

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
 from flows.cli.output import MAX_LINE_CHARACTERS, JsonOption, fail, show, show_table, stderr_console
 from flows.stack.findings import Finding
@@ -117,7 +116,7 @@ def _build_service_table(states: ServiceStates) -> Table:
         reason = state.error or state.restart_reason
         cells = (state.state, state.pid, state.seconds, state.restarts or None, reason)
         texts = ("" if cell is None else make_printable(str(cell), MAX_LINE_CHARACTERS) for cell in cells)
-        table.add_row(name, *map(Text, texts))  # as Text, so that brackets in an error are not parsed as markup
+        table.add_row(name, *texts)
     return table
 
 

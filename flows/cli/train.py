@@ -49,7 +49,7 @@ def train(
 @contextmanager
 def show_progress() -> Iterator[Callable[[RunStatus | None, float], None]]:
     """Show a progress bar on stderr; yield a function that takes a run's status and the earliest valid status time."""
-    columns = (BarColumn(), TextColumn("{task.description}"))
+    columns = (BarColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=stderr_console, transient=not stderr_console.is_terminal) as display:
         task = display.add_task("starting the ranks", total=None)
 

@@ -14,7 +14,7 @@ from dotenv.parser import Binding
 from flows.cleanup_record import read_cleanup_record
 from flows.disk_history import forecast_disk, read_disk_history
 from flows.duties import DISPATCHER_HEARTBEAT_FILE, SERVICE_HEARTBEAT_TIMEOUT_S, WORKER_HEARTBEAT_FILE
-from flows.recipe_files import find_recipe_file, find_recipe_files
+from flows.recipe_files import find_misnamed_recipes, find_recipe_file, find_recipe_files
 from flows.retention_policy import RETENTION_FILE, read_retention_policy
 from flows.stack.findings import Finding, convert_timestamp
 from flows.stack.stack_config import CONFIG_FILE, describe_port_holder, has_data, load_config
@@ -79,7 +79,10 @@ def find_setting_faults(home: Path) -> list[Finding]:
 
 def find_recipe_faults(home: Path) -> list[Finding]:
     """Find recipes in the home folder that break a rule or are never read, and a default recipe that does not exist."""
-    findings = []
+    findings = [
+        Finding(RECIPES_SUBJECT, fault=f"{path} is never read: {reason}", fix="rename the file, or remove it")
+        for path, reason in find_misnamed_recipes(home).items()
+    ]
     for file in find_recipe_files(home, all_of_a_name=True):
         if not file.is_custom:
             continue

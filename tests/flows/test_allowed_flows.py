@@ -1,10 +1,14 @@
 """Test the allowed flows: their parameters, schemas and validation errors."""
 
+import json
+import os
+
 import jsonschema
 import pytest
 
 from feedback.contracts import RoundParameters
 from flows.allowed_flows import ALLOWED_FLOWS, RoundForm, is_schema_of_flow, parse_form
+from flows.recipe_files import find_misnamed_recipes, find_recipe_files
 
 
 def test_unknown_flow_is_refused_with_the_list_of_allowed_flows():
@@ -56,11 +60,24 @@ def test_only_the_recipes_to_choose_from_may_differ_in_the_schema_of_a_flow():
     round_flow = ALLOWED_FLOWS["cotrain-round"]
     for names in ([], ["demo"], ["demo", "of-our-own"]):
         assert is_schema_of_flow(round_flow.build_schema(names))
-    for names in ([1], ["x" * 61], [{"$ref": "#"}]):
+    for names in ([1], ["x" * 61], ["Mine"], ["a b"], ["bad\udcff"], [{"$ref": "#"}]):
         assert not is_schema_of_flow(round_flow.build_schema(names))
     assert not is_schema_of_flow({**round_flow.build_schema(["demo"]), "pattern": "^(a+)+$"})
     for schema in (None, [], {}, {"properties": {"recipe": {"anyOf": []}}}):
         assert not is_schema_of_flow(schema)
+
+
+def test_files_with_names_of_any_kind_never_spoil_the_form_of_a_round(tmp_path):
+    """One such file once stopped every flow, since Prefect's gate or its client refused the whole list."""
+    (tmp_path / "recipes").mkdir()
+    for name in (b"a" * 61, b"bad\xff", b"Mine2", b"My Recipe", b"-x", b"", "加".encode(), b"mine"):
+        (tmp_path / "recipes" / os.fsdecode(name + b".toml")).write_text("")
+    names = [file.name for file in find_recipe_files(tmp_path)]
+    assert "mine" in names and set(names) == {"mine"} | {file.name for file in find_recipe_files(tmp_path / "none")}
+    schema = ALLOWED_FLOWS["cotrain-round"].build_schema(names)
+    assert is_schema_of_flow(schema) and json.dumps(schema, ensure_ascii=False).encode()
+    misnamed = find_misnamed_recipes(tmp_path)
+    assert len(misnamed) == 7 and all(reason.endswith("rename the file") for reason in misnamed.values())
 
 
 def test_run_form_describes_every_value_of_a_recipe_that_a_round_may_replace():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from flows.cli.app import COMMANDS
 from flows.cli.lazy_command import LazyCommand
 from flows.cli.recipes import recipe
+from flows.recipe_files import find_recipe_file
 from tests.yuan.runs import STEPS, make_training_inputs, prepare_run
 from yuan import tokenizer as tokenizers
 
@@ -165,6 +167,31 @@ def test_recipe_check_gives_one_line_and_the_change_for_a_recipe_that_cannot_run
     assert status == 1 and not report["fits"]
     [problem] = report["problems"]
     assert reason in problem and "\n" not in problem
+
+
+def test_recipe_list_shows_brackets_and_files_whose_names_no_round_can_use(tmp_path):
+    (tmp_path / "recipes").mkdir()
+    shipped = find_recipe_file(tmp_path, "demo")
+    text = re.sub(
+        "description = .*", 'description = "[data] and [/bold] of [mixture]"', shipped.read().decode(), count=1
+    )
+    (tmp_path / "recipes" / "mine.toml").write_text(text)
+    (tmp_path / "recipes" / os.fsdecode(b"bad\xff.toml")).write_text(text)
+    listed = run_cotrain("recipe", "list", home=tmp_path)
+    assert listed.returncode == 0 and "[data] and [/bold] of [mixture]" in listed.stdout
+    assert "the name must be lower-case letters" in listed.stdout and "bad\\udcff.toml" in listed.stdout
+    rows = json.loads(run_cotrain("recipe", "list", "--json", home=tmp_path).stdout)["recipes"]
+    assert rows[-1]["name"] == "-" and rows[-1]["error"].endswith("rename the file")
+
+
+def test_recipe_check_plans_for_the_pool_of_env_local(monkeypatch, tmp_path):
+    pool = ROOT / "benchmarks" / "pools" / "one-a100.toml"
+    (tmp_path / "env.local").write_text(f"COTRAIN_POOL={pool}\n")
+    monkeypatch.setenv("COTRAIN_HOME", str(tmp_path))
+    monkeypatch.delenv("COTRAIN_POOL", raising=False)
+    result = CHECK.invoke(recipe, ["check", "finetune-2b", "--set", "length.epochs=1"])
+    assert result.stdout.startswith("finetune-2b on one-a100:")
+    assert ", 1 epoch\n" in result.stdout and "read once" in result.stdout
 
 
 def test_recipe_check_compares_a_tokenizer_with_the_model_before_any_device_is_taken(monkeypatch, tmp_path):

@@ -159,6 +159,12 @@ def test_recipes_that_no_round_can_follow_are_found(tmp_path, monkeypatch):
     (folder / "mine.toml").write_bytes(shipped)
     assert find_recipe_faults(tmp_path) == []
 
+    (folder / os.fsdecode(b"bad\xff.toml")).write_bytes(shipped)
+    (misnamed,) = find_recipe_faults(tmp_path)
+    assert "bad\\udcff.toml is never read: the name must be lower-case letters" in misnamed.fault
+    assert misnamed.fix == "rename the file, or remove it"
+    (folder / os.fsdecode(b"bad\xff.toml")).unlink()
+
     (folder / "mine.toml").write_bytes(shipped.replace(b"seq_len = 128", b"seq_len = 0"))
     (folder / "mini.toml").write_bytes(shipped)
     (tmp_path / "env.local").write_text("COTRAIN_RECIPE=mene\n")

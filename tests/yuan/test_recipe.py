@@ -60,6 +60,7 @@ def make_recipe(**sections):
         (("128", '"128"'), "data.seq_len: must be an integer, got '128'; write digits alone"),
         (("128", "true"), "data.seq_len: must be an integer, got true"),
         (("128", "512"), "data.seq_len: must not be above the 256 positions of tiny, got 512; lower it"),
+        (("1e-3", '"high"'), "schedule.learning_rate: must be a number, got 'high'; write one such as 0.5"),
         (("1e-3", "nan"), "schedule.learning_rate: must be"),
         (("1e-3", "1.5"), "schedule.learning_rate: must be less than 1.0, got 1.5; lower it"),
         (('"finetune"', '"sft"'), "run.kind: must be 'pretrain', 'continue' or 'finetune', got 'sft'; choose one"),

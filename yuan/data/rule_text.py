@@ -18,7 +18,7 @@ _PYDANTIC_SUBJECT_PATTERN = re.compile(r"^[A-Z][A-Za-z]+ should")  # "Input shou
 # https://docs.pydantic.dev/latest/errors/validation_errors/
 _OBJECT_RULE = "must be a JSON object{got}; write it in braces"
 _INTEGER_RULE = "must be an integer{got}; write digits alone"
-_NUMBER_RULE = "must be a number{got}; write one such as -1.5"
+_NUMBER_RULE = "must be a number{got}; write one such as 0.5"
 _BOOLEAN_RULE = "must be true or false{got}; write one of them"
 _LIST_RULE = "must be a list{got}; write it in brackets"
 _CHOICE_RULE = "must be {expected}{got}; choose one"

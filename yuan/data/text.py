@@ -111,6 +111,9 @@ class PatternRule:
             "pattern", "must be {words}, got '{shown}'; correct it", {"words": self.words, "shown": shown}
         )
 
+    def is_met_by(self, text: str) -> bool:
+        return len(text) <= self.max_length and re.fullmatch(self.pattern, text) is not None
+
 
 def is_blank(text: str) -> bool:
     """Return True if no character of a text shows anything: it is empty, or of white space and invisible characters.
