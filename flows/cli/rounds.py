@@ -48,6 +48,7 @@ def start(
     values = {**parse_fields(RoundParameters, fields), "overrides": parse_replacements(replace or ())}
     parameters = build_form(RoundParameters, values)
     with open_operator_client() as client:
+        _check_recipe(parameters)
         training_round = client.start_round(parameters)
         if wait:
             training_round = follow_round(client, training_round.id)
@@ -72,6 +73,21 @@ def cancel(
     """Cancel a running round and its training."""
     with open_operator_client() as client:
         _show_round(client.cancel_round(client.round(round_id).id), as_json, expected_state=RoundState.CANCELLED)
+
+
+def _check_recipe(parameters: RoundParameters) -> None:
+    """Reject a recipe that the round could not follow: exit status 2. For recipes that are on this machine alone."""
+    from flows.recipe_files import load_recipe
+    from infra.settings import Settings, get_variable_name, load_settings, parse_variable_file
+
+    settings = load_settings(Settings)
+    stack_values = {line.key: line.value for line in parse_variable_file(settings.home / "env")}
+    if parameters.recipe is None or stack_values.get(get_variable_name("portal_url")) != settings.portal_url:
+        return
+    try:
+        parameters.apply_to(load_recipe(settings.home, parameters.recipe), parameters.recipe)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=["--recipe"]) from None
 
 
 def open_operator_client(url: str = "") -> Client:

@@ -24,6 +24,7 @@ from flows.round.prepare_run import prepare_run_folder
 from flows.round.round_recipe import settle_recipe
 from flows.round.run_model import RoundUnfit, check_parent_shape, read_parent_model
 from flows.round.run_room import check_room
+from flows.round.tasks import StepUnrecoverable, hide_error_text
 from flows.round.token_cache import TOKEN_CACHE_FOLDER
 from flows.snapshot_size import measure_snapshot
 from flows.supervisor.pool_launcher import choose_precision
@@ -266,6 +267,21 @@ def test_samples_of_a_version_are_recorded_and_found_by_the_next_round(context, 
 def test_recipe_that_does_not_fit_is_refused_before_devices_are_taken(context, start, parameters, reason):
     with pytest.raises(ValueError, match=re.escape(reason)):
         prepare_run_folder(context, start(**parameters))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("my-min", "there is no recipe 'my-min'; did you mean 'my-mini'?"),
+        ("my-mini", "recipe my-mini: data.seq_length: is unknown; did you mean 'seq_len'?"),
+    ],
+)
+def test_reason_of_a_round_has_the_names_of_a_recipes_mistake(context, start, name, reason):
+    text = find_recipe_file(context.settings.home, "demo").read().replace(b"seq_len =", b"seq_length = 128\nseq_len =")
+    (context.settings.home / "recipes").mkdir()
+    (context.settings.home / "recipes" / "my-mini.toml").write_bytes(text)
+    with pytest.raises(StepUnrecoverable, match=re.escape(reason)), hide_error_text("collect"):
+        settle_recipe(context, start(recipe=name))
 
 
 def test_new_weights_of_a_published_layout_take_the_tokenizer_beside_the_recipes(context, start):

@@ -151,6 +151,21 @@ def test_invalid_port_range_is_refused_with_an_example(text, monkeypatch):
         choose_ports()
 
 
+def test_a_round_by_an_unknown_recipe_is_refused_before_it_is_requested(tmp_path):
+    write_environment(tmp_path, load_or_make_config(tmp_path))
+    (tmp_path / "recipes").mkdir(exist_ok=True)
+    (tmp_path / "recipes" / "my-mini.toml").write_bytes(find_recipe_file(tmp_path, "mini").read())
+    unknown = run_cotrain("round", "start", "--recipe", "my-min", home=tmp_path)
+    assert (
+        unknown.returncode == 2 and "'--recipe': there is no recipe 'my-min'; did you mean 'my-mini'" in unknown.stderr
+    )
+    wrong = run_cotrain("round", "start", "--recipe", "my-mini", "--set", "data.seq_len=9000", home=tmp_path)
+    assert wrong.returncode == 2 and "data.seq_len: must not be above the 2,048 positions of mini" in wrong.stderr
+    elsewhere = {"COTRAIN_PORTAL_URL": "http://127.0.0.1:9"}  # a portal whose recipes are on another machine
+    other = run_cotrain("round", "start", "--recipe", "my-min", home=tmp_path, **elsewhere)
+    assert other.returncode == 1 and "the server at http://127.0.0.1:9 does not answer" in other.stderr
+
+
 def test_recipes_that_no_round_can_follow_are_found(tmp_path, monkeypatch):
     assert find_recipe_faults(tmp_path) == []
     folder = tmp_path / "recipes"
