@@ -1,17 +1,20 @@
 """Resolve a recipe against the data and the devices of a run: batch, steps and weights of the parts."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from yuan.config import MODEL_PRESETS, ModelConfig, TrainConfig
+from yuan.config import MODEL_PRESETS, ModelConfig, TrainConfig, format_count
 from yuan.plan.plan_record import PipelinePlan
 from yuan.recipe import Recipe
+from yuan.recipe_overrides import override_recipe
 
 REPLAY_PART = "base"  # the part of a snapshot that is trained on again, against forgetting
 MAX_WARMUP_SHARE = 0.5
 ROUNDING_TOLERANCE = 1e-9
 MODEL_VOCAB_MULTIPLE = 64  # the vocabulary of new weights with a trained tokenizer is padded to a multiple of it
+
+Change = tuple[str, float]  # a value of a recipe by `section.key`, and another value for it
 
 
 @dataclass(frozen=True)
@@ -143,30 +146,102 @@ def resolve_length(recipe: Recipe, epoch_windows: float, *, epochs_read: float =
     Raises:
         RecipeUnfit: if the run would have too few steps or too many epochs.
     """
-    batch, length = recipe.batch, recipe.length
-    size = batch.global_batch_size or _choose_batch_size(recipe, epoch_windows)
-    wanted_windows = length.steps * size if length.steps else _count_run_windows(recipe, epoch_windows)
-    steps = max(1, round(wanted_windows / size))
-    epochs = steps * size / epoch_windows
-    if steps < length.min_steps:
-        smaller = max(1, size * steps // length.min_steps)
-        raise RecipeUnfit(
-            f"the run would have {steps} steps of {size} windows, at least {length.min_steps} are needed: the new data "
-            f"has {epoch_windows:,.0f} windows of {recipe.data.seq_len:,} tokens an epoch; add data, lower "
-            f"batch.{'global_batch_size' if batch.global_batch_size else 'min_global_batch_size'} to {smaller}, or "
-            "lower data.seq_len"
-        )
     earlier = epochs_read if recipe.run.kind == "continue" else 0.0
-    # As wanted, not as rounded to whole steps: as many epochs as the limit are allowed.
-    if wanted_windows / epoch_windows + earlier > length.max_epochs * (1 + ROUNDING_TOLERANCE):
-        fitting = int((length.max_epochs - earlier) * epoch_windows / size)
+    run, num_epochs = _compute_length(recipe, epoch_windows, earlier)
+    if _is_within_limits(recipe, run, num_epochs):
+        return run
+    length = recipe.length
+    if run.steps < length.min_steps:
+        batch = format_count(run.global_batch_size, "window")
+        problem = f"would have {format_count(run.steps, 'step')} of {batch}, at least {length.min_steps} are needed"
+    else:
         before = f" after {earlier:,.1f} times in earlier rounds" if earlier else ""
-        way_out = f"lower the length to {fitting:,} steps" if fitting > 0 else "raise length.max_epochs"
-        raise RecipeUnfit(
-            f"the run would read the new data {epochs:,.1f} times{before}, length.max_epochs is {length.max_epochs:g}: "
-            f"an epoch has {epoch_windows:,.0f} windows; add data, or {way_out}"
-        )
-    return RunLength(steps, size, epochs)
+        problem = f"would read the new data {run.epochs:,.1f} times{before}, length.max_epochs is {length.max_epochs:g}"
+    raise RecipeUnfit(
+        f"the run {problem}: an epoch of the mixture has {format_count(round(epoch_windows), 'window')} of "
+        f"{recipe.data.seq_len:,} tokens; {_advise(recipe, epoch_windows, earlier)}"
+    )
+
+
+def _compute_length(recipe: Recipe, epoch_windows: float, earlier: float) -> tuple[RunLength, float]:
+    """Return steps and batch, and the epochs with those of earlier rounds: as wanted, not rounded to whole steps."""
+    size = recipe.batch.global_batch_size or _choose_batch_size(recipe, epoch_windows)
+    wanted_windows = recipe.length.steps * size if recipe.length.steps else _count_run_windows(recipe, epoch_windows)
+    steps = max(1, round(wanted_windows / size))
+    return RunLength(steps, size, steps * size / epoch_windows), wanted_windows / epoch_windows + earlier
+
+
+def _is_within_limits(recipe: Recipe, run: RunLength, num_epochs: float) -> bool:
+    length = recipe.length
+    return run.steps >= length.min_steps and num_epochs <= length.max_epochs * (1 + ROUNDING_TOLERANCE)
+
+
+def _advise(recipe: Recipe, epoch_windows: float, earlier: float) -> str:
+    """Return the changes of one value, or else of both limits, with which the run is within its limits."""
+    run, num_epochs = _compute_length(recipe, epoch_windows, earlier)
+    is_too_short = run.steps < recipe.length.min_steps
+    if is_too_short:
+        changes = _list_longer_runs(recipe, epoch_windows, run)
+    else:
+        changes = _list_shorter_runs(recipe, epoch_windows, (recipe.length.max_epochs - earlier) * epoch_windows, run)
+    min_steps = ("length.min_steps", min(run.steps, recipe.length.min_steps))
+    max_epochs = ("length.max_epochs", math.ceil(num_epochs * 10) / 10)
+    alternatives: list[tuple[Change, ...]] = [(change,) for change in (*changes, min_steps, max_epochs)]
+    helpful = [change for change in alternatives if _helps(recipe, change, epoch_windows, earlier)]
+    if not helpful and _helps(recipe, (min_steps, max_epochs), epoch_windows, earlier):
+        helpful = [(min_steps, max_epochs)]
+
+    values = recipe.list_values()
+    ways_out = [
+        " and ".join(f"{'lower' if value < values[place] else 'raise'} {place} to {value}" for place, value in change)
+        for change in helpful
+    ]
+    if recipe.length.epochs is not None or not is_too_short or not ways_out:
+        ways_out.insert(0, "add data")
+    return " or ".join([", ".join(ways_out[:-1]), ways_out[-1]] if len(ways_out) > 1 else ways_out)
+
+
+def _list_longer_runs(recipe: Recipe, epoch_windows: float, run: RunLength) -> list[Change]:
+    """Return changes of length and batch that may give the least number of steps."""
+    batch, length = recipe.batch, recipe.length
+    if length.steps is not None:
+        return [("length.steps", length.min_steps)]
+    needed_windows = length.min_steps * run.global_batch_size
+    smaller_size = int(_count_run_windows(recipe, epoch_windows) / length.min_steps)
+    smaller_size -= smaller_size % (batch.micro_batch_size or 1)
+    return [
+        ("batch.min_global_batch_size" if batch.global_batch_size is None else "batch.global_batch_size", smaller_size),
+        ("batch.target_steps", max(batch.target_steps, length.min_steps)),
+        ("length.tokens", needed_windows * recipe.data.seq_len)
+        if length.tokens is not None
+        else ("length.epochs", math.ceil(needed_windows / epoch_windows * 100) / 100),
+    ]
+
+
+def _list_shorter_runs(recipe: Recipe, epoch_windows: float, max_windows: float, run: RunLength) -> list[Change]:
+    """Return changes of length and batch with which a run may read at most so many windows."""
+    batch, length = recipe.batch, recipe.length
+    if length.tokens is not None:
+        return [("length.tokens", int(max_windows) * recipe.data.seq_len)]
+    if length.epochs is not None:
+        return [("length.epochs", math.floor(max_windows / epoch_windows * 100) / 100)]
+    smaller_size = int(max_windows / run.steps)
+    smaller_size -= smaller_size % (batch.micro_batch_size or 1)
+    size_place = "batch.max_global_batch_size" if batch.global_batch_size is None else "batch.global_batch_size"
+    return [("length.steps", int(max_windows / run.global_batch_size)), (size_place, smaller_size)]
+
+
+def _helps(recipe: Recipe, changes: Sequence[Change], epoch_windows: float, earlier: float) -> bool:
+    """Return True if the recipe changes, is valid with the changes, and gives a run within its limits."""
+    overrides: dict[str, dict[str, float]] = {}
+    for place, value in changes:
+        section, _, key = place.partition(".")
+        overrides.setdefault(section, {})[key] = value
+    try:
+        changed = override_recipe(recipe, "changed", overrides)
+    except ValueError:
+        return False
+    return _is_within_limits(changed, *_compute_length(changed, epoch_windows, earlier))
 
 
 def _count_run_windows(recipe: Recipe, epoch_windows: float) -> float:

@@ -1,5 +1,7 @@
 """Test recipes: their schema, the errors of wrong ones, and their resolution against data."""
 
+import random
+import re
 import tomllib
 
 import pytest
@@ -154,9 +156,15 @@ def test_length_in_tokens_counts_whole_windows():
     [
         ({}, 70, "the run would have 18 steps of 8 windows, at least 20 are needed"),
         ({}, 70, "lower batch.min_global_batch_size to 7"),
-        ({"batch": {"global_batch_size": 64}}, 100, "lower batch.global_batch_size to 9"),
+        ({"batch": {"global_batch_size": 64}}, 100, "lower batch.global_batch_size to 10"),
+        ({"length": {"epochs": None, "steps": 10}}, 800, "; raise length.steps to 20 or lower length.min_steps to 10"),
+        ({}, 27, "an epoch of the mixture has 27 windows of 128 tokens; add data"),
         ({"length": {"epochs": None, "steps": 100}}, 800, "read the new data 8.0 times, length.max_epochs is 4"),
-        ({"length": {"epochs": None, "steps": 100}}, 800, "lower the length to 50 steps"),
+        (
+            {"length": {"epochs": None, "steps": 100}},
+            800,
+            "add data, lower length.steps to 50, lower batch.max_glo",
+        ),
     ],
 )
 def test_run_that_is_too_short_or_too_long_names_the_change_that_helps(sections, epoch_windows, reason):
@@ -164,10 +172,44 @@ def test_run_that_is_too_short_or_too_long_names_the_change_that_helps(sections,
         resolve_length(make_recipe(**sections), epoch_windows)
 
 
-def test_changes_that_errors_advise_do_help():
-    assert resolve_length(make_recipe(batch={"min_global_batch_size": 7}), 70).steps >= 20
-    assert resolve_length(make_recipe(batch={"global_batch_size": 9}), 100).steps >= 20
-    assert resolve_length(make_recipe(length={"epochs": None, "steps": 50}), 800).epochs == 4
+def draw_recipe(rng):
+    """Return a recipe of any length, batch and limits, and the epochs that earlier rounds have read."""
+    unit = rng.choice(["steps", "tokens", "epochs"])
+    value = {"steps": rng.randint(1, 300), "tokens": 128 * rng.randint(1, 5000), "epochs": rng.choice([0.5, 1.0, 3.0])}
+    batch = {"min_global_batch_size": rng.choice([1, 4, 8]), "target_steps": rng.choice([5, 20, 100])}
+    if rng.random() < 0.5:
+        micro_batch_size = rng.choice([1, 3, 8])
+        batch |= {"global_batch_size": micro_batch_size * rng.randint(1, 12), "micro_batch_size": micro_batch_size}
+    limits = {"min_steps": rng.choice([1, 20, 50]), "max_epochs": rng.choice([3.0, 4.0])}
+    length = {"epochs": None, unit: value[unit], **limits}
+    kind = rng.choice(["finetune", "continue"])
+    return make_recipe(batch=batch, length=length, run={"kind": kind}), rng.choice([0.0, 2.9, 7.25])
+
+
+def test_every_change_that_an_error_advises_helps_alone():
+    rng, num_refused, num_changes = random.Random(5), 0, 0
+    for _ in range(1500):
+        (recipe, epochs_read), epoch_windows = draw_recipe(rng), rng.choice([1.0, 3.0, 27.0, 53.7, 800.0, 20_000.0])
+        try:
+            resolve_length(recipe, epoch_windows, epochs_read=epochs_read)
+        except RecipeUnfit as error:
+            num_refused += 1
+            advice = str(error).rpartition("; ")[2]
+        else:
+            continue
+        ways_out = [change for change in re.split(", | or ", advice) if change and change != "add data"]
+        assert ways_out, advice
+        for way_out in ways_out:
+            overrides = {}
+            for verb, section, key, value in re.findall(r"(lower|raise) (\w+)\.(\w+) to ([\d.]+)", way_out):
+                now = recipe.list_values()[f"{section}.{key}"]
+                new = float(value) if key in ("epochs", "max_epochs") else int(value)
+                assert (new < now) == (verb == "lower") and new != now
+                overrides.setdefault(section, {})[key] = new
+            changed = override_recipe(recipe, "r", overrides)
+            resolve_length(changed, epoch_windows, epochs_read=epochs_read)
+            num_changes += 1
+    assert num_refused > 300 and num_changes > 600
 
 
 def test_replay_share_is_the_base_share_of_windows():
