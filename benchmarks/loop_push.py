@@ -1,9 +1,10 @@
-"""A dataset from push to acceptance, by size: `python benchmarks/loop_push.py`, 3 minutes; `--sizes 0.5,1,2,5` (GB).
+"""A dataset from push to token files, by size: `python benchmarks/loop_push.py`, 5 minutes; `--sizes 0.5,1,2,5` (GB).
 
 Starts PostgreSQL, S3 and the portal as the stack does. For each size a file of rows of about 1,000 bytes, half of them
-Chinese, a tenth of them checkable, is pushed by `cotrain dataset push`, then checked and accepted, each by a process of
-its own with the worker's priority, while another account sends reports. Sizes: 25, 50 and 100 MB; `--full` is
-`--sizes 0.5,1,2,5`.
+Chinese, a tenth of them checkable, is pushed by `cotrain dataset push`, then checked, accepted, frozen into shards and
+tokenized for windows of 2,048 (with the published tokenizer where COTRAIN_TEST_DATA has it), each by a process of its
+own with the worker's priority, while another account sends reports. Sizes: 25, 50 and 100 MB; `--full` is `--sizes
+0.5,1,2,5`.
 
 Prints progress on standard error and one JSON object at the end; `--plot FILE` draws time and memory by size as SVG.
 Memory is the peak resident memory of a process since its start, as the kernel counts it; each of PostgreSQL's
@@ -14,6 +15,7 @@ the largest size at most 1.3 times those at the smallest, and memory at most 1.5
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import statistics
@@ -30,20 +32,29 @@ from random import Random
 import httpx
 import psutil
 from portal_submissions import make_accounts, run_stack, wait_for
-from sqlalchemy import select
+from sqlalchemy import select, update
 
+from feedback import rounds, snapshots
+from feedback.contracts import RoundParameters
 from feedback.dataset_acceptance import accept_dataset
 from feedback.dataset_checks import process_uploads
 from feedback.row_blocks import StagingRules
-from feedback.states import DatasetState
-from feedback.tables import Dataset
+from feedback.states import DatasetState, RoundState
+from feedback.tables import Dataset, Round, new_id
+from flows.round.token_cache import TOKEN_CACHE_FOLDER, TokenCache
+from flows.round.tokenize_shards import tokenize_snapshot
 from flows.stack.stack_config import load_or_make_config, write_environment
 from flows.stack.worker_service import WORKER_NICENESS
 from infra.confined_child import lower_priority
 from infra.database import make_session_factory, open_engine
 from infra.keeper import find_stack_pids
+from infra.machine import count_available_cpus
 from infra.object_store import open_object_store
 from infra.settings import Settings
+from yuan.data.shard_tokens import SampleRules
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the generated tokenizer is part of the tests
+from tests.published_layout import load_published_layout
 
 SIZES_GB = "0.025,0.05,0.1"
 FULL_SIZES_GB = "0.5,1,2,5"
@@ -60,6 +71,9 @@ REPORT_PAUSE_S = 0.02
 POLL_S = 0.5
 SALT, HELD_OUT_SHARE, MAX_CASES = "salt", 0.1, 5000
 STACK_ENTRY, REPORT_ENTRY, CHECK_ENTRY, ACCEPT_ENTRY = "stack", "report", "check", "accept"
+FREEZE_ENTRY, TOKENIZE_ENTRY = "freeze", "tokenize"
+SEQ_LEN = 2048
+SNAPSHOT_FILE = "snapshot"  # id of the newest one
 PUSH_STAGE = "push"
 
 
@@ -217,13 +231,15 @@ def measure_stages(
     quiet_ms: float,
     sender: "ReportSender",
 ) -> Iterator[Stage]:
-    """Push, check and accept a file, each in a process of its own."""
+    """Push, check, accept, freeze and tokenize a file, each in a process of its own."""
     push = [sys.executable, "-m", "flows.cli.app", "dataset", "push", str(file), "--url", settings.portal_url]
     entry = [sys.executable, __file__]
     commands = {
         PUSH_STAGE: [*push, "--token", token, "--no-wait", "--json"],
         CHECK_ENTRY: [*entry, CHECK_ENTRY, str(settings.home)],
         ACCEPT_ENTRY: [*entry, ACCEPT_ENTRY, str(settings.home)],
+        FREEZE_ENTRY: [*entry, FREEZE_ENTRY, str(settings.home)],
+        TOKENIZE_ENTRY: [*entry, TOKENIZE_ENTRY, str(settings.home)],
     }
     for name, command in commands.items():
         stage = Stage(name, file.stat().st_size, num_rows, quiet_ms)
@@ -376,8 +392,46 @@ def accept_datasets(home: Path) -> None:
         accept_dataset(session, dataset_id, objects.open_stream, SALT, HELD_OUT_SHARE, MAX_CASES)
 
 
+def freeze_rows(home: Path) -> None:
+    """Freeze what is accepted into shards, as a round does; those of earlier files are there already."""
+    settings = Settings(_env_file=home / "env", home=home)
+    sessions, objects = make_session_factory(open_engine(settings)), open_object_store(settings)
+    lower_priority(WORKER_NICENESS)
+    with sessions.begin() as session:
+        session.execute(update(Round).values(state=RoundState.CANCELLED))
+        round_id = rounds.request_round(session, "benchmark", RoundParameters(), new_id()).id
+    with tempfile.TemporaryDirectory(dir=home) as scratch:
+        (home / SNAPSHOT_FILE).write_text(snapshots.freeze_mixture(sessions, objects, round_id, 0, Path(scratch)))
+
+
+def tokenize_rows(home: Path) -> None:
+    """Tokenize the shards that are not in the cache, with the published tokenizer, as a round does."""
+    settings = Settings(_env_file=home / "env", home=home)
+    sessions, objects = make_session_factory(open_engine(settings)), open_object_store(settings)
+    lower_priority(WORKER_NICENESS)
+    folder, snapshot_id = home / "tokenizer", (home / SNAPSHOT_FILE).read_text()
+    folder.mkdir(exist_ok=True)
+    load_published_layout().save(folder)
+    manifest = snapshots.read_manifest(objects, snapshot_id)
+    tokenize_snapshot(
+        TokenCache(home / TOKEN_CACHE_FOLDER),
+        manifest,
+        functools.partial(snapshots.fetch_shard, sessions, objects, snapshot_id),
+        tokenizer_folder=folder,
+        rules={part.name: SampleRules(seq_len=SEQ_LEN) for part in manifest.parts},
+        num_workers=count_available_cpus(),
+        report=lambda progress: None,
+    )
+
+
 if __name__ == "__main__":
-    entries = {STACK_ENTRY: run_stack, CHECK_ENTRY: check_uploads, ACCEPT_ENTRY: accept_datasets}
+    entries = {
+        STACK_ENTRY: run_stack,
+        CHECK_ENTRY: check_uploads,
+        ACCEPT_ENTRY: accept_datasets,
+        FREEZE_ENTRY: freeze_rows,
+        TOKENIZE_ENTRY: tokenize_rows,
+    }
     if len(sys.argv) == 4 and sys.argv[1] == REPORT_ENTRY:
         send_reports(*sys.argv[2:])
     elif len(sys.argv) == 3 and sys.argv[1] in entries:
