@@ -233,7 +233,7 @@ def test_every_new_window_has_a_place_however_few_its_part_has():
     assert resolve_part_places(make_recipe(), windows) is None
 
 
-def test_base_is_left_out_at_a_replay_share_of_zero():
+def test_base_is_not_trained_on_at_a_replay_share_of_0():
     parts = ["corrections", "base"]
     assert list_trained_parts(make_recipe(data={"replay_share": 0.0}), parts) == ["corrections"]
     assert list_trained_parts(make_recipe(data={"replay_share": 0.0}), ["base"]) == ["base"]
