@@ -26,6 +26,8 @@ from yuan.data.rows import Row
 MAX_HELD_OUT_ROWS_PER_DATASET = 1000
 MAX_HELD_OUT_ANSWERS_PER_PROMPT = 4  # per prompt and dataset
 CASE_BATCH_ROWS = 1000
+# Of a dataset after which PostgreSQL samples the table at once, not a minute later: the round plans its shards next.
+MIN_ANALYZED_ROWS = 100_000
 MAX_ROWS = 2**31 - 1  # of a dataset, whose row numbers are of this size
 
 # A row is a duplicate if an accepted dataset, or an earlier row of its own file, has its key. Of the others, those are
@@ -174,6 +176,8 @@ def _accept_inserted_rows(session: Session, dataset: Dataset, faults: StagedFaul
         cases = [Row.model_validate_json(body) for body in batch]
         add_cases(session, get_suite_name(dataset), cases, CaseRole.HELD_OUT)
     dataset.state, dataset.reason, dataset.decided_at = DatasetState.ACCEPTED, None, transaction_time()
+    if dataset.num_rows >= MIN_ANALYZED_ROWS:
+        session.execute(text("analyze dataset_row"))
 
 
 def record_acceptance_failure(session: Session, dataset_id: str, error: Exception) -> None:
