@@ -76,15 +76,9 @@ def resolve_part_weights(recipe: Recipe, windows: Mapping[str, int]) -> dict[str
     Raises:
         RecipeUnfit: if a part with windows has no weight.
     """
-    share = recipe.data.replay_share
-    if share is not None:
-        new = {part: count for part, count in windows.items() if part != REPLAY_PART}
-        if not share or not new or REPLAY_PART not in windows:
-            return None
-        return {
-            part: share if part == REPLAY_PART else (1 - share) * count / sum(new.values())
-            for part, count in windows.items()
-        }
+    if recipe.data.replay_share is not None:
+        places = resolve_part_places(recipe, windows)
+        return None if places is None else {part: float(count) for part, count in places.items()}
     weights = recipe.mixture.weights
     if not weights:
         return None

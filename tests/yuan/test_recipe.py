@@ -216,7 +216,7 @@ def test_replay_share_is_the_base_share_of_windows():
     windows = {"corrections": 10, "datasets": 30, "base": 500}
     recipe = make_recipe(data={"replay_share": 0.5})
     weights = resolve_part_weights(recipe, windows)
-    assert weights == {"corrections": 0.125, "datasets": 0.375, "base": 0.5}
+    assert weights == {"corrections": 10, "datasets": 30, "base": 40}
     assert count_epoch_windows(windows, weights) == 80  # half of 80 windows are the 40 new ones
     assert resolve_part_weights(recipe, {"base": 500}) is None  # nothing new: no share to keep
     assert resolve_part_weights(recipe, {"datasets": 500}) is None  # no base to replay
