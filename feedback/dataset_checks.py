@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from sqlalchemy import or_
@@ -132,7 +133,9 @@ def is_work_waiting(session: Session) -> bool:
     return session.scalar(select_unreleased().where(or_(*conditions)).limit(1)) is not None
 
 
-def process_uploads(sessions: sessionmaker[Session], objects: ObjectStore, rules: StagingRules) -> DatasetCheckCounts:
+def process_uploads(
+    sessions: sessionmaker[Session], objects: ObjectStore, rules: StagingRules, scratch: Path | None = None
+) -> DatasetCheckCounts:
     """Check every complete upload, drop the abandoned ones, and delete what ended uploads left in the store.
 
     What ended is deleted before the checks, between them and during each. An error that ends the work on one upload
@@ -140,6 +143,7 @@ def process_uploads(sessions: sessionmaker[Session], objects: ObjectStore, rules
 
     Args:
         rules: by which a round will stage the rows of a valid file.
+        scratch: folder for these rows until they are stored; the default is the system's for temporary files.
 
     Raises:
         Exception: the first error that was not an upload's own, as of an unreachable store, after all other work.
@@ -157,7 +161,7 @@ def process_uploads(sessions: sessionmaker[Session], objects: ObjectStore, rules
     states, errors = list[str](), list[Exception]()
     for dataset_id in waiting_ids:
         try:
-            states.append(check_upload(sessions, objects, dataset_id, rules, releaser.release_ended))
+            states.append(check_upload(sessions, objects, dataset_id, rules, releaser.release_ended, scratch))
             releaser.release_ended()
         except Exception as error:
             log.warning("the check of dataset %s did not end: %s", dataset_id, describe_error_place(error))
@@ -179,6 +183,7 @@ def check_upload(
     dataset_id: str,
     rules: StagingRules,
     run_meanwhile: Callable[[], object],
+    scratch: Path | None = None,
 ) -> str:
     """Check a complete upload, and store a valid file under its sha256; return the dataset's state.
 
@@ -215,7 +220,7 @@ def check_upload(
             run_meanwhile()
 
     try:
-        with StagedRowsWriter(rules) as staged:
+        with StagedRowsWriter(rules, scratch) as staged:
             result = _check_and_store(sessions, objects, file, staged, report_progress)
             record = None if result.reason else staged.store(objects, dataset_id, file.sha256)
         return _run_transaction(sessions, lambda session: _record_check(session, dataset_id, result, record))

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Generator
 from contextlib import AbstractContextManager
 from importlib import metadata
+from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
@@ -41,15 +42,19 @@ class StagedRowsWriter(AbstractContextManager["StagedRowsWriter"]):
     """Collect the staged rows of one file on disk, and store them.
 
     No error of the disk or the store is raised: the rows are staged again when the dataset is accepted.
+
+    Args:
+        folder: for the file; the default is the system's for temporary files.
     """
 
-    def __init__(self, rules: StagingRules) -> None:
+    def __init__(self, rules: StagingRules, folder: Path | None = None) -> None:
         self.rules = rules
+        self._folder = folder
         self._writer: ShardWriter | None = None
 
     def __enter__(self) -> Self:
         try:
-            self._writer = ShardWriter().__enter__()
+            self._writer = ShardWriter(self._folder).__enter__()
         except OSError as error:
             self._give_up(error)
         return self

@@ -10,6 +10,7 @@ from flows.allowed_flows import CHECK_DATASETS_FLOW, CheckDatasetsForm
 from flows.context import Context, open_context
 from flows.round.artifacts import publish_table
 from flows.round.tasks import make_task
+from flows.round.versions import make_scratch_folder
 from infra.process_group import hold_file_lock
 
 
@@ -17,8 +18,11 @@ def check_waiting_datasets(context: Context) -> DatasetCheckCounts:
     """Check the complete uploads, one after the other; a second process waits for the first."""
     context.runs.mkdir(parents=True, exist_ok=True)
     rules = StagingRules(context.salt, context.settings.held_out_share)
-    with hold_file_lock(context.runs / ".check-datasets.lock"):
-        return process_uploads(context.sessions, context.objects, rules)
+    with (
+        hold_file_lock(context.runs / ".check-datasets.lock"),
+        make_scratch_folder(context.runs / ".check-datasets") as scratch,
+    ):
+        return process_uploads(context.sessions, context.objects, rules, scratch)
 
 
 check_datasets_task = make_task(check_waiting_datasets, "check datasets")

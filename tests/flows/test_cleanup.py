@@ -15,6 +15,7 @@ from feedback import rounds
 from feedback.contracts import RoundParameters
 from feedback.staged_rows import make_staged_key
 from feedback.tables import AuditEvent, ModelVersion, Round, TrainingRun, new_id
+from flows.check_datasets import check_waiting_datasets
 from flows.cleanup_record import CLEANUP_RECORD_FILE, read_cleanup_record, write_cleanup_record
 from flows.context import Context
 from flows.disk_history import DISK_HISTORY_FILE, DiskRecord, forecast_disk, read_disk_history, record_disk_usage
@@ -161,6 +162,14 @@ def test_staged_rows_of_no_waiting_dataset_are_removed(context, objects):
     assert "datasets" in {removal.subject for removal in list_expired(context, KEEP_ONE).removals}
     remove_expired(context, "test", KEEP_ONE)
     assert not objects.exists(key)
+
+
+def test_rows_that_a_killed_check_staged_are_removed_by_the_next_one(context):
+    leftover = context.runs / ".check-datasets" / "shard-x.zst"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_bytes(b"x")
+    check_waiting_datasets(context)
+    assert not leftover.parent.exists()
 
 
 def test_records_of_rows_stay_while_a_version_or_a_running_round_may_need_them(context, ended_runs, objects):
