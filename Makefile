@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# All but the two modules that the benchmarks share.
-BENCHMARKS := $(sort $(filter-out benchmarks/pairs.py benchmarks/fault_injection.py,$(wildcard benchmarks/*.py)))
+# All but the modules that the benchmarks share.
+SHARED_BY_BENCHMARKS := $(addprefix benchmarks/,fault_injection.py line_charts.py pairs.py real_path_rows.py)
+BENCHMARKS := $(sort $(filter-out $(SHARED_BY_BENCHMARKS),$(wildcard benchmarks/*.py)))
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export DS_BUILD_OPS = 0
 

@@ -31,6 +31,7 @@ from random import Random
 
 import httpx
 import psutil
+from line_charts import draw_line_charts
 from portal_submissions import make_accounts, run_stack, wait_for
 from sqlalchemy import select, update
 
@@ -139,7 +140,7 @@ def main() -> int:
                     print(stage.describe(), file=sys.stderr, flush=True)
                     stages.append(stage)
     if options.plot:
-        options.plot.write_text(draw_plot(stages))
+        options.plot.write_text(draw_stages(stages))
     summary = summarize_stages(stages)
     print(json.dumps(summary), flush=True)
     return 0 if summary["ok"] else 1
@@ -181,7 +182,7 @@ def group_sizes(stages: Sequence[Stage]) -> list[list[Stage]]:
     return [[stage for stage in stages if stage.num_bytes == size] for size in sizes]
 
 
-def draw_plot(stages: Sequence[Stage]) -> str:
+def draw_stages(stages: Sequence[Stage]) -> str:
     """Draw the seconds of each stage, and the largest peak of memory, by the size of the file, as SVG."""
     by_size = group_sizes(stages)
     sizes_gb = [of_size[0].num_bytes / 1e9 for of_size in by_size]
@@ -190,36 +191,8 @@ def draw_plot(stages: Sequence[Stage]) -> str:
         name: [max(stage.peaks_mib.get(name, 0.0) for stage in of_size) for of_size in by_size]
         for name in {name: None for stage in stages for name in stage.peaks_mib}
     }
-    panels = draw_panel(0, "seconds", sizes_gb, seconds) + draw_panel(1, "MiB, peak of a process", sizes_gb, peaks)
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" width="960" height="380" font-family="sans-serif" font-size="12">'
-        f'<rect width="960" height="380" fill="white"/>{panels}</svg>\n'
-    )
-
-
-def draw_panel(place: int, title: str, sizes_gb: list[float], lines: dict[str, list[float]]) -> str:
-    """Draw lines over the sizes, both axes from 0, as one of two panels."""
-    x0, y0, width, height = 60 + 480 * place, 40, 300, 290
-    highest = max(max(values) for values in lines.values()) or 1.0
-    colors = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
-    parts = [
-        f'<text x="{x0}" y="{y0 - 15}">{title}, by size in GB</text>',
-        f'<path d="M{x0} {y0}V{y0 + height}H{x0 + width}" fill="none" stroke="black"/>',
-        f'<text x="{x0 - 5}" y="{y0 + 5}" text-anchor="end">{highest:,.0f}</text>',
-        f'<text x="{x0 - 5}" y="{y0 + height}" text-anchor="end">0</text>',
-    ]
-    for size in sizes_gb:
-        x = x0 + width * size / sizes_gb[-1]
-        parts.append(f'<text x="{x:.0f}" y="{y0 + height + 18}" text-anchor="middle">{size:g}</text>')
-    for number, (name, values) in enumerate(lines.items()):
-        color = colors[number % len(colors)]
-        points = " ".join(
-            f"{x0 + width * size / sizes_gb[-1]:.1f},{y0 + height * (1 - value / highest):.1f}"
-            for size, value in zip(sizes_gb, values, strict=True)
-        )
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
-        parts.append(f'<text x="{x0 + width + 10}" y="{y0 + 15 + 18 * number}" fill="{color}">{name}</text>')
-    return "".join(parts)
+    panels = {"seconds, by size in GB": seconds, "MiB, peak of a process, by size in GB": peaks}
+    return draw_line_charts(sizes_gb, panels)
 
 
 def measure_stages(
