@@ -26,8 +26,9 @@ Step = Callable[[Tensor], Tensor]
 
 def make_our_step(model: Any, batch: int) -> Step:
     """Return a function from the next tokens (B, S) to the logits (B, V) after them, with its own cache."""
-    cache = model.make_cache(batch)
-    return lambda tokens: model.forward_incremental(tokens, cache)
+    block = model.make_cache_block(batch, NUM_PROMPT_TOKENS + NUM_NEW_TOKENS)
+    slots = [block.take_slot() for _ in range(batch)]
+    return lambda tokens: model.forward_incremental(tokens, slots)
 
 
 def make_llama_step(model: Any, batch: int) -> Step:

@@ -119,6 +119,8 @@ class ModelServerSettings(TrackerAccess, ModelServerAccess):
 
     files: ClassVar[tuple[str, ...]] = ("settings/model-server.env",)
 
+    serving_cache_gib: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+
 
 def _check_calendar(cron: str) -> str:
     if len(cron.split()) != 5:
@@ -170,7 +172,7 @@ class FlowSettings(RecordsAccess, StoreAccess, PrefectAccess, ModelServerAccess)
     token_workers: int = Field(default=0, ge=0, le=1024)
 
 
-class Settings(PortalSettings, DispatcherSettings, FlowSettings):
+class Settings(PortalSettings, ModelServerSettings, DispatcherSettings, FlowSettings):
     """Hold all settings, for the operator's commands and the keeper; never for a process that serves clients."""
 
     files: ClassVar[tuple[str, ...]] = ("env", "env.local")

@@ -33,6 +33,15 @@ def make_served_model(version, window=WINDOW):
     return ServedModel(model, tokenizer, version)
 
 
+@torch.inference_mode()
+def assert_greedy(model, sequence):
+    """Assert that each token of a sequence is the most likely one of a full pass, up to rounding."""
+    ids = [*sequence.prompt, *sequence.tokens]
+    logits = model(torch.tensor([ids]))[0, len(sequence.prompt) - 1 : -1]
+    chosen = logits.gather(1, torch.tensor(sequence.tokens)[:, None])[:, 0]
+    torch.testing.assert_close(chosen, logits.amax(dim=1), rtol=1e-4, atol=1e-4)
+
+
 def serve_model(service):
     """Run the server in this process, on a free port; yield its URL."""
     return serve_app(make_api(TOKEN, service))

@@ -61,35 +61,56 @@ def test_model_is_causal(model, tokens):
     assert not torch.equal(before[:, 8], after[:, 8])
 
 
+def take_slots(model, number, capacity=16):
+    block = model.make_cache_block(number, capacity)
+    return [block.take_slot() for _ in range(number)]
+
+
 def test_decoding_token_by_token_equals_one_pass(model, tokens):
-    cache = model.make_cache(3)
-    steps = [model.forward_incremental(tokens[:, :4], cache)] + [
-        model.forward_incremental(tokens[:, t : t + 1], cache) for t in range(4, 12)
+    slots = take_slots(model, 3)
+    steps = [model.forward_incremental(tokens[:, :4], slots)] + [
+        model.forward_incremental(tokens[:, t : t + 1], slots) for t in range(4, 12)
     ]
     torch.testing.assert_close(torch.stack(steps, dim=1), model(tokens)[:, 3:], rtol=1e-4, atol=1e-5)
 
 
 def test_decoding_in_chunks_of_unequal_rows_equals_one_pass(model, tokens):
-    """Rows of 2, 5 and 9 tokens continue with 10, 7 and 3, padded on the right."""
-    lengths, cache = [2, 5, 9], model.make_cache(3)
-    model.forward_incremental(tokens[:, :9], cache, lengths)
+    """Rows of 2, 5 and 9 tokens continue with 10, 7 and 3, padded on the right; one slot is in another block."""
+    lengths, slots = [2, 5, 9], [*take_slots(model, 2), *take_slots(model, 1, 12)]
+    model.forward_incremental(tokens[:, :9], slots, lengths)
     rest = torch.zeros(3, 10, dtype=torch.long)
     for row, length in enumerate(lengths):
         rest[row, : 12 - length] = tokens[row, length:]
-    last_logits = model.forward_incremental(rest, cache, [12 - length for length in lengths])
+    last_logits = model.forward_incremental(rest, slots, [12 - length for length in lengths])
     torch.testing.assert_close(last_logits, model(tokens)[:, -1], rtol=1e-4, atol=1e-5)
 
 
-def test_adding_and_removing_cache_rows_does_not_change_the_other_rows(model, tokens):
-    cache = model.make_cache(2)
-    model.forward_incremental(tokens[:2, :6], cache)
-    new = cache.make_following_slots(1)
-    model.forward_incremental(tokens[2:, :3], new)
-    cache.append_slots(new)
-    cache.drop_slot(0)  # the remaining slots are 2 and 1
-    last_logits = model.forward_incremental(torch.stack([tokens[2, 3:4], tokens[1, 6:7]]), cache)
+def test_taking_and_dropping_slots_does_not_change_the_other_slots(model, tokens):
+    block = model.make_cache_block(3, 16)
+    slots = [block.take_slot() for _ in range(2)]
+    model.forward_incremental(tokens[:2, :6], slots)
+    slots.append(block.take_slot())
+    model.forward_incremental(tokens[2:, :3], slots[2:])
+    block.drop_slot(slots[0])  # slot 2 takes its place
+    last_logits = model.forward_incremental(torch.stack([tokens[2, 3:4], tokens[1, 6:7]]), [slots[2], slots[1]])
     torch.testing.assert_close(last_logits[0], model(tokens[2:, :4])[0, -1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(last_logits[1], model(tokens[1:2, :7])[0, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_slot_is_cleared_of_values_that_are_not_finite(model, tokens):
+    block = model.make_cache_block(1, 16)
+    block.drop_slot(block.take_slot())
+    for tensor in (*block.keys, *block.values, *block.shares1, *block.shares2):
+        tensor.fill_(torch.nan)
+    logits = model.forward_incremental(tokens[:1], [block.take_slot()])
+    torch.testing.assert_close(logits, model(tokens[:1])[:, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_beyond_its_slot_or_a_slot_beyond_the_window_is_refused(model, tokens):
+    with pytest.raises(ValueError, match="a slot holds 8 tokens, got 12"):
+        model.forward_incremental(tokens, take_slots(model, 3, 8))
+    with pytest.raises(ValueError, match="the window holds 32 tokens, got 33"):
+        model.make_cache_block(1, 33)
 
 
 def test_documents_in_one_row_do_not_attend_to_each_other(model, tokens):
@@ -140,9 +161,9 @@ def test_attention_values_use_the_unfiltered_input(model, tokens):
     nn.init.zeros_(attention.query_key.weight)
     x_BSH = torch.randn(1, 6, 32)
     rows = make_causal_inputs(CONFIG, 6, x_BSH)
-    before = attention(x_BSH, rows, None)
+    before = attention(x_BSH, rows)
     nn.init.normal_(attention.filter.conv1.weight)
-    assert torch.equal(before, attention(x_BSH, rows, None))
+    assert torch.equal(before, attention(x_BSH, rows))
 
 
 def test_sequence_longer_than_the_window_is_refused(model):

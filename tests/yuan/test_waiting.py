@@ -19,8 +19,16 @@ def make_queue(*requests):
     return waiting, owner
 
 
-def count_taken_slots(waiting, owner, free, slots):
-    return Counter(owner[id(sequence)] for sequence in waiting.take(free, slots))
+def count_taken_slots(waiting, owner, free, slots, has_room=lambda request, leaves_reserve: True):
+    taken = Counter()
+
+    def admit(request, sequence, leaves_reserve):
+        if is_admitted := has_room(request, leaves_reserve):
+            taken[owner[id(sequence)]] += 1
+        return is_admitted
+
+    waiting.take(free, slots, admit)
+    return taken
 
 
 def test_slots_are_shared_evenly_and_a_quarter_is_kept_for_newcomers():
@@ -55,3 +63,19 @@ def test_finished_requests_are_removed_from_the_queue():
     waiting.add(SimpleNamespace(caller="a", sequences=[object()] * 50, is_over=True))
     assert len(waiting) == 54
     assert count_taken_slots(waiting, owner, 32, Counter()) == {"a": 3, "b": 1} and not len(waiting)
+
+
+def test_sequence_without_room_stays_the_next_one():
+    waiting, owner = make_queue(("a", 1), ("b", 3))
+    rooms = iter([True, False])
+    assert count_taken_slots(waiting, owner, 32, slots := Counter(), lambda *_: next(rooms)) == {"a": 1}
+    assert count_taken_slots(waiting, owner, 31, slots) == {"b": 3} and not len(waiting)
+
+
+def test_callers_that_have_a_slot_leave_room_for_newcomers():
+    waiting, owner = make_queue(("a", 2), ("", 2))
+    calls = []
+    count_taken_slots(
+        waiting, owner, 32, Counter(), lambda request, reserve: not calls.append((request.caller, reserve))
+    )
+    assert calls == [("a", False), ("", False), ("a", True), ("", False)]

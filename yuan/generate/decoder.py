@@ -1,19 +1,27 @@
 """Batched decoding of sequences, which can be added and removed between two tokens."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from yuan.generate.cache_slots import CacheBudget, CacheSlots
 from yuan.generate.sampling import choose_tokens
 from yuan.generate.sequence import DecodingSequence
+from yuan.model.cache import CacheSlot
 from yuan.model.transformer import Yuan
 
-MAX_PREFILL_TOKENS = 8192  # of one forward pass over new prompts, including padding
+# Of one forward pass over prompts, including padding: a longer prompt takes several, between which others are decoded.
+MAX_PREFILL_TOKENS = 2048
 
 
 class NonFiniteLogits(ValueError):
     """Report that the model returned logits that are not finite."""
+
+
+class NoCacheRoom(RuntimeError):
+    """Report that the cache has no room for a sequence until others finish."""
 
 
 @dataclass(frozen=True)
@@ -25,69 +33,136 @@ class FailedSequence:
 
 
 class Decoder:
-    """Decode running sequences with a model, one cache slot each."""
+    """Decode sequences with a model, each in its own slot of the cache.
 
-    def __init__(self, model: Yuan) -> None:
+    A sequence is admitted when its prompt and answer fit into the cache's budget, prefilled in one or several passes,
+    and decoded until it finishes; its slot is free then.
+
+    Attributes:
+        num_chosen_tokens: tokens chosen so far, of all sequences.
+
+    Args:
+        budget: of the cache; None for no limit.
+    """
+
+    def __init__(self, model: Yuan, budget: CacheBudget | None = None) -> None:
         self.model = model
-        self.running: list[DecodingSequence] = []
-        self._cache = model.make_cache()
+        self.cache = CacheSlots(model, budget or CacheBudget())
+        self.num_chosen_tokens = 0
+        self._slots: dict[DecodingSequence, CacheSlot] = {}
+        self._prefilling: list[DecodingSequence] = []  # in the order of their admission
         self._device = model.embedding.weight.device
+
+    @property
+    def running(self) -> list[DecodingSequence]:
+        """Return the sequences that have a slot."""
+        return list(self._slots)
+
+    def admit(self, sequence: DecodingSequence, spare_share: float = 0.0) -> bool:
+        """Reserve a slot for a sequence, which the next steps prefill; return False if there is no room now.
+
+        Args:
+            spare_share: share of the cache's budget that must stay unused.
+
+        Raises:
+            CacheBudgetExceeded: if there will never be room for it.
+        """
+        slot = self.cache.reserve(sequence.max_tokens, spare_share)
+        if slot is None:
+            return False
+        self._slots[sequence] = slot
+        self._prefilling.append(sequence)
+        return True
 
     @torch.inference_mode()
     def add(self, sequences: list[DecodingSequence]) -> list[FailedSequence]:
-        """Prefill new sequences, prompt and tokens so far, and choose the next token of each.
+        """Admit sequences, prefill prompt and tokens so far, and choose the next token of each.
 
         Returns:
-            The sequences that failed; they are not running.
+            The sequences that failed, and those for which there is no room; they have no slot.
 
         Raises:
-            Exception: any error of a forward pass; then none of these sequences is running, and the others are
+            Exception: any error of a forward pass; then none of these sequences has a slot, and the others are
                 unchanged.
         """
-        num_before = len(self.running)
         failed: list[FailedSequence] = []
+        added: list[DecodingSequence] = []
         try:
-            for group in _group_by_length(sequences):
-                failed += self._prefill(group)
+            for sequence in sequences:
+                if self.admit(sequence):
+                    added.append(sequence)
+                else:
+                    failed.append(FailedSequence(sequence, NoCacheRoom("the cache has no room for it now")))
+            while waiting := [sequence for sequence in added if sequence in self._prefilling]:
+                failed += self._prefill(waiting)
         except Exception:
-            del self.running[num_before:]
-            self._cache.keep_first_slots(num_before)
+            for sequence in added:
+                if sequence in self._slots:
+                    self.remove(sequence)
             raise
         return failed
 
-    def _prefill(self, group: list[DecodingSequence]) -> list[FailedSequence]:
-        counts = [len(sequence.seen) for sequence in group]
-        tokens_BS = torch.zeros(len(group), max(counts), dtype=torch.long)
-        for row, sequence in enumerate(group):
-            tokens_BS[row, : counts[row]] = torch.tensor(sequence.seen)
-
-        new_slots = self._cache.make_following_slots(len(group))
-        logits_BV = self.model.forward_incremental(tokens_BS.to(self._device), new_slots, counts)
-        self._cache.append_slots(new_slots)
-        self.running += group
-        return self.choose_next_tokens(group, logits_BV)
-
     @torch.inference_mode()
     def step(self) -> list[FailedSequence]:
-        """Choose one more token for every running sequence; finished sequences are removed.
+        """Run one pass over prompts if any wait, and one that chooses a token for each sequence decoded before.
+
+        Finished sequences are removed.
 
         Returns:
-            The sequences that failed; they are not running.
+            The sequences that failed; they have no slot.
 
         Raises:
-            Exception: any error of the forward pass; then discard this decoder and add its sequences to a new one.
+            Exception: any error of a forward pass; then discard this decoder and add its sequences to a new one.
         """
-        if not self.running:
-            return []
-        last = torch.tensor([[sequence.tokens[-1]] for sequence in self.running], device=self._device)
-        return self.choose_next_tokens(self.running, self.model.forward_incremental(last, self._cache))
+        prefilling = set(self._prefilling)
+        decoding = [sequence for sequence in self._iter_by_slot() if sequence not in prefilling]
+        failed: list[FailedSequence] = []
+        if prefilling:
+            failed += self._prefill(self._prefilling)
+        if decoding:
+            last = torch.tensor([[sequence.tokens[-1]] for sequence in decoding], device=self._device)
+            failed += self.choose_next_tokens(decoding, self._forward(last, decoding))
+        return failed
 
     def remove(self, sequence: DecodingSequence) -> None:
-        """Remove a running sequence; the last one takes its slot."""
-        slot = self.running.index(sequence)
-        self._cache.drop_slot(slot)
-        self.running[slot] = self.running[-1]
-        self.running.pop()
+        """Remove a sequence, and free its slot."""
+        self.cache.release(self._slots.pop(sequence))
+        if sequence in self._prefilling:
+            self._prefilling.remove(sequence)
+
+    def _iter_by_slot(self) -> Iterator[DecodingSequence]:
+        """Yield the sequences in the order of their slots, so that few calls compute the attention of all."""
+        owners = {slot: sequence for sequence, slot in self._slots.items()}
+        return (owners[slot] for slot in self.cache.iter_slots())
+
+    def _count_missing(self, sequence: DecodingSequence) -> int:
+        """Return the tokens of a sequence that are not in the cache."""
+        return len(sequence.prompt) + len(sequence.tokens) - self._slots[sequence].length
+
+    def _prefill(self, waiting: Sequence[DecodingSequence]) -> list[FailedSequence]:
+        """Run one pass over the next tokens of some of the sequences that wait for it; return those that failed."""
+        group = choose_prefill_group({sequence: self._count_missing(sequence) for sequence in waiting})
+        # In the order of their slots, so that adjacent ones are written together.
+        group = [sequence for sequence in self._iter_by_slot() if sequence in group]
+        parts = []
+        for sequence in group:
+            length = self._slots[sequence].length
+            parts.append(sequence.seen[length : length + MAX_PREFILL_TOKENS])
+        counts = [len(part) for part in parts]
+        tokens_BS = torch.zeros(len(group), max(counts), dtype=torch.long)
+        for row, part in enumerate(parts):
+            tokens_BS[row, : len(part)] = torch.tensor(part)
+
+        logits_BV = self._forward(tokens_BS.to(self._device), group, counts)
+        ready = [row for row, sequence in enumerate(group) if not self._count_missing(sequence)]
+        for row in ready:
+            self._prefilling.remove(group[row])
+        if not ready:
+            return []
+        return self.choose_next_tokens([group[row] for row in ready], logits_BV[ready])
+
+    def _forward(self, tokens_BS: Tensor, sequences: list[DecodingSequence], counts: list[int] | None = None) -> Tensor:
+        return self.model.forward_incremental(tokens_BS, [self._slots[sequence] for sequence in sequences], counts)
 
     def choose_next_tokens(self, group: list[DecodingSequence], logits_BV: Tensor) -> list[FailedSequence]:
         """Append the next token to each sequence of the group; return those that failed."""
@@ -100,6 +175,7 @@ class Decoder:
             [sequence.draw() for sequence in group],
         )
 
+        self.num_chosen_tokens += len(group)
         failed: list[FailedSequence] = []
         for sequence, chosen, is_finite in zip(group, choices, finite, strict=True):
             try:
@@ -117,14 +193,18 @@ class Decoder:
         return failed
 
 
-def _group_by_length(sequences: list[DecodingSequence]) -> list[list[DecodingSequence]]:
-    """Group sequences of similar length, to limit padding."""
-    groups: list[list[DecodingSequence]] = []
-    for sequence in sorted(sequences, key=lambda s: len(s.seen)):
-        length = len(sequence.seen)
-        fits = groups and (len(groups[-1]) + 1) * length <= MAX_PREFILL_TOKENS
-        if fits and length <= 2 * len(groups[-1][0].seen):
-            groups[-1].append(sequence)
-        else:
-            groups.append([sequence])
-    return groups
+def choose_prefill_group(missing: Mapping[DecodingSequence, int]) -> list[DecodingSequence]:
+    """Choose the sequences of the next pass over prompts: the first, and others of similar length, to limit padding.
+
+    Args:
+        missing: tokens of each sequence that are not in the cache, by sequence. One that misses MAX_PREFILL_TOKENS or
+            more is in a pass by itself.
+    """
+    group: list[DecodingSequence] = []
+    shortest = longest = next(iter(missing.values()))
+    for sequence, num_tokens in missing.items():
+        shorter, longer = min(shortest, num_tokens), max(longest, num_tokens)
+        if not group or (longer <= 2 * shorter and (len(group) + 1) * longer <= MAX_PREFILL_TOKENS):
+            group.append(sequence)
+            shortest, longest = shorter, longer
+    return group

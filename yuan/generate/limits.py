@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from yuan.config import FieldError
 
+MAX_BATCH_ROWS = 128  # prompts that are answered together
 MAX_LOGPROBS = 20
 MAX_TOP_K = 2**31 - 1  # no vocabulary is larger, and larger values can overflow a tensor's integers
 

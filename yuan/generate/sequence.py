@@ -53,6 +53,11 @@ class DecodingSequence:
         return self.prompt + self.tokens
 
     @property
+    def max_tokens(self) -> int:
+        """Return the largest number of tokens that prompt and answer can have."""
+        return len(self.prompt) + self.max_new_tokens
+
+    @property
     def num_tokens(self) -> int:
         """Return the number of decoded tokens, including the stop token."""
         return len(self.tokens) + self._ended_by_token

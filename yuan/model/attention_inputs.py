@@ -11,10 +11,11 @@ from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
 from yuan.config import ModelConfig
+from yuan.model.decoding_pass import make_additive_mask
 from yuan.model.rotary import compute_rotary
+from yuan.plan.memory_model import has_flash_head_dim
 
 FLASH_ATTENTION_CAPABILITY = (8, 0)  # Ampere and newer
-MAX_FLASH_HEAD_DIM = 256
 CAUSAL_WINDOW = (-1, 0)  # all tokens before, none after
 
 
@@ -73,23 +74,8 @@ def make_packed_inputs(
     # Tokens of one document have the same start.
     same_document_BSS = start_BS[:, :, None] == start_BS[:, None, :]
     causal_BSS = index_BS[:, :, None] >= index_BS[:, None, :]
-    mask = _make_additive_mask(same_document_BSS & causal_BSS, like)
+    mask = make_additive_mask(same_document_BSS & causal_BSS, like)
     return AttentionInputs(cos, sin, mask, is_causal=False, continues=continues_BS[..., None])
-
-
-def make_decoding_inputs(config: ModelConfig, lengths: list[int], num_new: int, like: Tensor) -> AttentionInputs:
-    """Make inputs for num_new tokens a row that follow `lengths` cached tokens; each row is one document."""
-    device = like.device
-    if len(set(lengths)) == 1:
-        cos, sin = compute_rotary(torch.arange(lengths[0], lengths[0] + num_new, device=device), config, like.dtype)
-        if lengths[0] == 0 or num_new == 1:  # a single new token attends to all tokens: no mask needed
-            return AttentionInputs(cos, sin, is_causal=num_new > 1)
-
-    position_BS = torch.tensor(lengths, device=device)[:, None] + torch.arange(num_new, device=device)
-    cos, sin = compute_rotary(position_BS[:, None], config, like.dtype)
-    key_position_K = torch.arange(max(lengths) + num_new, device=device)
-    visible_BSK = key_position_K <= position_BS[..., None]
-    return AttentionInputs(cos, sin, _make_additive_mask(visible_BSK, like), is_causal=False)
 
 
 def has_document_attention(config: ModelConfig, like: Tensor) -> bool:
@@ -99,7 +85,7 @@ def has_document_attention(config: ModelConfig, like: Tensor) -> bool:
     """
     if like.device.type != "cuda" or like.dtype not in (torch.bfloat16, torch.float16):
         return False
-    if config.head_dim % 8 or config.head_dim > MAX_FLASH_HEAD_DIM:
+    if not has_flash_head_dim(config):
         return False
     return torch.cuda.get_device_capability(like.device) >= FLASH_ATTENTION_CAPABILITY
 
@@ -115,7 +101,3 @@ def attend_within_documents(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, offs
     out = varlen_attn(q, k, v, offsets, offsets, length, length, window_size=CAUSAL_WINDOW)
     assert isinstance(out, Tensor)  # a tuple only if auxiliary outputs are requested
     return out.unflatten(0, (batch, length)).transpose(1, 2)
-
-
-def _make_additive_mask(visible_BSK: Tensor, like: Tensor) -> Tensor:
-    return torch.zeros_like(visible_BSK, dtype=like.dtype).masked_fill_(~visible_BSK, -torch.inf)[:, None]

@@ -1,155 +1,108 @@
-"""Decoding cache of past tokens: attention keys and values, and two vectors of the local filter.
+"""Decoding cache: blocks of slots that hold a sequence's attention keys and values, and its local filter's state.
 
-Shape letters: R slots of the block, B slots in use, N heads, S new tokens, K capacity, D head dim, H hidden.
+Shape letters: R slots of a block, N heads, K capacity in tokens, D head dim, H hidden.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from yuan.config import ModelConfig
 
-INITIAL_CAPACITY_TOKENS = 64
+
+def compute_slot_bytes(config: ModelConfig, capacity: int, item_bytes: int) -> int:
+    """Return the bytes of one slot of `capacity` tokens, whose values have `item_bytes` bytes each.
+
+    In each layer a token has a key and a value of width H, and a slot has filter states of H/2 and H.
+
+    >>> from yuan.config import yuan_2b
+    >>> compute_slot_bytes(yuan_2b(), 4096, 2) // 2**20
+    768
+    """
+    width = config.hidden_size
+    return config.num_layers * (2 * capacity * width + width // 2 + width) * item_bytes
+
+
+@dataclass(eq=False)
+class CacheSlot:
+    """The place of one sequence in a block.
+
+    Attributes:
+        index: the slot's number in its block; it changes when another slot is dropped.
+        length: cached tokens.
+    """
+
+    block: "CacheBlock"
+    index: int
+    length: int = 0
 
 
 class CacheBlock:
-    """Store the cache tensors, one of each kind per layer; slots and length grow by doubling.
+    """Slots of equal capacity, in tensors that never grow; the slots in use come first.
 
-    All tensors come from `_make_zeros` and are ordinary tensors without gradients, so that the cache can be changed
-    inside and outside of inference mode: a tensor created in that mode cannot be changed outside of it.
+    All tensors are ordinary ones without gradients, so that the cache can be changed inside and outside of inference
+    mode: a tensor created in that mode cannot be changed outside of it.
 
     Attributes:
-        keys, values: (R, N, K, D).
-        shares1, shares2: contributions of a slot's last token to the next output of the filter's two convolutions,
-            (R, 1, H/2) and (R, 1, H); with these two, incremental filtering is exact.
+        capacity: tokens of a slot, K.
+        keys, values: by layer, (R, N, K, D).
+        shares1, shares2: by layer, contributions of a slot's last token to the next output of the filter's two
+            convolutions, (R, 1, H/2) and (R, 1, H); with these two, incremental filtering is exact.
+        slots: the slots in use.
+
+    Args:
+        like: a tensor with the device and dtype of the cache.
+
+    Raises:
+        ValueError: if the capacity exceeds the window.
     """
 
-    def __init__(self, config: ModelConfig, like: Tensor) -> None:
-        self.config, self.like = config, like
-        width, shape = config.hidden_size, (0, config.num_heads, 0, config.head_dim)
-        layers = range(config.num_layers)
-        self.keys = [_make_zeros(like, shape) for _ in layers]
-        self.values = [_make_zeros(like, shape) for _ in layers]
-        self.shares1 = [_make_zeros(like, (0, 1, width // 2)) for _ in layers]
-        self.shares2 = [_make_zeros(like, (0, 1, width)) for _ in layers]
-
-    def iter_tensors(self) -> Iterator[Tensor]:
-        for group in (self.keys, self.values, self.shares1, self.shares2):
-            yield from group
-
-    def reserve(self, slots: int, length: int) -> None:
-        """Grow the tensors to at least `slots` slots of `length` tokens.
-
-        Raises:
-            ValueError: if `length` exceeds the window.
-        """
-        limit = self.config.seq_len
-        if length > limit:
-            raise ValueError(f"the window holds {limit} tokens, got {length}; shorten the prompt or the answer")
-        old_slots, old_length = self.keys[0].shape[0], self.keys[0].shape[2]
-        if slots <= old_slots and length <= old_length:
-            return
-
-        new_slots, new_length = old_slots, old_length
-        if slots > old_slots:
-            new_slots = max(2 * old_slots, slots)
-        if length > old_length:
-            new_length = min(limit, max(INITIAL_CAPACITY_TOKENS, 2 * old_length, length))
-
-        keys = [_grow(t, (new_slots, t.shape[1], new_length, t.shape[3])) for t in self.keys]
-        values = [_grow(t, (new_slots, t.shape[1], new_length, t.shape[3])) for t in self.values]
-        shares1 = [_grow(t, (new_slots, *t.shape[1:])) for t in self.shares1]
-        shares2 = [_grow(t, (new_slots, *t.shape[1:])) for t in self.shares2]
-        # Assign only after every allocation succeeded: out of memory must leave the block unchanged.
-        self.keys, self.values = keys, values
-        self.shares1, self.shares2 = shares1, shares2
-
-
-def _make_zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    with torch.inference_mode(False):
-        return like.new_zeros(shape)
-
-
-def _grow(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    grown = _make_zeros(tensor, shape)
-    grown[tuple(slice(size) for size in tensor.shape)] = tensor
-    return grown
-
-
-class DecodingCache:
-    """Access a contiguous range of a block's slots, each with its own length."""
-
-    def __init__(self, block: CacheBlock, first: int = 0, num_slots: int = 0) -> None:
-        self.block, self.first = block, first
-        self.lengths = [0] * num_slots
-        self._last_real_index: Tensor | None = None
-        block.reserve(first + num_slots, 0)
-        for tensor in (*block.shares1, *block.shares2):
-            tensor[first : first + num_slots].zero_()
+    def __init__(self, config: ModelConfig, like: Tensor, num_slots: int, capacity: int) -> None:
+        if capacity > config.seq_len:
+            raise ValueError(
+                f"the window holds {config.seq_len} tokens, got {capacity}; shorten the prompt or the answer"
+            )
+        self.num_slots, self.capacity = num_slots, capacity
+        self.slots: list[CacheSlot] = []
+        width, layers = config.hidden_size, range(config.num_layers)
+        with torch.inference_mode(False):
+            shape = (num_slots, config.num_heads, capacity, config.head_dim)
+            self.keys = [like.new_zeros(shape) for _ in layers]
+            self.values = [like.new_zeros(shape) for _ in layers]
+            self.shares1 = [like.new_zeros((num_slots, 1, width // 2)) for _ in layers]
+            self.shares2 = [like.new_zeros((num_slots, 1, width)) for _ in layers]
 
     @property
-    def slots(self) -> slice:
-        return slice(self.first, self.first + len(self.lengths))
+    def num_free(self) -> int:
+        return self.num_slots - len(self.slots)
 
-    def begin_pass(self, num_new: int, counts: list[int] | None) -> None:
-        """Reserve num_new tokens a slot; `counts` of each slot are real, the rest is padding on the right."""
-        self.block.reserve(self.slots.stop, max(self.lengths) + num_new)
-        is_padded = counts is not None and any(count != num_new for count in counts)
-        self._last_real_index = torch.tensor(counts, device=self.block.like.device) - 1 if is_padded else None
+    def take_slot(self) -> CacheSlot:
+        """Return a free slot, cleared.
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a layer's new keys and values (B, N, S, D), and return all up to the end of the longest slot."""
-        num_new = keys.shape[2]
-        end = max(self.lengths) + num_new
-        all_keys = self.block.keys[layer][self.slots, :, :end]
-        all_values = self.block.values[layer][self.slots, :, :end]
-        if len(set(self.lengths)) == 1:
-            all_keys[:, :, -num_new:] = keys
-            all_values[:, :, -num_new:] = values
-        else:
-            # Slots of different length: write each slot's tokens behind its own last one, by index (B, 1) and (B, S).
-            slot = torch.arange(len(self.lengths), device=keys.device)[:, None]
-            index = torch.tensor(self.lengths, device=keys.device)[:, None] + torch.arange(num_new, device=keys.device)
-            all_keys[slot, :, index] = keys.transpose(1, 2)
-            all_values[slot, :, index] = values.transpose(1, 2)
-        return all_keys, all_values
+        A masked value is multiplied by a weight of 0, so what an earlier sequence left must be finite; it is not if a
+        broken model wrote it.
+        """
+        assert self.num_free, "every slot of the block is in use"
+        slot = CacheSlot(self, len(self.slots))
+        for tensor in self._iter_tensors():
+            tensor[slot.index].zero_()
+        self.slots.append(slot)
+        return slot
 
-    def shares(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return the contributions of each slot's last token to a layer's two convolutions."""
-        return self.block.shares1[layer][self.slots], self.block.shares2[layer][self.slots]
+    def drop_slot(self, slot: CacheSlot) -> None:
+        """Drop a slot; the last one in use is moved into its place."""
+        last = self.slots.pop()
+        if last is slot:
+            return
+        for tensor in (*self.keys, *self.values):
+            tensor[slot.index, :, : last.length] = tensor[last.index, :, : last.length]
+        for tensor in (*self.shares1, *self.shares2):
+            tensor[slot.index] = tensor[last.index]
+        self.slots[slot.index] = last
+        last.index = slot.index
 
-    def store_shares(self, layer: int, new1: Tensor, new2: Tensor) -> None:
-        """Store the contributions of each slot's last real token, out of those (B, S, ...) of all new tokens."""
-        for stored, new in zip(self.shares(layer), (new1, new2), strict=True):
-            if self._last_real_index is None:
-                stored.copy_(new[:, -1:])
-            else:
-                slot = torch.arange(len(new), device=new.device)
-                stored.copy_(new[slot, self._last_real_index][:, None])
-
-    def advance(self, counts: list[int]) -> None:
-        """Add a pass's numbers of real tokens to the slots' lengths."""
-        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
-
-    def make_following_slots(self, num_slots: int) -> "DecodingCache":
-        """Return empty slots after these in the same block; fill them, then add them with `append_slots`."""
-        return DecodingCache(self.block, self.slots.stop, num_slots)
-
-    def append_slots(self, following: "DecodingCache") -> None:
-        """Add the slots of a cache made by `make_following_slots` to this one."""
-        assert following.block is self.block and following.first == self.slots.stop, "slots must be adjacent"
-        self.lengths += following.lengths
-
-    def keep_first_slots(self, num_slots: int) -> None:
-        """Drop all slots after the first num_slots."""
-        del self.lengths[num_slots:]
-
-    def drop_slot(self, slot: int) -> None:
-        """Drop a slot and move the last slot into its place."""
-        last = len(self.lengths) - 1
-        if slot != last:
-            for tensor in self.block.iter_tensors():
-                tensor[self.first + slot] = tensor[self.first + last]
-            self.lengths[slot] = self.lengths[last]
-        self.lengths.pop()
+    def _iter_tensors(self) -> Iterator[Tensor]:
+        for group in (self.keys, self.values, self.shares1, self.shares2):
+            yield from group

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from yuan.config import ModelConfig
-from yuan.model.cache import DecodingCache
+from yuan.model.decoding_pass import DecodingPass
 
 
 class CausalConv(nn.Module):
@@ -80,12 +80,12 @@ class LocalFilter(nn.Module):
         filtered: Tensor = self.norm(self.conv2(self.conv1(x_BSH, continues), continues) + x_BSH)
         return filtered
 
-    def forward_incremental(self, x_BSH: Tensor, cache: DecodingCache, layer: int) -> Tensor:
+    def forward_incremental(self, x_BSH: Tensor, decoding: DecodingPass, layer: int) -> Tensor:
         """Filter tokens that follow those in the cache, and update the cache."""
-        before1, before2 = cache.shares(layer)
+        before1, before2 = decoding.get_shares(layer)
         mid, shares1 = self.conv1.forward_incremental(x_BSH, before1)
         out, shares2 = self.conv2.forward_incremental(mid, before2)
-        cache.store_shares(layer, shares1, shares2)
+        decoding.store_shares(layer, shares1, shares2)
         filtered: Tensor = self.norm(out + x_BSH)
         return filtered
 
@@ -101,7 +101,7 @@ class SingleFilter(nn.Module):
         out: Tensor = self.conv(x_BSH, continues) + x_BSH
         return out
 
-    def forward_incremental(self, x_BSH: Tensor, cache: DecodingCache, layer: int) -> Tensor:
+    def forward_incremental(self, x_BSH: Tensor, decoding: DecodingPass, layer: int) -> Tensor:
         """Raise an error: the ablation's variants are trained and measured, not served.
 
         Raises:
@@ -116,7 +116,7 @@ class NoFilter(nn.Module):
     def forward(self, x_BSH: Tensor, continues: Tensor | None = None) -> Tensor:
         return x_BSH
 
-    def forward_incremental(self, x_BSH: Tensor, cache: DecodingCache, layer: int) -> Tensor:
+    def forward_incremental(self, x_BSH: Tensor, decoding: DecodingPass, layer: int) -> Tensor:
         """Return the input unchanged."""
         return x_BSH
 

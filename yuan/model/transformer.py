@@ -4,6 +4,7 @@ Shape letters: B batch, S sequence, H hidden, N heads, D head dim, V vocabulary.
 """
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,10 +14,10 @@ from yuan.model.attention_inputs import (
     AttentionInputs,
     attend_within_documents,
     make_causal_inputs,
-    make_decoding_inputs,
     make_packed_inputs,
 )
-from yuan.model.cache import CacheBlock, DecodingCache
+from yuan.model.cache import CacheBlock, CacheSlot
+from yuan.model.decoding_pass import DecodingPass
 from yuan.model.local_filter import make_filter
 from yuan.model.rotary import apply_rotary
 
@@ -36,20 +37,20 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
 
-    def forward(self, x_BSH: Tensor, rows: AttentionInputs, cache: DecodingCache | None) -> Tensor:
-        if cache is None:
-            filtered_BSH = self.filter(x_BSH, rows.continues)
+    def forward(self, x_BSH: Tensor, rows: AttentionInputs | DecodingPass) -> Tensor:
+        if isinstance(rows, DecodingPass):
+            filtered_BSH = self.filter.forward_incremental(x_BSH, rows, self.number)
         else:
-            filtered_BSH = self.filter.forward_incremental(x_BSH, cache, self.number)
+            filtered_BSH = self.filter(x_BSH, rows.continues)
 
         # One projection gives queries and keys: (B, S, 2H) -> (B, 2N, S, D).
         query_key = self.query_key(filtered_BSH).unflatten(-1, (2 * self.num_heads, -1)).transpose(1, 2)
         q_BNSD, k_BNSD = apply_rotary(query_key, rows.cos, rows.sin).chunk(2, dim=1)
         v_BNSD = self.value(x_BSH).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-        if cache is not None:
-            k_BNSD, v_BNSD = cache.append(self.number, k_BNSD, v_BNSD)
-        if rows.document_offsets is not None:
+        if isinstance(rows, DecodingPass):
+            out = rows.attend(self.number, q_BNSD, k_BNSD, v_BNSD)
+        elif rows.document_offsets is not None:
             out = attend_within_documents(q_BNSD, k_BNSD, v_BNSD, rows.document_offsets)
         else:
             out = F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSD, attn_mask=rows.mask, is_causal=rows.is_causal)
@@ -79,8 +80,8 @@ class Layer(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.ffn = SwiGLU(config)
 
-    def forward(self, x_BSH: Tensor, rows: AttentionInputs, cache: DecodingCache | None = None) -> Tensor:
-        x_BSH = x_BSH + self.attention(self.attention_norm(x_BSH), rows, cache)
+    def forward(self, x_BSH: Tensor, rows: AttentionInputs | DecodingPass) -> Tensor:
+        x_BSH = x_BSH + self.attention(self.attention_norm(x_BSH), rows)
         return x_BSH + self.ffn(self.ffn_norm(x_BSH))
 
 
@@ -124,38 +125,33 @@ class Yuan(nn.Module):
             x_BSH = layer(x_BSH, rows)
         return self.compute_logits(x_BSH)
 
-    def forward_incremental(self, tokens_BS: Tensor, cache: DecodingCache, counts: list[int] | None = None) -> Tensor:
+    def forward_incremental(
+        self, tokens_BS: Tensor, slots: Sequence[CacheSlot], counts: Sequence[int] | None = None
+    ) -> Tensor:
         """Compute the logits (B, V) after each row's last token, and append the tokens to the cache.
 
         Args:
+            slots: slots of the rows.
             counts: real tokens of each row, at least 1, when rows of unequal length are padded on the right.
 
         Raises:
-            ValueError: if a row exceeds the window `seq_len`.
+            ValueError: if a row exceeds its slot.
         """
-        num_new = tokens_BS.shape[1]
-        cache.begin_pass(num_new, counts)
-
         x_BSH = self.embedding(tokens_BS)
-        rows = make_decoding_inputs(self.config, cache.lengths, num_new, x_BSH)
+        decoding = DecodingPass(self.config, slots, tokens_BS.shape[1], counts, x_BSH)
         for layer in self.layers:
-            x_BSH = layer(x_BSH, rows, cache)
-
-        if counts is None:
-            last_BH = x_BSH[:, -1]
-        else:
-            last_BH = x_BSH[range(len(counts)), [count - 1 for count in counts]]
-
-        cache.advance(counts or [num_new] * len(tokens_BS))
-        return self.compute_logits(last_BH)
+            x_BSH = layer(x_BSH, decoding)
+        logits_BV = self.compute_logits(decoding.select_last(x_BSH))
+        decoding.finish()
+        return logits_BV
 
     def compute_logits(self, x: Tensor) -> Tensor:
         """Apply the final norm and the tied output head to hidden states (..., H)."""
         return F.linear(self.norm(x), self.embedding.weight)
 
-    def make_cache(self, num_slots: int = 0) -> DecodingCache:
-        """Make an empty cache of num_slots slots, one for each sequence."""
-        return DecodingCache(CacheBlock(self.config, self.embedding.weight.detach()), 0, num_slots)
+    def make_cache_block(self, num_slots: int, capacity: int) -> CacheBlock:
+        """Make an empty block of the decoding cache, with slots of `capacity` tokens."""
+        return CacheBlock(self.config, self.embedding.weight.detach(), num_slots, capacity)
 
 
 def initialize_weights(module: nn.Module, config: ModelConfig) -> None:

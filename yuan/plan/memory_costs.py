@@ -12,6 +12,7 @@ from yuan.plan.memory_model import GIB, IntArray, compute_memory_terms
 from yuan.plan.pool import DeviceGroup
 from yuan.plan.workload import Grid, Workload
 
+TERMS_OF_CLASSES = ("attention_mask", "reserve")  # of `compute_memory_terms`
 DOES_NOT_FIT = -1  # number of recomputed layers of a stage that does not fit
 
 
@@ -89,17 +90,24 @@ class MemoryCosts:
         )
 
 
+def _sum_class_terms(work: Workload, grid: Grid, group: DeviceGroup, stages: IntArray) -> IntArray:
+    """Return the terms of a class by which it differs from others, which do not depend on the layers, (P, 1)."""
+    terms = compute_memory_terms(work, grid, group, stages, 0, 0)
+    summed: IntArray = np.sum([terms[name] for name in TERMS_OF_CLASSES], axis=0)
+    return summed
+
+
 def build_memory_costs(work: Workload, grid: Grid, groups: Sequence[DeviceGroup]) -> MemoryCosts:
     """Compute the coefficients of a grid, from the affine memory model at 0, 1 and 2 layers."""
     stages = np.arange(grid.pipeline_size)[:, None]
     corners = ((0, 0), (1, 0), (1, 1), (2, 1), (2, 2))  # layers, and how many of them are recomputed
     layers, recompute_layers = np.array(corners).T
 
-    # Classes differ in their reserve only: one array for each corner, (P, 1), and the reserves, (C,).
+    # Classes differ in these terms only: one array for each corner, (P, 1), and those of the classes, (P, C).
     terms = compute_memory_terms(work, grid, groups[0], stages, layers, recompute_layers)
-    reserves = np.array([int(group.reserve_gib * GIB) for group in groups], np.int64)
-    without_reserve = np.sum([size for name, size in terms.items() if name != "reserve"], axis=0)
-    sizes = {corner: without_reserve[:, n, None] + reserves for n, corner in enumerate(corners)}
+    common = np.sum([size for name, size in terms.items() if name not in TERMS_OF_CLASSES], axis=0)
+    of_classes = np.concatenate([_sum_class_terms(work, grid, group, stages) for group in groups], axis=1)
+    sizes = {corner: common[:, n, None] + of_classes for n, corner in enumerate(corners)}
 
     saved = sizes[2, 1] - sizes[2, 2]  # by the second recomputed layer, which needs no extra bytes
     capacity = np.array([int(group.memory_gib * GIB) for group in groups], np.int64)

@@ -6,6 +6,8 @@ Letters: P pipeline size, D data size, S sequence, B micro-batch, H hidden, V vo
 import numpy as np
 import numpy.typing as npt
 
+from yuan.config import ModelConfig
+from yuan.plan.devices import DEVICE_SPECS
 from yuan.plan.pool import DeviceGroup
 from yuan.plan.workload import Grid, Workload
 
@@ -18,6 +20,7 @@ IntArray = npt.NDArray[np.int64]
 ACTIVATION_VALUES_PER_LAYER = 53 / 2
 # Gradient values that exist at once inside a layer's backward pass, in units of S·B·H: 8 of the gates, and 2.
 BACKWARD_WORKSPACE_VALUES = 10
+FLASH_HEAD_DIM_STEP, MAX_FLASH_HEAD_DIM = 8, 256  # the head widths of flash attention 2
 BYTES_PER_LOGIT = 10  # without block-wise loss: bf16, fp32 and its gradient in fp32
 
 
@@ -88,12 +91,27 @@ def compute_memory_terms(
         "recompute_workspace": kept_bytes * (recompute_layers > 0),
         "stage_input": np.where(is_first, 0, 2 * np.maximum(2, live) * size * values),
         "embedding_output": is_first * live * size * values,
-        "attention_mask": live * size * work.seq_len**2 * grid.micro_batch_size * work.isolate_documents,
+        "attention_mask": live * size * work.seq_len**2 * grid.micro_batch_size * needs_attention_mask(work, group),
         "backward_workspace": zero + size * BACKWARD_WORKSPACE_VALUES * values,
         "logits": is_last * logit_bytes,
         "head_gradient": is_last * head_gradient_bytes,
         "reserve": zero + int(group.reserve_gib * GIB),
     }
+
+
+def needs_attention_mask(work: Workload, group: DeviceGroup) -> bool:
+    """Return True if isolated documents take a mask of S by S values on a device class.
+
+    In bf16, flash attention computes documents of different lengths without one, on every known class: GPUs since
+    Ampere. Source: `has_document_attention` of yuan/model/attention_inputs.py.
+    """
+    is_flash_device = group.device_class in DEVICE_SPECS and work.precision == "bf16"
+    return work.isolate_documents and not (is_flash_device and has_flash_head_dim(work.model))
+
+
+def has_flash_head_dim(model: ModelConfig) -> bool:
+    """Return True if flash attention 2 has kernels for the head width of a model."""
+    return model.head_dim % FLASH_HEAD_DIM_STEP == 0 and model.head_dim <= MAX_FLASH_HEAD_DIM
 
 
 def count_stage_parameters(work: Workload, grid: Grid, stage: IntArray, layers: IntArray | int) -> IntArray:

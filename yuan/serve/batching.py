@@ -5,7 +5,8 @@ import threading
 import time
 from collections import Counter
 
-from yuan.generate.decoder import Decoder, NonFiniteLogits
+from yuan.generate.cache_slots import CacheBudget
+from yuan.generate.decoder import Decoder, NoCacheRoom, NonFiniteLogits
 from yuan.generate.limits import Sampling
 from yuan.generate.sequence import DecodingSequence
 from yuan.serve.metrics import ModelServerMetrics
@@ -14,6 +15,8 @@ from yuan.serve.waiting import WaitingQueue
 
 log = logging.getLogger(__name__)
 
+RESERVED_CACHE_SHARE = 0.25  # for callers that have no slot
+ROOM_POLL_S = 0.01
 ENGINE_STALL_TIMEOUT_S = 300.0  # longer than any request may take, so that a slow machine does not count as stalled
 
 
@@ -24,18 +27,29 @@ class BatchingEngine:
     the sequences of each request are added to it separately. If a delivery raises, only its request fails. Every error
     is counted in the metrics.
 
-    Each decoded sequence takes one slot of `max_slots`; slots are shared fairly among callers; see `WaitingQueue`.
+    A sequence enters when the budget of the cache has room for its prompt and its longest answer. Each one takes one of
+    `max_slots` slots; slots are shared fairly among callers; see `WaitingQueue`.
+
+    Args:
+        budget: of the cache, shared with the engines of other versions; None for no limit.
     """
 
     def __init__(
-        self, served: ServedModel, metrics: ModelServerMetrics, *, max_slots: int = 32, max_waiting: int = 256
+        self,
+        served: ServedModel,
+        metrics: ModelServerMetrics,
+        budget: CacheBudget | None = None,
+        *,
+        max_slots: int = 32,
+        max_waiting: int = 256,
     ) -> None:
         self.served, self._metrics = served, metrics
         self._max_slots, self._waiting = max_slots, WaitingQueue(max_slots, max_waiting)
-        self._decoder = Decoder(served.model)
+        self._budget = budget or CacheBudget()
+        self._decoder = Decoder(served.model, self._budget)
         self._requests: list[GenerationRequest] = []
         self._wake = threading.Condition()
-        self._is_draining = self._has_crashed = self._is_recovering = False
+        self._is_draining = self._has_crashed = self._is_recovering = self._lacks_room = False
         self._fault: str | None = None
         self._progress_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, daemon=True, name=f"engine-v{served.version}")
@@ -62,9 +76,12 @@ class BatchingEngine:
         """Queue a request; return false if this engine is draining, because another version is in service.
 
         Raises:
+            CacheBudgetExceeded: if a sequence needs more than the whole cache.
             EngineStopped: if the engine's thread has ended.
             QueueFull: if too many sequences of the caller wait.
         """
+        for sequence in request.sequences:
+            self._decoder.cache.check_fits(sequence.max_tokens)
         with self._wake:
             if self._is_draining:
                 return False
@@ -100,35 +117,54 @@ class BatchingEngine:
                 while not self._requests and not self._is_draining:
                     self._wake.wait()
                 if not self._requests:
+                    self._decoder.cache.release_empty_blocks()
                     log.info("v%d has stopped serving", self.served.version)
                     return
             self._run_pass()
 
     def _run_pass(self) -> None:
-        """Prefill the sequences that join, or else decode one token of every running sequence; then deliver."""
-        joining: list[DecodingSequence] = []
+        """Admit sequences that wait, run a pass over prompts and one over the other sequences; then deliver."""
+        num_tokens, self._lacks_room = self._decoder.num_chosen_tokens, False
         try:
-            joining = [] if self._is_recovering else self._take_waiting()
-            self._metrics.count_tokens(len(joining or self._decoder.running))
-            for failure in self._decoder.add(joining) if joining else self._decoder.step():
+            if not self._is_recovering:
+                self._admit_waiting()
+            for failure in self._decoder.step():
                 self._fail_sequence(failure.sequence, failure.error)
+            self._metrics.count_tokens(self._decoder.num_chosen_tokens - num_tokens)
             self._is_recovering, self._fault = False, None
         except Exception as error:
-            self._recover(joining, error)
+            self._recover(error)
         try:
             self._deliver()
             self._progress_at = time.monotonic()
         except Exception as error:
-            self._recover([], error)
+            self._recover(error)
+        if self._is_draining:
+            self._decoder.cache.release_empty_blocks()  # the next engine shares the budget
+        if self._lacks_room and not self._decoder.running:  # the previous engine has the bytes
+            with self._wake:
+                self._wake.wait(ROOM_POLL_S)
 
-    def _take_waiting(self) -> list[DecodingSequence]:
-        """Take waiting sequences for the free slots."""
+    def _admit_waiting(self) -> None:
+        """Admit waiting sequences to the free slots, as the cache has room for them."""
         num_free = self._max_slots - len(self._decoder.running)
         if not self._waiting or num_free <= 0:
-            return []
+            return
         slots_by_caller = self._count_slots_by_caller()
         with self._wake:
-            return self._waiting.take(num_free, slots_by_caller)
+            self._waiting.take(num_free, slots_by_caller, self._admit)
+
+    def _admit(self, request: GenerationRequest, sequence: DecodingSequence, leaves_reserve: bool) -> bool:
+        """Reserve a slot of the cache; a request for which there can be none is admitted and fails."""
+        try:
+            is_admitted = self._decoder.admit(sequence, RESERVED_CACHE_SHARE if leaves_reserve else 0.0)
+        except Exception as error:
+            log.error("no slot can be reserved", exc_info=error)
+            self._metrics.count_error("decode")
+            self._fail_request(request, DecodingFailed())
+            return True
+        self._lacks_room = self._lacks_room or not is_admitted
+        return is_admitted
 
     def _count_slots_by_caller(self) -> Counter[str]:
         running = {id(sequence) for sequence in self._decoder.running}
@@ -149,7 +185,7 @@ class BatchingEngine:
         if (owner := self._find_request(sequence)) is not None:
             self._fail_request(owner, error)
 
-    def _recover(self, joining: list[DecodingSequence], error: Exception) -> None:
+    def _recover(self, error: Exception) -> None:
         """Rebuild the decoder after an error, and add the sequences of each request to it separately.
 
         Requests whose sequences raise again fail. If the next pass, which admits no new sequences, also raises, all
@@ -157,8 +193,9 @@ class BatchingEngine:
         """
         log.error("decoding failed", exc_info=error)
         self._metrics.count_error("decode")
-        sequences = [s for s in (*self._decoder.running, *joining) if s.finish_reason is None]
-        self._decoder = Decoder(self.served.model)
+        sequences = [sequence for sequence in self._decoder.running if sequence.finish_reason is None]
+        self._decoder.cache.discard_blocks()  # the new decoder needs the bytes
+        self._decoder = Decoder(self.served.model, self._budget)
         for request in list(self._requests):
             running = [sequence for sequence in sequences if sequence in request.sequences]
             if running and self._is_recovering:
@@ -171,7 +208,11 @@ class BatchingEngine:
     def _rejoin(self, request: GenerationRequest, sequences: list[DecodingSequence]) -> None:
         try:
             for failure in self._decoder.add(sequences):
-                self._fail_sequence(failure.sequence, failure.error)
+                if isinstance(failure.error, NoCacheRoom):
+                    with self._wake:
+                        self._waiting.put_first(request, failure.sequence)
+                else:
+                    self._fail_sequence(failure.sequence, failure.error)
         except Exception as error:
             log.warning("a request cannot be decoded (%s)", type(error).__name__)
             self._fail_request(request, DecodingFailed())
@@ -180,9 +221,8 @@ class BatchingEngine:
         """Decode one token, to detect a process that can no longer decode; a restart may fix that."""
         tokenizer, window = self.served.tokenizer, self.served.model.config.seq_len
         try:
-            Decoder(self.served.model).add(
-                [DecodingSequence([tokenizer.sep], Sampling(max_tokens=1), tokenizer, window)]
-            )
+            probe = DecodingSequence([tokenizer.sep], Sampling(max_tokens=1), tokenizer, window)
+            Decoder(self.served.model).add([probe])
             self._fault = None
         except Exception as error:
             log.exception("a single token cannot be decoded either")
@@ -203,6 +243,7 @@ class BatchingEngine:
             with self._wake:
                 self._waiting.drop_finished()
         self._metrics.set_load(len(self._decoder.running), len(self._waiting))
+        self._metrics.set_cache(self._budget.num_bytes, self._budget.max_bytes)
 
     def _deliver_request(self, request: GenerationRequest) -> None:
         try:

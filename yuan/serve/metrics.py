@@ -22,6 +22,10 @@ class ModelServerMetrics:
         self._tokens = Counter("yuan_tokens", "tokens decoded", registry=self._registry)
         self._running = Gauge("yuan_running", "sequences being decoded", registry=self._registry)
         self._waiting = Gauge("yuan_waiting", "sequences that wait", registry=self._registry)
+        self._cache_bytes = Gauge("yuan_cache_bytes", "memory of the decoding cache", registry=self._registry)
+        self._max_cache_bytes = Gauge(
+            "yuan_max_cache_bytes", "budget of the decoding cache; 0 for none", registry=self._registry
+        )
         self._calls = Gauge("yuan_calls", "calls whose answer has not ended", registry=self._registry)
         self._version = Gauge("yuan_version", "version in service", registry=self._registry)
         self._first_token_seconds = Histogram(
@@ -46,6 +50,10 @@ class ModelServerMetrics:
     def set_load(self, running: int, waiting: int) -> None:
         self._running.set(running)
         self._waiting.set(waiting)
+
+    def set_cache(self, num_bytes: int, max_bytes: int | None) -> None:
+        self._cache_bytes.set(num_bytes)
+        self._max_cache_bytes.set(max_bytes or 0)
 
     def change_open_calls(self, change: int) -> None:
         self._calls.inc(change)

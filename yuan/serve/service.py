@@ -1,8 +1,10 @@
 """The model in service; versions are swapped without dropping a request."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from yuan.generate.cache_slots import CacheBudget
 from yuan.serve.batching import BatchingEngine
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.request import GenerationRequest, NoModelInService, ServedModel
@@ -34,12 +36,17 @@ class ModelService:
     Attributes:
         engine: the engine in service; None before the first model.
         absence_reason: reported to callers while no model is in service.
+
+    Args:
+        budget: of the caches of all engines; None for no limit.
     """
 
-    def __init__(self, metrics: ModelServerMetrics) -> None:
+    def __init__(self, metrics: ModelServerMetrics, budget: CacheBudget | None = None) -> None:
         self.metrics = metrics
+        self._budget = budget or CacheBudget()
         self.engine: BatchingEngine | None = None
         self._draining: list[BatchingEngine] = []
+        self._draining_lock = threading.Lock()
         self.absence_reason = STARTING_REASON
 
     @property
@@ -48,16 +55,18 @@ class ModelService:
 
     def swap_in(self, served: ServedModel) -> None:
         """Put a model into service; the previous engine finishes its requests."""
-        previous, self.engine = self.engine, BatchingEngine(served, self.metrics)
+        previous, self.engine = self.engine, BatchingEngine(served, self.metrics, self._budget)
         self.metrics.set_version(served.version)
-        self._draining = [engine for engine in self._draining if not engine.is_drained]
         if previous is not None:
             previous.drain()
-            self._draining.append(previous)
+            with self._draining_lock:
+                self._draining.append(previous)
 
     def fault(self) -> str | None:
         """Describe why requests cannot be answered; None if they can, or if there is no model yet."""
-        engines = [*self._draining, self.engine] if self.engine else []
+        with self._draining_lock:  # the weights of one that is drained are freed
+            self._draining = [engine for engine in self._draining if not engine.is_drained]
+            engines = [*self._draining, self.engine] if self.engine else []
         return next((fault for engine in engines if (fault := engine.fault())), None)
 
     def get_served(self) -> ServedModel:

@@ -1,6 +1,7 @@
 """Fair queue of the sequences that wait for slots of the engine."""
 
 from collections import Counter, deque
+from collections.abc import Callable
 
 from yuan.generate.sequence import DecodingSequence
 from yuan.serve.request import GenerationRequest, QueueFull
@@ -41,31 +42,46 @@ class WaitingQueue:
             raise QueueFull(f"{num_waiting} {subject} wait already, at most {limit}; try again later")
         self._queues.setdefault(caller, deque()).extend((request, sequence) for sequence in request.sequences)
 
-    def take(self, num_free: int, slots_by_caller: Counter[str]) -> list[DecodingSequence]:
-        """Take sequences for the free slots; drop those of requests that are over.
+    def take(
+        self,
+        num_free: int,
+        slots_by_caller: Counter[str],
+        admit: Callable[[GenerationRequest, DecodingSequence, bool], bool],
+    ) -> None:
+        """Take sequences for the free slots, until one is not admitted; drop those of requests that are over.
+
+        A sequence that is not admitted stays the next one, so that small requests do not overtake it without end.
 
         Args:
             num_free: number of free slots.
             slots_by_caller: number of slots of each caller; the taken slots are added.
+            admit: reserves memory for a sequence, and returns false if there is none now; true as its last argument
+                leaves a quarter of the memory to callers that have no slot.
         """
-        taken: list[DecodingSequence] = []
-        while num_free > len(taken):
+        num_taken = 0
+        while num_free > num_taken:
             # The reserved slots are for callers that have none, and for the platform itself.
-            is_reserved = num_free - len(taken) <= self._reserve
+            is_reserved = num_free - num_taken <= self._reserve
             eligible = [caller for caller in self._queues if not (is_reserved and caller and slots_by_caller[caller])]
             if not eligible:
                 break
 
             # The first of the callers with the fewest slots.
             caller = min(eligible, key=lambda caller: slots_by_caller[caller])
-            queue = self._queues.pop(caller)
-            request, sequence = queue.popleft()
+            request, sequence = self._queues[caller][0]
             if not request.is_over:
-                taken.append(sequence)
+                if not admit(request, sequence, bool(caller and slots_by_caller[caller])):
+                    break
+                num_taken += 1
                 slots_by_caller[caller] += 1
+            queue = self._queues.pop(caller)
+            queue.popleft()
             if queue:
                 self._queues[caller] = queue  # reinserted last: round-robin among callers with equal slots
-        return taken
+
+    def put_first(self, request: GenerationRequest, sequence: DecodingSequence) -> None:
+        """Put a sequence before all others of its caller, without a limit: it was taken before."""
+        self._queues.setdefault(request.caller, deque()).appendleft((request, sequence))
 
     def drop_finished(self) -> None:
         """Drop the sequences of requests that are over."""
