@@ -19,6 +19,7 @@ from pairs import make_line, print_lines
 
 from infra.process_group import build_torchrun_command
 from yuan.config import ModelConfig, TrainConfig, tiny, yuan_2b
+from yuan.model.accelerator import read_peak_memory_bytes
 from yuan.plan.devices import DEVICE_SPECS
 from yuan.plan.flops import count_flops_per_token
 from yuan.plan.plan_record import PipelinePlan
@@ -27,7 +28,6 @@ from yuan.plan.pool import DeviceGroup, Pool, make_cpu_pool
 from yuan.plan.search import SizeLimits
 from yuan.plan.workload import Workload
 from yuan.train.zero.engine import build_deepspeed_config, start_distributed, start_engine, stop_distributed
-from yuan.train.zero.memory import read_peak_memory_bytes
 from yuan.train.zero.pipeline import PlannedPipeline
 
 UNMEASURED_STEPS = 2  # the first ones, which compile and allocate

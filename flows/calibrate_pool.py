@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from infra.confinement import build_confined_environment
 from infra.files import read_tail
 from infra.process_group import build_torchrun_command, run_child
 from yuan.config import ModelConfig, Precision, TrainConfig
+from yuan.model.accelerator import count_accelerators
 from yuan.plan.calibration_fit import StepTiming, calibrate_group
 from yuan.plan.pool import DeviceGroup
 from yuan.plan.workload import Workload
@@ -36,7 +35,7 @@ def measure_rates(
         processes: number of processes on this machine; None: one per GPU, or two without GPUs.
         report: called with a description of each measurement before it starts.
     """
-    num_ranks = processes or torch.cuda.device_count() or 2
+    num_ranks = processes or count_accelerators() or 2
     one_layer_per_rank = replace(config, num_layers=num_ranks)
     train_config = TrainConfig(
         max_steps=1,

@@ -11,6 +11,7 @@ from deepspeed import comm as dist
 from yuan.config import KEEP_CHECKPOINTS
 from yuan.data.mixture import PositionSpan, find_unskipped_positions
 from yuan.data.shuffle import Int64Array
+from yuan.model.accelerator import is_accelerator
 from yuan.model.compilation import find_compile_obstacle
 from yuan.model.shards import TensorReader
 from yuan.safe_files import replace_file_below
@@ -79,7 +80,7 @@ class Trainer:
         self.engine, self.optimizer = start_engine(
             self.module, self.train_config, build_deepspeed_config(self.train_config, spec.plan.data_size)
         )
-        if self.engine.device.type == "cuda" and (obstacle := find_compile_obstacle()):
+        if is_accelerator(self.engine.device) and (obstacle := find_compile_obstacle()):
             self.run_log.log_event(NotCompiledEvent(reason=obstacle))
         # Creates the optimizer moments, so that even the first update can be skipped.
         collect_slices(self.engine, spec.model.num_layers)

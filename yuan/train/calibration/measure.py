@@ -20,6 +20,7 @@ from deepspeed import comm as dist
 from torch import Tensor, nn
 
 from yuan.config import TrainConfig
+from yuan.model.accelerator import choose_device, count_accelerators, read_device_name, synchronize_device
 from yuan.model.attention_inputs import make_packed_inputs
 from yuan.model.compilation import can_compile, keep_compilation_in_process
 from yuan.model.loss import head_loss
@@ -47,11 +48,11 @@ LARGE_MESSAGE_BYTES = 2**22
 def measure(folder: Path) -> None:
     """Measure what the request in the folder asks for; rank 0 writes the result."""
     request = CalibrationRequest.read(folder)
-    if not torch.cuda.is_available():
+    if not count_accelerators():
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"]) % len(cores)]})
     start_distributed(int(os.environ["WORLD_SIZE"]))
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    device = choose_device(int(os.environ["LOCAL_RANK"]))
     torch.manual_seed(0)
     latency, bandwidth = _measure_link(device) if dist.get_world_size() > 1 else (None, None)
     micro_batch_size = request.train_config.micro_batch_size
@@ -64,7 +65,7 @@ def measure(folder: Path) -> None:
         gc.collect()  # frees this trial's memory before the next one needs it
     if dist.get_rank() == 0:
         result = CalibrationResult(
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            device=read_device_name(device),
             forward_s=forward,
             backward_s=backward,
             double_forward_s=double_forward,
@@ -206,7 +207,7 @@ def _measure_step_seconds(request: CalibrationRequest, trial: CalibrationTrial, 
         dist.barrier()
         start = time.perf_counter()
         engine.train_batch(_make_batches(request, trial.grad_accum_steps, engine.device))
-        _synchronize_device(device)
+        synchronize_device(device)
         if step:  # the first step allocates memory and is not counted
             seconds.append(time.perf_counter() - start)
     release_engine(engine)
@@ -241,17 +242,12 @@ def _time_calls(
     seconds: list[float] = []
     end = time.perf_counter() + min_s
     while len(seconds) < repeats or time.perf_counter() < end:
-        _synchronize_device(device)
+        synchronize_device(device)
         start = time.perf_counter()
         work()
-        _synchronize_device(device)
+        synchronize_device(device)
         seconds.append(time.perf_counter() - start)
     return summarize(seconds)
-
-
-def _synchronize_device(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _get_dtype(train_config: TrainConfig) -> torch.dtype:

@@ -9,6 +9,7 @@ import torch
 from deepspeed import comm as dist
 
 from yuan.config import TrainConfig
+from yuan.model.accelerator import choose_collectives
 from yuan.model.compilation import can_compile
 from yuan.train.zero.memory import share_storage
 from yuan.train.zero.pipeline import PlannedPipeline
@@ -46,7 +47,7 @@ def start_distributed(num_ranks: int) -> None:
         )
     # DeepSpeed would compile a shared-memory op here, which needs a compiler; gloo works without it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", dist_init_required=True)
+    deepspeed.init_distributed(choose_collectives(), dist_init_required=True)
 
 
 def stop_distributed() -> None:

@@ -13,7 +13,6 @@ With several replicas, DeepSpeed's own checkpoints would now write all masters f
 a view with its whole storage; our checkpoints are written from slices.
 """
 
-import resource
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -113,10 +112,3 @@ def _measure_norms_in_blocks(optimizer: Any, size: int) -> None:
 
 def _drop_padding(gradients: Iterable[Tensor]) -> Iterator[Tensor]:
     return (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
-
-
-def read_peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak memory of this rank: allocated on its GPU, else resident in its process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -9,18 +9,20 @@ import torch
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
+from yuan.model.accelerator import is_accelerator, synchronize_device
+
 COMPUTE_INSTRUCTIONS = (schedule.ForwardPass, schedule.BackwardPass)
 
 
 class StageTimer:
-    """Sum the compute time of an engine's forward and backward passes; measured with CUDA events on a GPU.
+    """Sum the compute time of an engine's forward and backward passes; measured with events on an accelerator.
 
     Args:
         report_instruction: called with the name of each instruction before it runs.
     """
 
     def __init__(self, engine: Any, report_instruction: Callable[[str], None]) -> None:
-        self._on_gpu = engine.device.type == "cuda"
+        self._device = engine.device
         self._seconds = 0.0
         self._events: list[tuple[Any, Any]] = []
         methods = PipelineEngine._INSTRUCTION_MAP
@@ -29,9 +31,9 @@ class StageTimer:
         }
 
     def take(self) -> float:
-        """Return the compute seconds since the last call, and reset them; waits for the GPU."""
+        """Return the compute seconds since the last call, and reset them; waits for the accelerator."""
         if self._events:
-            torch.cuda.synchronize()
+            synchronize_device(self._device)
             self._seconds += sum(start.elapsed_time(end) for start, end in self._events) / 1000
             self._events.clear()
         seconds, self._seconds = self._seconds, 0.0
@@ -47,8 +49,8 @@ class StageTimer:
             bound = MethodType(method, engine)
             if kind not in COMPUTE_INSTRUCTIONS:
                 bound(**arguments)
-            elif self._on_gpu:
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            elif is_accelerator(self._device):
+                start, end = (torch.Event(self._device, enable_timing=True) for _ in range(2))
                 start.record()
                 bound(**arguments)
                 end.record()

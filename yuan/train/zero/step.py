@@ -11,7 +11,7 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
-from yuan.train.zero.memory import read_peak_memory_bytes
+from yuan.model.accelerator import read_peak_memory_bytes
 from yuan.train.zero.pipeline import SourceLossTally
 from yuan.train.zero.stage_timer import StageTimer
 

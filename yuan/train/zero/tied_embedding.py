@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from yuan.config import ModelConfig
+from yuan.model.accelerator import is_accelerator
 from yuan.model.transformer import initialize_weights
 
 TIED_WEIGHT_NAME = "embedding.weight"  # name in Yuan; the first and the last stage have it
@@ -67,7 +68,7 @@ class _EmbeddingLookup(torch.autograd.Function):
         (tokens_BS,) = ctx.saved_tensors
         sum_VH = ctx.get_gradient()
         rows, grads = tokens_BS.flatten(), upstream[0].flatten(0, 1).to(sum_VH.dtype)
-        if sum_VH.device.type == "cuda":
+        if is_accelerator(sum_VH.device):
             sum_VH.index_put_((rows,), grads, accumulate=True)  # deterministic: sorts the rows; index_add_ does not
         else:
             sum_VH.index_add_(0, rows, grads)
