@@ -415,6 +415,31 @@ def _parse_decision(decision: object, parse: ValidatorFunctionWrapHandler) -> Pr
 DecisionField = Annotated[PromotionDecision | None, WrapValidator(_parse_decision)]
 
 
+class RepeatedVerdicts(BaseModel):
+    """Verdicts on a version that were computed again in another order: the noise of an evaluation.
+
+    Attributes:
+        num_cases: cases that were evaluated twice.
+        num_flipped: cases of these that passed once and failed once.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    version: int = Field(ge=1)
+    num_cases: int = Field(ge=1)
+    num_flipped: int = Field(ge=0)
+
+    def describe(self) -> str:
+        """Describe them in one line.
+
+        >>> RepeatedVerdicts(version=6, num_cases=200, num_flipped=1).describe()
+        '1 of 200 verdicts on v6 differed when they were repeated'
+        """
+        return (
+            f"{self.num_flipped:,} of {self.num_cases:,} verdicts on v{self.version} differed when they were repeated"
+        )
+
+
 class RoundOut(BaseModel):
     """A training round with its progress; a newer portal's `state` and `step` are kept as they are."""
 
@@ -440,6 +465,9 @@ class RoundOut(BaseModel):
         "their sample, `dropped` ones are in no window",
     )
     decision: DecisionField
+    repeated_verdicts: RepeatedVerdicts | None = Field(
+        default=None, description="verdicts on the champion that were computed again in another order"
+    )
     failed_items: dict[str, int] = Field(
         description="number of items that could not be processed, by step; the other items were processed"
     )

@@ -2,7 +2,8 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 
 from sqlalchemy import Row, func, select, update
 from sqlalchemy.dialects.postgresql import insert
@@ -22,8 +23,8 @@ from feedback.round_steps import ItemStep
 from feedback.states import ReportState, RowRole
 from feedback.tables import Case, CaseResult, DatasetRow, Feedback, Outbox, Promotion, Round, transaction_time
 from feedback.verdicts import Verdict, derive_verdict
+from yuan.eval.conditions import DEFAULT_CONDITIONS, EvaluationConditions
 from yuan.eval.results import EvalResult
-from yuan.recipe import DEFAULT_EVALUATION, EvaluationSection
 
 log = logging.getLogger(__name__)
 
@@ -41,18 +42,25 @@ def find_champion(session: Session) -> int | None:
     return session.scalar(select(Promotion.version).order_by(Promotion.id.desc()).limit(1))
 
 
+def count_unjudged_cases(session: Session, versions: Iterable[int], since: datetime) -> int:
+    """Count the results of some versions, stored since a moment, whose answers could not be judged."""
+    is_unjudged = CaseResult.version.in_(list(versions)) & CaseResult.reason.is_not(None)
+    query = select(func.count()).select_from(CaseResult).where(is_unjudged, CaseResult.created_at >= since)
+    return session.scalars(query).one()
+
+
 def store_results(
     session: Session,
     version: int,
     results: Sequence[EvalResult],
-    limits: EvaluationSection = DEFAULT_EVALUATION,
+    conditions: EvaluationConditions = DEFAULT_CONDITIONS,
 ) -> None:
-    """Store a version's results; a case that already has a result with the same limits for the version keeps it.
+    """Store a version's results; a case that already has a result of the same conditions for the version keeps it.
 
     A result that the database refuses is stored as a failed case with the reason.
 
     Args:
-        limits: of the answers; a result with others is replaced.
+        conditions: of the results; a result of others is replaced.
     """
     unjudged = {result.case_id: result.reason for result in results if result.reason is not None}
     insertion = insert(CaseResult)
@@ -63,10 +71,10 @@ def store_results(
             "passed": new.passed,
             "answer": new.answer,
             "reason": new.reason,
-            "answer_limits": new.answer_limits,
+            "conditions": new.conditions,
             "created_at": func.now(),
         },
-        where=CaseResult.answer_limits != new.answer_limits,
+        where=CaseResult.conditions != new.conditions,
     )
 
     def store(batch: Sequence[EvalResult]) -> None:
@@ -77,7 +85,7 @@ def store_results(
                 "passed": result.passed,
                 "answer": make_storable_text(result.answer, MAX_STORED_ANSWER_CHARACTERS),
                 "reason": result.reason,
-                "answer_limits": limits.key,
+                "conditions": conditions.key,
             }
             for result in batch
         ]

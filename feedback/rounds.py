@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from feedback.accounts import Conflict, NotFound, audit
 from feedback.advisory_locks import AdvisoryLock, hold_advisory_lock
-from feedback.contracts import Event, RoundOut, RoundParameters
+from feedback.contracts import Event, RepeatedVerdicts, RoundOut, RoundParameters
 from feedback.promotion import find_champion
 from feedback.promotion_decision import PromotionDecision
 from feedback.round_steps import STEP_ACTIVITIES, ItemStep, RoundStep, get_item_step_name
@@ -19,6 +19,7 @@ from feedback.states import RoundState
 from feedback.tables import AuditEvent, Case, CaseResult, ModelVersion, Plan, Round, TrainingRun
 from infra.error_text import SafeMessageError
 from yuan.data.rule_text import describe_errors
+from yuan.eval.conditions import EvaluationConditions
 from yuan.model.model_manifest import ModelManifest
 from yuan.plan.plan_record import PipelinePlan
 from yuan.recipe import EvaluationSection, Recipe, validate_recipe
@@ -286,15 +287,17 @@ def find_copied_versions(session: Session, manifest: ModelManifest, run_id: str)
     return session.scalars(select(ModelVersion).where(ModelVersion.manifest == manifest.to_json())).all()
 
 
-def find_untested_cases(session: Session, version: int, limits: EvaluationSection | None = None) -> Sequence[Case]:
+def find_untested_cases(
+    session: Session, version: int, conditions: EvaluationConditions | None = None
+) -> Sequence[Case]:
     """Return the active cases for which the version has no result yet.
 
     Args:
-        limits: of the answers; a result with others does not count. None: every result counts.
+        conditions: of the results; a result of others does not count. None: every result counts.
     """
     tested = select(CaseResult.case_id).where(CaseResult.version == version)
-    if limits is not None:
-        tested = tested.where(CaseResult.answer_limits == limits.key)
+    if conditions is not None:
+        tested = tested.where(CaseResult.conditions == conditions.key)
     query = select(Case).where(Case.withdrawn_at.is_(None), Case.id.not_in(tested))
     return session.scalars(query.order_by(Case.id)).all()
 
@@ -323,6 +326,37 @@ def read_decision(training_round: Round) -> PromotionDecision | None:
         # Show the round without it: one malformed record must not hide all rounds of the front page.
         log.warning("the decision of round %d cannot be read: %s", training_round.number, describe_errors(error))
         return None
+
+
+def record_repeated_verdicts(session: Session, round_id: str, repeated: RepeatedVerdicts) -> None:
+    """Record the verdicts on the champion that a round computed again."""
+    session.get_one(Round, round_id).repeated_verdicts = repeated.model_dump()
+
+
+def read_repeated_verdicts(training_round: Round) -> RepeatedVerdicts | None:
+    """Return the verdicts that the round computed again; None if there are none."""
+    stored = training_round.repeated_verdicts
+    return None if stored is None else RepeatedVerdicts.model_validate(stored)
+
+
+def find_judged_verdicts(
+    session: Session, version: int, conditions: EvaluationConditions, limit: int, seed: str
+) -> list[tuple[Case, bool]]:
+    """Return a random choice of active cases that were judged under some conditions, with their verdicts.
+
+    Args:
+        limit: cases at most.
+        seed: the same one gives the same choice.
+    """
+    is_judged = (
+        (CaseResult.version == version)
+        & (CaseResult.conditions == conditions.key)
+        & CaseResult.reason.is_(None)
+        & Case.withdrawn_at.is_(None)
+    )
+    query = select(Case, CaseResult.passed).join(CaseResult, CaseResult.case_id == Case.id).where(is_judged)
+    rows = session.execute(query.order_by(func.md5(Case.id + seed)).limit(limit))
+    return [(case, passed) for case, passed in rows]
 
 
 def describe_round_end(training_round: Round) -> str | None:
@@ -356,6 +390,7 @@ def describe_round(session: Session, training_round: Round) -> RoundOut:
         activity=training_round.activity,
         token_counts=training_round.token_counts,
         decision=read_decision(training_round),
+        repeated_verdicts=read_repeated_verdicts(training_round),
         failed_items={get_item_step_name(step): count for step, count in training_round.failed_items.items()},
         status=None if run is None else run.status,
         created_at=training_round.created_at,

@@ -248,7 +248,7 @@ class CaseResult(Created, Base):
     passed: Mapped[bool]
     answer: Mapped[str]
     reason: Mapped[str | None] = mapped_column(comment="why it could not be judged; it failed")
-    answer_limits: Mapped[str] = mapped_column(comment="limits of its answer; only results of the same are compared")
+    conditions: Mapped[str] = mapped_column(comment="what its answer depends on; only results of the same are compared")
 
 
 class UploadSegment(Base):
@@ -307,6 +307,9 @@ class Round(Created, Base):
     token_counts: Mapped[JsonbObject | None] = mapped_column(comment="of the windows trained on, by part")
     candidate_version: Mapped[int | None]
     decision: Mapped[JsonbObject | None]
+    repeated_verdicts: Mapped[JsonbObject | None] = mapped_column(
+        comment="of the champion: how many were repeated, and how many of them differed"
+    )
     failed_items: Mapped[JsonbObject] = mapped_column(server_default="{}", comment="items that failed alone, by step")
     finished_at: Mapped[datetime | None]
     __table_args__ = (

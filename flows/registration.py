@@ -21,7 +21,9 @@ from feedback.items import make_storable_text
 from feedback.promotion import find_champion
 from flows.context import Context
 from flows.registration_record import REGISTRATION_LOCK_FILE, REGISTRATIONS_FOLDER, RegistrationRecorder
-from flows.round.evaluate import EVAL_LOG_FILE, evaluate_version, make_evaluation_folder, read_log_tail, run_evaluation
+from flows.round.evaluate import evaluate_version, make_evaluation_folder, read_log_tail
+from flows.round.evaluation_devices import LeasedRunner, WaitingCallback
+from flows.round.evaluation_process import EVAL_LOG_FILE, EvaluationProcess, EvaluationProgress
 from flows.round.promote import publish_outcome
 from flows.round.versions import (
     describe_manifest_differences,
@@ -33,7 +35,9 @@ from flows.round.versions import (
 from infra.machine import MIN_FREE_DISK_BYTES
 from infra.process_group import hold_file_lock
 from yuan.config import Precision
+from yuan.eval.results import EvalResult
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
+from yuan.recipe import DEFAULT_EVALUATION
 
 log = logging.getLogger(__name__)
 
@@ -41,16 +45,18 @@ HASH_CHUNK_BYTES = 4 * 2**20
 ITEMSIZES: dict[Precision, int] = {"bf16": 2, "fp32": 4}
 MEMORY_FACTOR, MEMORY_MARGIN_GIB = 1.15, 1.0  # of the evaluation's process, over the bytes of the weights
 NO_ROOM_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SMOKE_CASE = {"id": "smoke test", "prompt": "1+1=", "expected": "2", "checker": {"type": "exact", "value": "2"}}
+SMOKE_CASE_ID = "smoke test"
+SMOKE_CASE = {"id": SMOKE_CASE_ID, "prompt": "1+1=", "expected": "2", "checker": {"type": "exact", "value": "2"}}
 MAX_SMOKE_ANSWER_CHARACTERS = 200
 
 
 class RegistrationStep(StrEnum):
-    """Steps of a registration, in their order."""
+    """Steps of a registration, in their order; it waits for devices before the smoke test and the evaluation."""
 
     READ = "read"
     CONVERT = "convert"
     UPLOAD = "upload"
+    WAIT_FOR_DEVICES = "wait for devices"
     SMOKE_TEST = "smoke test"
     EVALUATE = "evaluate"
     PROMOTE = "promote"
@@ -187,7 +193,7 @@ class Registration:
         num_cases = 0
         if smoke_test.answer is not None:
             self._begin(RegistrationStep.EVALUATE)
-            num_cases = evaluate_version(self._context, version).cases
+            num_cases = evaluate_version(self._context, version, report=self._report_evaluation).cases
         if self._request.is_champion:
             self._begin(RegistrationStep.PROMOTE)
             with self._context.sessions.begin() as session:
@@ -197,6 +203,10 @@ class Registration:
         with self._context.sessions() as session:
             is_champion = find_champion(session) == version
         return RegistrationResult(version, was_registered, self._provenance, smoke_test, num_cases, is_champion)
+
+    def _report_evaluation(self, progress: EvaluationProgress) -> None:
+        is_waiting = progress.num_leases_ahead is not None
+        self._report(RegistrationStep.WAIT_FOR_DEVICES if is_waiting else RegistrationStep.EVALUATE)
 
     def _begin(self, step: RegistrationStep) -> None:
         """Record that a step begins."""
@@ -347,7 +357,9 @@ class Registration:
             self._store_smoke_test(version, smoke_test)
             return smoke_test
 
-        smoke_test = generate_smoke_answer(self._context, version)
+        smoke_test = generate_smoke_answer(
+            self._context, version, lambda num_ahead: self._report(RegistrationStep.WAIT_FOR_DEVICES)
+        )
         self._store_smoke_test(version, smoke_test)
         if smoke_test.answer is None:
             raise RuntimeError(
@@ -361,11 +373,15 @@ class Registration:
             registrations.record_smoke_test(session, version, smoke_test)
 
 
-def generate_smoke_answer(context: Context, version: int) -> SmokeTest:
+def generate_smoke_answer(context: Context, version: int, report_waiting: WaitingCallback) -> SmokeTest:
     """Let a version answer one prompt in the confined process of evaluations, with its files from the registry."""
     with open_version(context, version, use_export=False) as model, make_evaluation_folder(version, None) as folder:
         try:
-            (result,) = run_evaluation(context, folder, model.path, [json.dumps(SMOKE_CASE).encode()])
+            results: list[EvalResult] = []
+            cases = {SMOKE_CASE_ID: json.dumps(SMOKE_CASE).encode()}
+            runner = LeasedRunner(context, f"smoke test of v{version}", report_waiting=report_waiting)
+            EvaluationProcess(runner, folder, model.path, cases, DEFAULT_EVALUATION, results.extend).run()
+            (result,) = results
         except (RuntimeError, ValueError) as error:
             log_tail = read_log_tail(folder / EVAL_LOG_FILE)
             return SmokeTest(reason=make_storable_text(f"{error}; its log ends with: {log_tail}"))

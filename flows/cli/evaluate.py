@@ -1,14 +1,30 @@
 """`cotrain evaluate`: evaluate a version on the cases that it has no result for."""
 
+import sys
+import time
 from typing import Annotated
 
 import typer
 
 from feedback.gate import compute_pass_rates
-from flows.cli.output import JsonOption, check_version, note_alias, show
+from flows.cli.output import PROGRESS_INTERVAL_S, JsonOption, check_version, note_alias, show
 from flows.context import open_operator_context
 from flows.model_folders import resolve_version
 from flows.round.evaluate import evaluate_version
+from flows.round.evaluation_process import EvaluationProgress
+
+
+class EvaluationLines:
+    """Print the progress of an evaluation on stderr, every few seconds and at its end."""
+
+    def __init__(self) -> None:
+        self._printed_at = time.monotonic()
+
+    def __call__(self, progress: EvaluationProgress) -> None:
+        now = time.monotonic()
+        if now - self._printed_at >= PROGRESS_INTERVAL_S or progress.num_done == progress.num_cases:
+            self._printed_at = now
+            print(progress.describe(), file=sys.stderr)
 
 
 def evaluate(
@@ -19,7 +35,7 @@ def evaluate(
     with note_alias(version):
         context = open_operator_context()
     number = resolve_version(context.tracker, version)
-    evaluate_version(context, number)
+    evaluate_version(context, number, report=EvaluationLines())
     with context.sessions() as session:
         pass_rates = compute_pass_rates(session, number)
 

@@ -25,6 +25,7 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # as a shell reports Ctrl-C
 OPTIONS_OF_FIELDS = {"overrides": "--set"}  # of fields whose option has another name
 MAX_LINE_CHARACTERS = 1000
+PROGRESS_INTERVAL_S = 5.0  # between lines of progress on standard error
 CONTROL_CODE_PATTERN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout; progress goes to stderr")]
 

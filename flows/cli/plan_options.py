@@ -6,12 +6,13 @@ from typing import Annotated, Literal
 
 import typer
 
+from infra.gpus import list_gpu_models
 from yuan.config import MAX_SUGGESTED_NAME_CHARS, MODEL_PRESETS, ModelConfig, Precision
 from yuan.data.text import BadJson, parse_json
 from yuan.plan.current_plan import parse_current_plan
 from yuan.plan.json_fields import show_value
 from yuan.plan.plan_record import PipelinePlan
-from yuan.plan.pool import Pool, load_pool, make_cpu_pool
+from yuan.plan.pool import Pool, load_pool, make_local_pool
 from yuan.plan.pool_changes import apply_pool_change
 from yuan.plan.workload import Workload
 from yuan.safe_files import read_regular_file
@@ -20,7 +21,7 @@ MAX_PLAN_BYTES = 16 * 2**20
 
 ModelNameOption = Annotated[str, typer.Option(help=f"one of {', '.join(MODEL_PRESETS)}")]
 PoolFileOption = Annotated[
-    str | None, typer.Option(help="FILE[:NAME] of a pool; default: two processes on this machine")
+    str | None, typer.Option(help="FILE[:NAME] of a pool, or cpu; default: the devices of this machine")
 ]
 PrecisionOption = Annotated[Precision, typer.Option(help="number format of the model's computation")]
 SeqLenOption = Annotated[int | None, typer.Option(min=1, help="default: the model's")]
@@ -80,9 +81,9 @@ def change_pool(pool: Pool, *, lost: Sequence[str], added: Sequence[str], slow: 
 
 
 def load_pool_option(spec: str | None) -> Pool:
-    """Load the pool of an option `--pool`; without one, two processes on this machine."""
+    """Load the pool of an option `--pool`; without one, the devices of this machine."""
     if spec is None:
-        return make_cpu_pool()
+        return make_local_pool(list_gpu_models())
     if not spec.strip():
         rule = "must name a pool file as FILE or FILE:NAME, got an empty text; leave it out for this machine"
         raise typer.BadParameter(rule, param_hint=["--pool"])

@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from feedback.contracts import ProvenanceText
-from flows.cli.output import JsonOption, escape_control_codes, make_option_check, read_version_option, show
+from flows.cli.output import (
+    PROGRESS_INTERVAL_S,
+    JsonOption,
+    escape_control_codes,
+    make_option_check,
+    read_version_option,
+    show,
+)
 from flows.context import Context, open_operator_context
 from flows.registration import (
     RegistrationRequest,
@@ -22,7 +29,6 @@ from flows.round.versions import restore_version
 from infra.machine import measure_available_memory_gib
 from yuan.config import Precision
 
-PROGRESS_INTERVAL_S = 5.0
 check_provenance_option = make_option_check(ProvenanceText)
 
 

@@ -155,6 +155,8 @@ def _show_round(training_round: RoundOut, as_json: bool, expected_state: RoundSt
         text += f": {training_round.reason}"
     if training_round.started_from:
         text += f"; training started from {training_round.started_from}"
+    if training_round.repeated_verdicts is not None:
+        text += f"; {training_round.repeated_verdicts.describe()}"
     failed = sum(training_round.failed_items.values())
     text += f"; {format_count(failed, 'item')} could not be processed, see failed_items with --json" if failed else ""
     if training_round.decision is not None:

@@ -42,6 +42,13 @@ def build_token_rows(context: Context, round_id: str) -> list[TableRow]:
     return rows
 
 
+def build_repeated_rows(context: Context, round_id: str) -> list[TableRow]:
+    """Build the table row of the verdicts on the champion that a round computed again, if there are any."""
+    with context.sessions() as session:
+        repeated = rounds.read_repeated_verdicts(rounds.find_round(session, round_id))
+    return [] if repeated is None else [repeated.model_dump()]
+
+
 def build_gate_rows(decision: PromotionDecision) -> list[TableRow]:
     """Build table rows of the decision's suites."""
     return [

@@ -4,35 +4,42 @@ import contextlib
 import json
 import logging
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from feedback import promotion, rounds
+from feedback.contracts import RepeatedVerdicts
 from feedback.round_steps import ItemStep, RoundStep
 from feedback.tables import Case
 from flows.context import Context
 from flows.round.consumed_record import store_consumed
+from flows.round.evaluation_devices import LeasedRunner, choose_evaluation_devices
+from flows.round.evaluation_process import (
+    EVAL_LOG_FILE,
+    EvaluationCallback,
+    EvaluationFailed,
+    EvaluationProcess,
+    EvaluationProgress,
+    ProgressMeter,
+)
 from flows.round.masters import keep_masters
 from flows.round.versions import list_manifest_sources, open_version, read_export_manifest
-from infra.confinement import Confinement, build_confined_environment
-from infra.files import read_regular, read_tail
-from infra.keeper import STACK_ID_VARIABLE
-from infra.process_group import run_child
-from infra.telemetry import NO_TELEMETRY_VARIABLES
+from flows.supervisor.pool_launcher import load_configured_pool
+from flows.supervisor.run_reporter import tolerate_outage
+from infra.files import read_tail
 from infra.tracker import ROUND_TAG, RUN_TAG
-from yuan.eval.results import EvalResult, parse_results
-from yuan.recipe import DEFAULT_EVALUATION, EvaluationSection
+from yuan.eval.conditions import EvaluationConditions
+from yuan.eval.results import EvalResult
+from yuan.recipe import EvaluationSection
 
 log = logging.getLogger(__name__)
 
-EVAL_LOG_FILE = "eval.log"
+MAX_REPEATED_CASES = 200  # of the champion, in each round
+REPEATED_ROWS = 17  # cases decoded together when they are repeated: another shape than that of the first time
+
 EVAL_LOG_TAIL_BYTES = 2000
-MAX_EVAL_ATTEMPTS = 3  # an evaluation that was killed says nothing about the model
-# On average: an answer has at most as many tokens as the expected one, plus a margin.
-MAX_RESULT_BYTES_PER_CASE = 1 << 20
 
 
 def register_version(context: Context, round_id: str) -> int:
@@ -73,36 +80,71 @@ class EvaluationCounts:
     failed: int = 0
 
 
-def evaluate_round_versions(context: Context, round_id: str) -> list[EvaluationCounts]:
-    """Evaluate a round's candidate and its parent, the champion, on the cases for which they have no result."""
+def evaluate_round_versions(
+    context: Context, round_id: str, report: EvaluationCallback = lambda _: None
+) -> list[EvaluationCounts]:
+    """Evaluate a round's candidate and its parent, the champion, on the cases for which they have no result.
+
+    Args:
+        report: called about every second with the progress; may raise to give up, and what is evaluated stays stored.
+
+    Raises:
+        RoundOwnershipLost: if the round has ended, or a later attempt works on it.
+        Exception: as `evaluate_version`, and any error of `report` but an outage of Prefect.
+    """
     with context.sessions.begin() as session:
         rounds.begin_step(session, round_id, RoundStep.EVALUATE, context.attempt)
         training_round = rounds.find_round(session, round_id)
         candidate, champion = training_round.candidate_version, training_round.parent_version
+        cut_off = training_round.cut_off
         limits = rounds.read_recipe(training_round)[1].evaluation
+        priority = rounds.read_parameters(training_round).priority
+
+    def record_progress(progress: EvaluationProgress) -> None:
+        with tolerate_outage("the round's record"), context.sessions.begin() as session:
+            rounds.record_activity(session, round_id, progress.describe(), context.attempt)
+        with tolerate_outage("Prefect"):
+            report(progress)
 
     scratch_parent = context.settings.home / "eval"
     scratch_parent.mkdir(exist_ok=True)
     versions = [version for version in (candidate, champion) if version is not None]  # a first round has no champion
-    counts = [evaluate_version(context, version, scratch_parent, limits) for version in versions]
+    counts = [
+        evaluate_version(context, version, scratch_parent, limits, record_progress, priority=priority)
+        for version in versions
+    ]
 
-    num_failed = sum(version_counts.failed for version_counts in counts)
+    if champion is not None:
+        repeat_verdicts(context, round_id, champion, limits, record_progress)
     with context.sessions.begin() as session:
+        # Counted from the records, since an earlier attempt may have stored some of the results.
+        num_failed = promotion.count_unjudged_cases(session, versions, cut_off)
         rounds.record_failed_items(session, round_id, {ItemStep.EVALUATE: num_failed})
     return counts
 
 
 def evaluate_version(
-    context: Context, version: int, scratch_parent: Path | None = None, limits: EvaluationSection | None = None
+    context: Context,
+    version: int,
+    scratch_parent: Path | None = None,
+    limits: EvaluationSection | None = None,
+    report: EvaluationCallback = lambda _: None,
+    *,
+    priority: int = 0,
 ) -> EvaluationCounts:
-    """Evaluate a version on all cases without a result, and store the results.
+    """Evaluate a version on all cases without a result, and store each result as soon as it is there.
+
+    It runs on devices of the configured pool, for which it waits until training or another evaluation returns theirs.
 
     Args:
         scratch_parent: parent of the scratch folder, which is kept for its log on failure; with it, a version lost
             from the registry is evaluated from its run's export. None, for an operator's command: the system's
             temporary folder, where no service writes; the scratch folder is always removed.
-        limits: of the answers; cases whose result has others are evaluated again. None, for an operator's command:
-            those of the version's round, for the cases without any result.
+        limits: of the answers; cases whose result has others, or was computed by devices of another class, are
+            evaluated again. None, for an operator's command: those of the version's round, for the cases without any
+            result.
+        report: called about every second with the progress; may raise to give up.
+        priority: of its lease.
 
     Raises:
         VersionNotRegistered: if there never was such a version.
@@ -111,29 +153,83 @@ def evaluate_version(
     """
     with context.sessions() as session:
         rounds.find_version(session, version)
-        case_lines = [_dump_case(case) for case in rounds.find_untested_cases(session, version, limits)]
+        devices = choose_evaluation_devices(load_configured_pool(context.settings))
+        conditions = None if limits is None else EvaluationConditions(limits, devices.device_class)
+        case_lines = {case.id: dump_case(case) for case in rounds.find_untested_cases(session, version, conditions)}
         limits = limits or rounds.find_evaluation_limits(session, version)
+        conditions = EvaluationConditions(limits, devices.device_class)
     if not case_lines:
         return EvaluationCounts(version)
 
+    meter, num_failed = ProgressMeter(version, len(case_lines)), 0
+
+    def store(results: list[EvalResult]) -> None:
+        nonlocal num_failed
+        num_failed += sum(result.reason is not None for result in results)
+        if results:
+            with context.sessions.begin() as session:
+                promotion.store_results(session, version, results, conditions)
+        report(meter.add(results))
+
+    runner = LeasedRunner(
+        context, f"evaluation of v{version}", priority, report_waiting=lambda ahead: report(meter.add([], ahead))
+    )
     with (
         open_version(context, version, use_export=scratch_parent is not None) as model,
         make_evaluation_folder(version, scratch_parent) as folder,
     ):
         try:
-            results = run_evaluation(context, folder, model.path, case_lines, limits)
-        except RuntimeError as error:
+            EvaluationProcess(runner, folder, model.path, case_lines, limits, store).run()
+        except EvaluationFailed as error:
             log_file = folder / EVAL_LOG_FILE
             # Without a parent folder, the scratch folder and its log are about to be removed.
             log_hint = f"ends with: {read_log_tail(log_file)}" if scratch_parent is None else f"is {log_file}"
             retry_hint = f"remove the cause and retry with `cotrain evaluate v{version}`"
             raise RuntimeError(f"{error}; {retry_hint}; its log {log_hint}") from None
-        with context.sessions.begin() as session:
-            promotion.store_results(session, version, results, limits)
 
-    num_failed = sum(result.reason is not None for result in results)
-    log.info("evaluated v%d on %d cases, %d of them could not be judged", version, len(results), num_failed)
-    return EvaluationCounts(version, len(results), num_failed)
+    log.info("evaluated v%d on %d cases, %d of them could not be judged", version, len(case_lines), num_failed)
+    return EvaluationCounts(version, len(case_lines), num_failed)
+
+
+def repeat_verdicts(
+    context: Context, round_id: str, version: int, limits: EvaluationSection, report: EvaluationCallback
+) -> None:
+    """Evaluate some cases of a version again, in another order and other batches, and record how many verdicts differ.
+
+    What differs is the noise of all verdicts: of rounding, since it depends on the batch, and of nothing else.
+    """
+    devices = choose_evaluation_devices(load_configured_pool(context.settings))
+    conditions = EvaluationConditions(limits, devices.device_class)
+    with context.sessions() as session:
+        if rounds.find_round(session, round_id).repeated_verdicts is not None:  # by an earlier attempt
+            return
+        judged = rounds.find_judged_verdicts(session, version, conditions, MAX_REPEATED_CASES, round_id)
+    if not judged:
+        return
+    first_verdicts = {case.id: passed for case, passed in judged}
+    meter, verdicts = ProgressMeter(version, len(judged)), dict[str, bool]()
+
+    def store(results: list[EvalResult]) -> None:
+        verdicts.update({result.case_id: result.passed for result in results if result.reason is None})
+        report(meter.add(results))
+
+    runner = LeasedRunner(context, f"repeated evaluation of v{version}")
+    lines = {case.id: dump_case(case) for case, _ in judged}
+    with (
+        open_version(context, version, use_export=True) as model,
+        make_evaluation_folder(version, context.settings.home / "eval") as folder,
+    ):
+        try:
+            EvaluationProcess(runner, folder, model.path, lines, limits, store, max_rows=REPEATED_ROWS).run()
+        except EvaluationFailed as error:  # the verdicts that count are there
+            log.warning("the verdicts on v%d could not be repeated: %s", version, error)
+    if not verdicts:
+        return
+    num_flipped = sum(passed != first_verdicts[case_id] for case_id, passed in verdicts.items())
+    repeated = RepeatedVerdicts(version=version, num_cases=len(verdicts), num_flipped=num_flipped)
+    log.log(logging.WARNING if num_flipped else logging.INFO, "%s", repeated.describe())
+    with context.sessions.begin() as session:
+        rounds.record_repeated_verdicts(session, round_id, repeated)
 
 
 @contextlib.contextmanager
@@ -155,7 +251,7 @@ def make_evaluation_folder(version: int, scratch_parent: Path | None) -> Iterato
     shutil.rmtree(folder, ignore_errors=scratch_parent is not None)
 
 
-def _dump_case(case: Case) -> bytes:
+def dump_case(case: Case) -> bytes:
     """Write a case as the JSON that `yuan.eval.run` reads; a checker that is no longer valid fails there, alone."""
     fields = {"id": case.id, "prompt": case.prompt, "expected": case.expected, "checker": case.checker}
     return json.dumps(fields).encode()
@@ -167,50 +263,3 @@ def read_log_tail(log_file: Path) -> str:
         return " / ".join(read_tail(log_file, EVAL_LOG_TAIL_BYTES).strip().split("\n")[-3:])
     except OSError:
         return ""
-
-
-def run_evaluation(
-    context: Context,
-    folder: Path,
-    model: Path,
-    case_lines: Sequence[bytes],
-    limits: EvaluationSection = DEFAULT_EVALUATION,
-) -> list[EvalResult]:
-    """Run the evaluation in a separate confined process, which imports torch and can be killed.
-
-    The process can read the model folder and write its own folder, and nothing else.
-
-    Args:
-        model: a model folder whose files are verified.
-
-    Raises:
-        RuntimeError: if it fails, or writes no results file; its log may contain text of the cases.
-    """
-    cases_file = folder / "cases.jsonl"
-    results_file = folder / "results.jsonl"
-    cases_file.write_bytes(b"".join(line + b"\n" for line in case_lines))
-    confinement = Confinement(read=(model,), write=(folder,), accelerators="process", signal="SIGKILL")
-    files = (str(model), str(cases_file), str(results_file))
-    command = confinement.command(sys.executable, "-m", "yuan.eval.run", *files, limits.model_dump_json())
-
-    for _ in range(MAX_EVAL_ATTEMPTS):
-        environment = build_evaluation_environment(context, folder)
-        with run_child(command, folder, env=environment, log_name=EVAL_LOG_FILE) as process:
-            status = process.wait()
-        if status == 0:
-            break
-        log.warning("the evaluation of %s ended with status %d", model, status)
-    else:
-        raise RuntimeError(f"the evaluation of {model} ended with status {status}, {MAX_EVAL_ATTEMPTS} times")
-
-    try:
-        return parse_results(read_regular(results_file, MAX_RESULT_BYTES_PER_CASE * len(case_lines)))
-    except (OSError, ValueError) as error:
-        raise RuntimeError(f"the results of the evaluation of {model} cannot be read: {error}") from None
-
-
-def build_evaluation_environment(context: Context, folder: Path) -> dict[str, str]:
-    """Build the environment of an evaluation, which has no account."""
-    return build_confined_environment(
-        folder, **NO_TELEMETRY_VARIABLES, **{STACK_ID_VARIABLE: context.settings.stack_id}
-    )

@@ -18,12 +18,13 @@ from flows.round import cleanup, collect, evaluate, prepare_run, promote, train
 from flows.round.artifacts import (
     build_gate_rows,
     build_plan_rows,
+    build_repeated_rows,
     build_token_rows,
     format_decision,
     format_plan,
     publish_table,
 )
-from flows.round.progress import RunCancelled, make_freeze_callback, make_progress_callback
+from flows.round.progress import RunCancelled, make_evaluation_callback, make_freeze_callback, make_progress_callback
 from flows.round.tasks import StepFailed, StepUnrecoverable, hide_error_text, make_task
 from infra.process_group import hold_file_lock
 
@@ -90,8 +91,9 @@ def run_steps(context: Context, round_id: str) -> str:
 
     train_task(context, round_id, make_progress_callback())
     register_task(context, round_id)
-    evaluation_counts = evaluate_task(context, round_id)
+    evaluation_counts = evaluate_task(context, round_id, make_evaluation_callback())
     publish_table("evaluated", [asdict(version_counts) for version_counts in evaluation_counts])
+    publish_table("repeated", build_repeated_rows(context, round_id))
 
     decision = decide_task(context, round_id)
     publish_table("gate", build_gate_rows(decision))

@@ -23,7 +23,6 @@ def make_model_server_service(home: Path, settings: Settings) -> ManagedService:
         confinement=Confinement(
             read=(*(home / name for name in ModelServerSettings.files), cache),
             write=(home / "model-server",),
-            accelerators="process",
             connect=(parse_port(settings.mlflow_url),),
             is_server=True,
         ),

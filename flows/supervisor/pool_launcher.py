@@ -4,13 +4,14 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+from infra.gpus import list_gpu_models
 from infra.launchers.job import Launcher
 from infra.launchers.local import LocalLauncher
 from infra.launchers.slurm import SlurmLauncher, SlurmOptions
 from infra.machine import has_fast_bf16
 from infra.settings import PoolSettings
 from yuan.config import Precision
-from yuan.plan.pool import CPU_POOL_NAME, Pool, is_fast_at_bf16, load_pool, make_cpu_pool
+from yuan.plan.pool import CPU_POOL_NAME, Pool, is_fast_at_bf16, load_pool, make_local_pool
 from yuan.plan.search import SizeLimits
 
 CLUSTER_CONFIG_VARIABLES = ("SLURM_CONF", "KUBECONFIG")  # name the configuration files of batch systems' clients
@@ -23,12 +24,12 @@ def make_launchers(settings: PoolSettings) -> dict[str, Launcher]:
 
 
 def load_configured_pool(settings: PoolSettings) -> Pool:
-    """Load the pool that runs are planned for: the file named in the settings, else two processes on this machine.
+    """Load the pool that runs are planned for: the file named in the settings, else the devices of this machine.
 
     Raises:
         ValueError: if the file is invalid; the message names the place.
     """
-    return load_pool(settings.pool) if settings.pool else make_cpu_pool()
+    return load_pool(settings.pool) if settings.pool else make_local_pool(list_gpu_models())
 
 
 def make_launcher(pool: Pool) -> Launcher:

@@ -96,20 +96,20 @@ class RunReporter:
             RoundOwnershipLost: if the round has ended or a later attempt works on it.
         """
         status = self._folder.read_status()
-        with _tolerate_outage("the round's record"), self._context.sessions.begin() as session:
+        with tolerate_outage("the round's record"), self._context.sessions.begin() as session:
             training_run = rounds.get_or_create_training_run(session, self._round_id)
             training_run.status = None if status is None else status.to_json()
             rounds.check_attempt(rounds.find_round(session, self._round_id), self._context.attempt)
 
         self.log_events()
 
-        with _tolerate_outage("Prefect"):
+        with tolerate_outage("Prefect"):
             self._progress(status)
 
         # MLflow's client takes seconds to time out, during which the run is not watched; hence the pause.
         if time.monotonic() > self._tracker_retry_at:
             self._tracker_retry_at = time.monotonic() + TRACKER_RETRY_PAUSE_S
-            with _tolerate_outage("the tracker"), self._context.tracker.use_short_timeout():
+            with tolerate_outage("the tracker"), self._context.tracker.use_short_timeout():
                 self._sync_tracker()
                 self._tracker_retry_at = 0.0
 
@@ -127,7 +127,7 @@ class RunReporter:
 
     def publish_new_plan(self) -> None:
         """Upload the run's changed plan to the tracker."""
-        with _tolerate_outage("the tracker"), self._context.tracker.use_short_timeout():
+        with tolerate_outage("the tracker"), self._context.tracker.use_short_timeout():
             self._log_plan(self._sync_tracker())
 
     def log_events(self) -> None:
@@ -212,8 +212,9 @@ class RunReporter:
 
 
 @contextlib.contextmanager
-def _tolerate_outage(server: str) -> Iterator[None]:
+def tolerate_outage(server: str) -> Iterator[None]:
+    """Log an outage of a server that is told of progress; what makes the progress continues."""
     try:
         yield
     except SERVER_ERRORS as error:
-        log.warning("%s does not answer, training continues: %s", server, describe_error(error))
+        log.warning("%s does not answer, the work continues: %s", server, describe_error(error))

@@ -27,6 +27,7 @@ class Job:
         log_name: name of the file in the folder to which output goes.
         excluded_hosts: hosts on which no process is started.
         input_folders: folders outside of `folder` that the processes read, shared by all nodes.
+        is_distributed: False for one process that needs no process group, which this machine starts without torchrun.
     """
 
     name: str
@@ -38,12 +39,17 @@ class Job:
     log_name: str
     excluded_hosts: tuple[str, ...] = ()
     input_folders: tuple[Path, ...] = ()
+    is_distributed: bool = True
 
     def __post_init__(self) -> None:
         if self.num_processes % self.num_nodes:
             raise ValueError(
                 f"processes must fill their nodes evenly, got {self.num_processes} processes on nodes of "
                 f"{self.processes_per_node}; put the same number on every node"
+            )
+        if not self.is_distributed and self.num_processes != 1:
+            raise ValueError(
+                f"a job of {self.num_processes} processes needs a process group; leave is_distributed true"
             )
         if invalid_hosts := [host for host in self.excluded_hosts if not HOST_NAME_PATTERN.fullmatch(host)]:
             raise ValueError(f"excluded_hosts must hold valid host names, got {invalid_hosts}; correct or remove them")

@@ -46,7 +46,15 @@ class LocalLauncher:
         mark = f"{JOB_VARIABLE}={job.name}"  # an argument, since other processes may not read the environment
         program = ["-m", job.module, str(job.folder), mark]
         if not self._confined:
+            if not job.is_distributed:
+                return [sys.executable, *program]
             return build_torchrun_command(job.num_processes, *program)
+
+        if not job.is_distributed:
+            confinement = Confinement(
+                read=job.input_folders, write=(job.folder,), accelerators="process", signal="SIGKILL"
+            )
+            return confinement.command(sys.executable, *program)
 
         # torchrun as well as each rank: it needs rights for all ranks, and a rank only those for itself. The ranks
         # exchange memory handles through abstract sockets (NCCL), within the confinement of torchrun.

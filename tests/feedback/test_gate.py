@@ -12,6 +12,7 @@ from feedback.withdrawal import withdraw_account, withdraw_report
 from flows.cli.rounds import describe_regressions
 from flows.recipe_files import load_recipe
 from tests.feedback.loop import accept_all, add_candidate, promote, start_round, submit
+from yuan.eval.conditions import DEFAULT_CONDITIONS, EvaluationConditions
 from yuan.eval.results import EvalResult
 from yuan.recipe import DEFAULT_EVALUATION, EvaluationSection
 
@@ -31,8 +32,8 @@ def add_reports(session, contributor, prefix, count, later):
 def test_results_with_other_limits_of_the_answers_are_made_again_and_replaced(session, reporter, later):
     cases = add_reports(session, reporter, "limits", 4, later)
     promote(session, 1, passed=cases)
-    longer = EvaluationSection(extra_tokens=512)
-    assert rounds.find_untested_cases(session, 1) == rounds.find_untested_cases(session, 1, DEFAULT_EVALUATION) == []
+    longer = EvaluationConditions(EvaluationSection(extra_tokens=512))
+    assert rounds.find_untested_cases(session, 1) == rounds.find_untested_cases(session, 1, DEFAULT_CONDITIONS) == []
     assert {case.id for case in rounds.find_untested_cases(session, 1, longer)} == set(cases)
 
     promotion.store_results(session, 1, [EvalResult(case, "long", False) for case in cases], longer)
@@ -41,6 +42,9 @@ def test_results_with_other_limits_of_the_answers_are_made_again_and_replaced(se
     promotion.store_results(session, 1, [EvalResult(case, "again", True) for case in cases], longer)
     answers = session.scalars(select(CaseResult.answer).where(CaseResult.case_id.in_(cases)))
     assert set(answers) == {"long"}  # the same limits keep the first result
+
+    other_devices = EvaluationConditions(device_class="H100-80")
+    assert {case.id for case in rounds.find_untested_cases(session, 1, other_devices)} == set(cases)
 
 
 def test_limits_of_a_version_are_those_of_its_rounds_recipe_or_the_defaults(session, tmp_path):

@@ -1,6 +1,7 @@
 """Test that one bad item does not fail a round, with the real model server's application."""
 
 import json
+import threading
 
 import httpx
 import pytest
@@ -21,8 +22,11 @@ from feedback.reproduce import (
 )
 from feedback.tables import Feedback, Promotion, Round, new_id
 from flows.context import Context
-from flows.round import collect, evaluate
+from flows.round import collect
+from flows.round.evaluation_devices import LeasedRunner, build_evaluation_environment
+from flows.round.evaluation_process import EvaluationProcess
 from flows.stack.stack_config import load_config
+from flows.supervisor.lease_holder import GrantedLease
 from infra.database import make_session_factory
 from tests.serving import serve_app
 from yuan import tokenizer as tokenizers
@@ -30,6 +34,8 @@ from yuan.config import ModelConfig
 from yuan.model.model_manifest import ModelManifest
 from yuan.model.transformer import Yuan
 from yuan.model.weights import save
+from yuan.plan.pool import make_cpu_pool
+from yuan.recipe import DEFAULT_EVALUATION
 from yuan.serve.api import make_api
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.request import ServedModel
@@ -224,12 +230,17 @@ def test_evaluation_process_skips_bad_cases(context, tmp_path):
     exact = {"type": "exact", "value": "a"}
     prompts = {"1": "a\u2028b", "2": "a" * 300, "3": "b"}
     cases = [{"id": i, "prompt": prompt, "expected": "a", "checker": exact} for i, prompt in prompts.items()]
-    lines = [json.dumps(case).encode() for case in cases]
-    results = {result.case_id: result for result in evaluate.run_evaluation(context, tmp_path, folder, lines)}
+    lines = {case["id"]: json.dumps(case).encode() for case in cases}
+    stored = []
+    runner = LeasedRunner(context, "evaluation with bad cases")
+    EvaluationProcess(runner, tmp_path, folder, lines, DEFAULT_EVALUATION, stored.extend).run()
+    results = {result.case_id: result for result in stored}
     assert {name: result.reason is None for name, result in results.items()} == {"1": True, "2": False, "3": True}
 
 
 def test_evaluation_gets_no_account_and_no_secret(context, tmp_path):
     secrets = load_config(context.settings.home).secrets
-    environment = evaluate.build_evaluation_environment(context, tmp_path)
+    lease = GrantedLease("id", ("H100-80/3",), threading.Event())
+    environment = build_evaluation_environment(context, tmp_path, make_cpu_pool(), lease)
+    assert environment["CUDA_VISIBLE_DEVICES"] == "3"  # it sees the leased device and no other
     assert not [name for name, secret in secrets.items() if secret in " ".join(environment.values())]

@@ -8,7 +8,7 @@ import torch
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
 from yuan.data.judge import AnswerJudge
-from yuan.eval.run import EvalCase, evaluate, make_sampling, read_cases
+from yuan.eval.run import EvalCase, evaluate, iter_cases, make_sampling
 from yuan.generate.answers import answer_each
 from yuan.generate.decoder import NonFiniteLogits
 from yuan.generate.limits import Sampling
@@ -41,9 +41,11 @@ def folder(tmp_path_factory):
 def test_each_bad_case_has_failed_with_its_reason_and_the_others_are_judged(folder, tmp_path):
     lines = [*GOOD, *(case for case, _ in BAD.values())]
     (tmp_path / "cases.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    cases, results = read_cases(tmp_path / "cases.jsonl")
+    model, tokenizer = load(folder), load_tokenizer(folder)
     with AnswerJudge() as judge:
-        results_by_case = {result.case_id: result for result in [*results, *evaluate(folder, cases, judge)]}
+        results = list(evaluate(model, tokenizer, iter_cases(tmp_path / "cases.jsonl"), judge))
+    results_by_case = {result.case_id: result for result in results}
+    assert len(results) == len(lines)
     assert set(results_by_case) == {"separator", "plain", *BAD}
     assert [results_by_case[case["id"]].reason for case in GOOD] == [None, None]
     for name, (_, reason) in BAD.items():
@@ -53,8 +55,7 @@ def test_each_bad_case_has_failed_with_its_reason_and_the_others_are_judged(fold
 @pytest.mark.parametrize("line", [b"{", b"\xff", b"[]", b'"id"', b"{}", b"[" * 10_000])
 def test_only_lines_without_a_readable_case_id_are_skipped(tmp_path, line):
     (tmp_path / "cases.jsonl").write_bytes(line + b"\n" + json.dumps(GOOD[0]).encode() + b"\n")
-    cases, results = read_cases(tmp_path / "cases.jsonl")
-    assert [case.id for case in cases] == ["separator"] and results == []
+    assert [case.id for case in iter_cases(tmp_path / "cases.jsonl")] == ["separator"]
 
 
 @pytest.mark.parametrize(

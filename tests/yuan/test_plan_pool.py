@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from yuan.plan.pool import dump_pool, load_pool, parse_pool
+from yuan.plan.pool import dump_pool, load_pool, make_cpu_pool, make_local_pool, parse_pool
 
 A100 = {"device_class": "A100-80", "count": 8}
 
@@ -161,3 +161,17 @@ def test_pool_file_with_a_byte_order_mark_is_read_and_an_empty_name_is_refused(t
 def test_size_beyond_its_stated_range_is_refused(changes):
     with pytest.raises(ValueError, match="must be"):
         parse_pool({"name": "p", "group": [{**A100, **changes}]})
+
+
+def test_pool_of_this_machine_has_its_devices():
+    pool = make_local_pool(["NVIDIA H100 80GB HBM3"] * 3)
+    (group,) = pool.groups
+    assert (group.device_class, group.count, group.devices_per_node) == ("H100-80", 3, 3)
+    assert pool.launcher == "local" and group.memory_gib == 79.1
+    assert make_local_pool([]) == load_pool("cpu") == make_cpu_pool()
+
+
+@pytest.mark.parametrize("models", [["NVIDIA Unknown 9"], ["NVIDIA H200", "NVIDIA L40S"]])
+def test_pool_of_unknown_or_different_devices_names_the_way_out(models):
+    with pytest.raises(ValueError, match=f"{models[0]}.*describe them in a pool file.*or set COTRAIN_POOL=cpu"):
+        make_local_pool(models)

@@ -4,6 +4,10 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
+# In the folder of an evaluation.
+EVALUATION_FILE, CASES_FILE = "evaluation.json", "cases.jsonl"
+RESULTS_FILE, READY_FILE = "results.jsonl", "ready"
+
 
 @dataclass(frozen=True)
 class EvalResult:

@@ -1,35 +1,47 @@
-"""Entry point of an evaluation: `python -m yuan.eval.run MODEL CASES.jsonl RESULTS.jsonl LIMITS`.
+"""Entry point of an evaluation: `python -m yuan.eval.run FOLDER`.
 
-MODEL is a model folder whose files the caller has verified. Cases are rows with an id; LIMITS is the section
-`[evaluation]` of a recipe as JSON. A result has the case's answer and the checker's verdict. A case that cannot be
-read, answered or judged fails with the reason; the other cases are not affected.
+FOLDER has what to do in `evaluation.json` and the cases, rows with an id, in `cases.jsonl`; each result, with the
+answer and the checker's verdict, is appended to `results.jsonl` as soon as it is there, and `ready` is made once the
+model has decoded a token. It computes on the accelerator that the environment grants, else on processors. A case that
+cannot be read, answered or judged fails with the reason; the other cases are not affected.
 """
 
 import json
 import logging
 import os
 import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ValidationError
 
 from infra.logs import configure_logging
+from infra.machine import measure_available_memory_gib
 from infra.process_group import exit_with_parent
 from yuan.data.checkers import Checker, Exact
 from yuan.data.judge import AnswerJudge, CheckFailed
 from yuan.data.rule_text import describe_errors
-from yuan.eval.results import EvalResult, dump_results
-from yuan.generate.answers import Completion, answer_each
-from yuan.generate.limits import Sampling
+from yuan.eval.results import CASES_FILE, READY_FILE, RESULTS_FILE, EvalResult, dump_results
+from yuan.eval.spec import EvaluationSpec
+from yuan.generate.answers import Completion, iter_answers
+from yuan.generate.cache_slots import CacheBudget
+from yuan.generate.decoder import Decoder
+from yuan.generate.limits import MAX_BATCH_ROWS, Sampling
+from yuan.generate.sequence import DecodingSequence
+from yuan.model.accelerator import choose_device, read_free_memory_bytes
+from yuan.model.transformer import Yuan
 from yuan.model.weights import load, load_tokenizer
 from yuan.recipe import DEFAULT_EVALUATION, EvaluationSection
-from yuan.safe_files import replace_file_below
 from yuan.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 MAX_EVAL_REASON_CHARACTERS = 500
+MAX_UNJUDGED_ANSWERS = 1024  # in memory
+EVAL_CACHE_SHARE = 0.5  # of the memory that is available once the weights are loaded, for the decoding cache
 
 
 class EvalCase(BaseModel):
@@ -42,13 +54,45 @@ class EvalCase(BaseModel):
 
 
 def evaluate(
-    model_dir: Path, cases: list[EvalCase], judge: AnswerJudge, limits: EvaluationSection = DEFAULT_EVALUATION
-) -> list[EvalResult]:
-    """Answer every case with greedy decoding, up to the case's own number of tokens, and judge the answers."""
-    model, tokenizer = load(model_dir, is_verified=True), load_tokenizer(model_dir)
-    samplings = [make_sampling(case, tokenizer, limits) for case in cases]
-    answers = answer_each(model, tokenizer, [case.prompt for case in cases], samplings)
-    return [judge_answer(case, answer, judge) for case, answer in zip(cases, answers, strict=True)]
+    model: Yuan,
+    tokenizer: Tokenizer,
+    entries: Iterable[EvalCase | EvalResult],
+    judge: AnswerJudge,
+    limits: EvaluationSection = DEFAULT_EVALUATION,
+    *,
+    budget: CacheBudget | None = None,
+    max_rows: int = MAX_BATCH_ROWS,
+) -> Iterator[EvalResult]:
+    """Answer a stream of cases with greedy decoding, each up to its own number of tokens, and judge the answers.
+
+    Answers are judged in a thread while others are decoded. Yields each result as soon as it is there.
+
+    Args:
+        entries: cases, and results of cases that could not be read, which are passed on.
+    """
+    cases: dict[int, EvalCase] = {}
+    unread: list[EvalResult] = []
+
+    def iter_prompts() -> Iterator[tuple[str, Sampling]]:
+        number = 0
+        for entry in entries:
+            if isinstance(entry, EvalResult):
+                unread.append(entry)
+                continue
+            cases[number] = entry
+            number += 1
+            yield entry.prompt, make_sampling(entry, tokenizer, limits)
+
+    judged: deque[Future[EvalResult]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="judge") as judging:
+        for number, answer in iter_answers(model, tokenizer, iter_prompts(), budget, max_rows=max_rows):
+            judged.append(judging.submit(judge_answer, cases.pop(number), answer, judge))
+            while judged and (judged[0].done() or len(judged) > MAX_UNJUDGED_ANSWERS):
+                yield judged.popleft().result()
+            while unread:
+                yield unread.pop()
+        yield from (future.result() for future in judged)
+        yield from unread
 
 
 def make_sampling(case: EvalCase, tokenizer: Tokenizer, limits: EvaluationSection) -> Sampling:
@@ -81,19 +125,17 @@ def make_failed_result(case_id: str, reason: str, answer: str = "") -> EvalResul
     return EvalResult(case_id, answer, passed=False, reason=reason[:MAX_EVAL_REASON_CHARACTERS])
 
 
-def read_cases(file: Path) -> tuple[list[EvalCase], list[EvalResult]]:
-    """Read a file of cases; return the valid ones, and a failed result for each invalid line that has an id."""
-    cases, failed_results = [], []
-    for line in file.read_bytes().split(b"\n"):
-        if line:
+def iter_cases(file: Path) -> Iterator[EvalCase | EvalResult]:
+    """Yield the cases of a file in their order, and a failed result in the place of an invalid line that has an id."""
+    with file.open("rb") as lines:
+        for line in lines:
             try:
-                cases.append(EvalCase.model_validate_json(line))
+                yield EvalCase.model_validate_json(line)
             except ValidationError as error:
                 if (case_id := _find_case_id(line)) is not None:
-                    failed_results.append(make_failed_result(case_id, describe_errors(error)))
+                    yield make_failed_result(case_id, describe_errors(error))
                 else:
                     log.warning("skipped a line without a case id in %s: %s", file, describe_errors(error))
-    return cases, failed_results
 
 
 def _find_case_id(line: bytes) -> str | None:
@@ -104,19 +146,43 @@ def _find_case_id(line: bytes) -> str | None:
         return None
 
 
+def check_decoding(model: Yuan, tokenizer: Tokenizer) -> None:
+    """Decode one token, which fails if the model cannot be used at all.
+
+    Raises:
+        Exception: any error of decoding, except that of a model whose logits are not finite.
+    """
+    probe = DecodingSequence([tokenizer.sep], Sampling(max_tokens=1), tokenizer, model.config.seq_len)
+    Decoder(model).add([probe])
+
+
+def measure_free_memory_gib(device: torch.device) -> float:
+    """Return the memory that is available now on a device, in GiB."""
+    free_bytes = read_free_memory_bytes(device)
+    return measure_available_memory_gib() if free_bytes is None else free_bytes / 2**30
+
+
 def main() -> int:
     configure_logging()
     exit_with_parent()
     torch.set_num_threads(os.cpu_count() or 1)
-    model_dir, cases_file, results_file = map(Path, sys.argv[1:4])
-    limits = EvaluationSection.model_validate_json(sys.argv[4])
-    cases, results = read_cases(cases_file)
-    with AnswerJudge() as judge:
-        results += evaluate(model_dir, cases, judge, limits)
-    replace_file_below(results_file.parent, results_file.name, dump_results(results))
-    num_passed = sum(result.passed for result in results)
-    num_unjudged = sum(result.reason is not None for result in results)
-    log.info("evaluated %d cases: %d passed, %d could not be judged", len(results), num_passed, num_unjudged)
+    folder = Path(sys.argv[1])
+    spec = EvaluationSpec.read(folder)
+    device = choose_device()
+    model, tokenizer = load(spec.model, is_verified=True).to(device), load_tokenizer(spec.model)
+    check_decoding(model, tokenizer)
+    (folder / READY_FILE).touch()
+
+    budget = CacheBudget(int(EVAL_CACHE_SHARE * measure_free_memory_gib(device) * 2**30))
+    num_results = num_passed = num_unjudged = 0
+    with AnswerJudge() as judge, (folder / RESULTS_FILE).open("ab", buffering=0) as out:
+        entries = iter_cases(folder / CASES_FILE)
+        for result in evaluate(model, tokenizer, entries, judge, spec.limits, budget=budget, max_rows=spec.max_rows):
+            out.write(dump_results([result]))
+            num_results += 1
+            num_passed += result.passed
+            num_unjudged += result.reason is not None
+    log.info("evaluated %d cases: %d passed, %d could not be judged", num_results, num_passed, num_unjudged)
     return 0
 
 

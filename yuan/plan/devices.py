@@ -96,6 +96,31 @@ DEVICE_SPECS: dict[str, DeviceSpec] = {
     ),
 }
 
+MEMORY_WORD = re.compile(r"(\d+)GB")
+
+
+def find_device_class(model: str) -> str | None:
+    """Return the class of a device by the name that its driver reports; None if it is not known.
+
+    A class matches if all words of its name are in it; of classes that differ in their memory, the one that it states.
+
+    >>> find_device_class("NVIDIA A100-SXM4-40GB"), find_device_class("NVIDIA H100 80GB HBM3")
+    ('A100-40', 'H100-80')
+    >>> find_device_class("NVIDIA H100 PCIe"), find_device_class("NVIDIA GeForce RTX 4090"), find_device_class("A100")
+    ('H100-80', 'RTX-4090', None)
+    """
+    words = set(re.split(r"[^A-Z0-9]+", model.upper()))
+    sizes = {int(match[1]) for word in words if (match := MEMORY_WORD.fullmatch(word))}
+    matching = []
+    for name, spec in DEVICE_SPECS.items():
+        *chip, last = name.upper().split("-")
+        is_size = bool(chip) and last.isdecimal() and abs(int(last) - spec.memory_gib) < 2  # as 80 in H100-80
+        chip_words = chip if is_size else [*chip, last]
+        if set(chip_words) <= words and (not is_size or not sizes or int(last) in sizes):
+            matching.append(name)
+    return matching[0] if len(matching) == 1 else None
+
+
 # Rejected with a specific message: they do not support bf16 matrix multiplication, which Yuan's training needs.
 CLASSES_WITHOUT_BF16 = re.compile(r"(V100|P100|P40|T4|TITAN|RTX-?20[5-8]0(Ti)?|GTX)($|[^0-9A-Z])", re.IGNORECASE)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeGuard, get_args
 import tomli_w
 
 from yuan.config import suggest_nearest_name
-from yuan.plan.devices import DEVICE_SPECS, lacks_bf16
+from yuan.plan.devices import DEVICE_SPECS, find_device_class, lacks_bf16
 from yuan.plan.json_fields import show_value
 from yuan.safe_files import read_regular_file
 from yuan.toml_text import parse_toml
@@ -19,7 +19,8 @@ LauncherName = Literal["local", "slurm", "kubernetes"]
 MAX_POOL_FILE_BYTES = 2**20
 MAX_DEVICE_CLASSES = 10  # the search takes time and memory exponential in it: up to a minute with 10
 MAX_SHOWN_NAMES = 12
-CPU_POOL_NAME = "cpu-2"
+CPU_POOL_NAME, CPU_DEVICE_CLASS = "cpu-2", "cpu-process"
+CPU_POOL_SPEC, LOCAL_POOL_NAME = "cpu", "local"
 DEFAULT_RESERVE_GIB = 2.0
 # GiB, TFLOP/s and GB/s of devices and links lie within these; a number outside of them is in a wrong unit.
 MIN_PLAUSIBLE_VALUE = 1e-6
@@ -192,7 +193,7 @@ def is_fast_at_bf16(group: DeviceGroup) -> bool:
 def make_cpu_pool() -> Pool:
     """Return the default pool of a local stack: two training processes on this machine, one core each."""
     group = DeviceGroup(
-        device_class="cpu-process",
+        device_class=CPU_DEVICE_CLASS,
         count=2,
         memory_gib=2.0,
         sustained_tflops=0.05,
@@ -205,12 +206,36 @@ def make_cpu_pool() -> Pool:
     return Pool(name=CPU_POOL_NAME, groups=(group,))
 
 
+def make_local_pool(models: Sequence[str]) -> Pool:
+    """Return the pool of the devices of this machine; without any, the one of two processes.
+
+    Args:
+        models: names of the devices, as their driver reports them.
+
+    Raises:
+        ValueError: if they are not of one known class; the message says how to write a pool for them.
+    """
+    if not models:
+        return make_cpu_pool()
+    classes = {find_device_class(model) for model in models}
+    device_class = classes.pop()
+    if classes or device_class is None:
+        raise ValueError(
+            f"this machine has {_show_list(sorted(set(models)))}, which are not of one known device class; describe "
+            f"them in a pool file and name it in COTRAIN_POOL, or set COTRAIN_POOL={CPU_POOL_SPEC} to use processors"
+        )
+    group = _parse_group({"device_class": device_class, "count": len(models), "devices_per_node": len(models)})
+    return Pool(name=LOCAL_POOL_NAME, groups=(group,))
+
+
 def load_pool(spec: str) -> Pool:
-    """Read one pool from `FILE` or `FILE:NAME`.
+    """Read one pool from `FILE` or `FILE:NAME`; `cpu` is the one of two processes on this machine.
 
     Raises:
         ValueError: if the file, the name or a field is wrong; the message lists the valid ones.
     """
+    if spec == CPU_POOL_SPEC:
+        return make_cpu_pool()
     file, _, name = spec.partition(":")
     if not file:
         raise ValueError(f"a pool file is needed, got {spec!r}; name one as FILE or FILE:NAME")

@@ -1,0 +1,37 @@
+"""The task of an evaluation: the file `evaluation.json` in its folder."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from yuan.eval.results import EVALUATION_FILE
+from yuan.generate.limits import MAX_BATCH_ROWS
+from yuan.recipe import EvaluationSection
+
+
+class EvaluationSpec(BaseModel):
+    """The task of the process of an evaluation.
+
+    Attributes:
+        model: a model folder whose files are verified.
+        max_rows: cases that are decoded together; with 1 they are evaluated in their order.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Path
+    limits: EvaluationSection
+    max_rows: int = Field(default=MAX_BATCH_ROWS, ge=1)
+
+    def write(self, folder: Path) -> None:
+        (folder / EVALUATION_FILE).write_text(self.model_dump_json())
+
+    @classmethod
+    def read(cls, folder: Path) -> "EvaluationSpec":
+        """Read the file of a folder.
+
+        Raises:
+            OSError: if it cannot be read.
+            ValueError: if it is not valid.
+        """
+        return cls.model_validate_json((folder / EVALUATION_FILE).read_bytes())
