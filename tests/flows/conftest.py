@@ -75,7 +75,7 @@ class Stack:
     def follow(cls, client, training_round):
         """Wait until a round has ended."""
         return cls.wait_until(
-            lambda: (r := client.round(training_round.id)).state != "running" and r, timeout_s=200, pause_s=0.5
+            lambda: (r := client.round(training_round.id)).state != "running" and r, timeout_s=600, pause_s=0.5
         )
 
     @staticmethod

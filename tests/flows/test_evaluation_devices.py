@@ -10,6 +10,7 @@ import torch
 from feedback import leases
 from feedback.tables import Lease
 from flows.context import Context
+from flows.round import evaluation_process
 from flows.round.evaluation_devices import LeasedRunner, choose_evaluation_devices
 from flows.round.evaluation_process import EvaluationFailed, EvaluationProcess
 from flows.supervisor.lease_holder import hold_lease, make_job_name
@@ -85,7 +86,8 @@ def test_evaluation_waits_for_devices_says_so_and_returns_them(context, model, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["lease revoked", "process killed"])
-def test_evaluation_resumes_after_a_fault_and_leaves_no_lease(context, model, tmp_path, fault):
+def test_evaluation_resumes_after_a_fault_and_leaves_no_lease(context, model, tmp_path, monkeypatch, fault):
+    monkeypatch.setattr(evaluation_process, "EVAL_POLL_S", 0.1)
     (tmp_path / "eval").mkdir()
     results, subject, fault_done = [], f"evaluation with {fault}", False
 
@@ -102,8 +104,8 @@ def test_evaluation_resumes_after_a_fault_and_leaves_no_lease(context, model, tm
                     leases.fence_silent_leases(session, exited_lease_ids=[lease.id])
                     leases.free_fenced_lease(session, session.get_one(Lease, lease.id))
 
-    # Long answers, so that the evaluation takes longer than a heartbeat of the lease.
-    lines = make_lines(300, "abcdefghij" * 8)
+    # So many that it takes longer than a heartbeat of the lease after the first results.
+    lines = make_lines(1000, "abcdefghij" * 8)
     runner = LeasedRunner(context, subject, ttl_s=2.0)
     EvaluationProcess(runner, tmp_path / "eval", model, lines, DEFAULT_EVALUATION, store).run()
     assert sorted(result.case_id for result in results) == sorted(lines)
