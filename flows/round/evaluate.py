@@ -36,7 +36,8 @@ from yuan.recipe import EvaluationSection
 
 log = logging.getLogger(__name__)
 
-MAX_REPEATED_CASES = 200  # of the champion, in each round
+# Cases of the champion that are repeated: a tenth of those that the round evaluates, since it costs as much time each.
+MIN_REPEATED_CASES, MAX_REPEATED_CASES = 20, 200
 REPEATED_ROWS = 17  # cases decoded together when they are repeated: another shape than that of the first time
 
 EVAL_LOG_TAIL_BYTES = 2000
@@ -115,7 +116,9 @@ def evaluate_round_versions(
     ]
 
     if champion is not None:
-        repeat_verdicts(context, round_id, champion, limits, record_progress)
+        num_evaluated = sum(version_counts.cases for version_counts in counts)
+        num_repeated = min(max(num_evaluated // 10, MIN_REPEATED_CASES), MAX_REPEATED_CASES)
+        repeat_verdicts(context, round_id, champion, limits, num_repeated, record_progress)
     with context.sessions.begin() as session:
         # Counted from the records, since an earlier attempt may have stored some of the results.
         num_failed = promotion.count_unjudged_cases(session, versions, cut_off)
@@ -192,7 +195,12 @@ def evaluate_version(
 
 
 def repeat_verdicts(
-    context: Context, round_id: str, version: int, limits: EvaluationSection, report: EvaluationCallback
+    context: Context,
+    round_id: str,
+    version: int,
+    limits: EvaluationSection,
+    max_cases: int,
+    report: EvaluationCallback,
 ) -> None:
     """Evaluate some cases of a version again, in another order and other batches, and record how many verdicts differ.
 
@@ -203,7 +211,7 @@ def repeat_verdicts(
     with context.sessions() as session:
         if rounds.find_round(session, round_id).repeated_verdicts is not None:  # by an earlier attempt
             return
-        judged = rounds.find_judged_verdicts(session, version, conditions, MAX_REPEATED_CASES, round_id)
+        judged = rounds.find_judged_verdicts(session, version, conditions, max_cases, round_id)
     if not judged:
         return
     first_verdicts = {case.id: passed for case, passed in judged}
