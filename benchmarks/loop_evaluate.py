@@ -92,8 +92,7 @@ def evaluate_cases(
     (folder / CASES_FILE).write_text("".join(case.model_dump_json() + "\n" for case in cases))
     verdicts = {}
     with AnswerJudge() as judge, (folder / RESULTS_FILE).open("wb", buffering=0) as out:
-        entries = iter_cases(folder / CASES_FILE)
-        for result in evaluate(model, tokenizer, entries, judge, max_rows=max_rows):
+        for result in evaluate(model, tokenizer, iter_cases(folder / CASES_FILE), judge, max_rows=max_rows):
             out.write(dump_results([result]))
             verdicts[result.case_id] = result.passed
     return verdicts

@@ -334,9 +334,15 @@ def record_repeated_verdicts(session: Session, round_id: str, repeated: Repeated
 
 
 def read_repeated_verdicts(training_round: Round) -> RepeatedVerdicts | None:
-    """Return the verdicts that the round computed again; None if there are none."""
+    """Return the verdicts that the round computed again; None if there are none, or the stored ones are malformed."""
     stored = training_round.repeated_verdicts
-    return None if stored is None else RepeatedVerdicts.model_validate(stored)
+    try:
+        return None if stored is None else RepeatedVerdicts.model_validate(stored)
+    except ValidationError as error:  # the rest of the round's record counts too
+        log.warning(
+            "the repeated verdicts of round %d cannot be read: %s", training_round.number, describe_errors(error)
+        )
+        return None
 
 
 def find_judged_verdicts(

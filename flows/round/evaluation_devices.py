@@ -1,7 +1,6 @@
 """The devices of evaluations: a lease of the pool on which they run, and the job that runs under it."""
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,6 @@ from infra.keeper import STACK_ID_VARIABLE
 from infra.launchers.job import Job, JobExit, RunningJob
 from infra.telemetry import NO_TELEMETRY_VARIABLES
 from yuan.plan.pool import CPU_POOL_NAME, Pool
-
-log = logging.getLogger(__name__)
 
 WEIGHT_MEMORY_FACTOR = 1.15  # memory of the process over the bytes of the weights, without the decoding cache
 EXIT_LEASE_LOST = 75  # EX_TEMPFAIL

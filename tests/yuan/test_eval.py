@@ -8,7 +8,7 @@ import torch
 from yuan import tokenizer as tokenizers
 from yuan.config import ModelConfig
 from yuan.data.judge import AnswerJudge
-from yuan.eval.run import EvalCase, evaluate, iter_cases, make_sampling
+from yuan.eval.run import EvalCase, evaluate, iter_cases, iter_invalid_cases, make_sampling
 from yuan.generate.answers import answer_each
 from yuan.generate.decoder import NonFiniteLogits
 from yuan.generate.limits import Sampling
@@ -43,7 +43,8 @@ def test_each_bad_case_has_failed_with_its_reason_and_the_others_are_judged(fold
     (tmp_path / "cases.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     model, tokenizer = load(folder), load_tokenizer(folder)
     with AnswerJudge() as judge:
-        results = list(evaluate(model, tokenizer, iter_cases(tmp_path / "cases.jsonl"), judge))
+        file = tmp_path / "cases.jsonl"
+        results = [*iter_invalid_cases(file), *evaluate(model, tokenizer, iter_cases(file), judge)]
     results_by_case = {result.case_id: result for result in results}
     assert len(results) == len(lines)
     assert set(results_by_case) == {"separator", "plain", *BAD}
@@ -56,6 +57,26 @@ def test_each_bad_case_has_failed_with_its_reason_and_the_others_are_judged(fold
 def test_only_lines_without_a_readable_case_id_are_skipped(tmp_path, line):
     (tmp_path / "cases.jsonl").write_bytes(line + b"\n" + json.dumps(GOOD[0]).encode() + b"\n")
     assert [case.id for case in iter_cases(tmp_path / "cases.jsonl")] == ["separator"]
+    assert list(iter_invalid_cases(tmp_path / "cases.jsonl")) == []
+
+
+def test_with_one_row_a_case_has_its_result_before_the_next_one_is_decoded(folder):
+    model, tokenizer = load(folder), load_tokenizer(folder)
+    j = tokenizer.encode("j")[0]
+
+    def end_at_j(module, tokens, embeddings):
+        if (tokens[0] == j).any():
+            raise MemoryError("as a case that ends the process")
+
+    model.embedding.register_forward_hook(end_at_j)
+    prompts = ("a", "b", "abj", "c")
+    cases = [EvalCase.model_validate({**GOOD[0], "id": prompt, "prompt": prompt}) for prompt in prompts]
+    results = []
+    with AnswerJudge() as judge:
+        evaluated = evaluate(model, tokenizer, cases, judge, EvaluationSection(max_answer_tokens=1), max_rows=1)
+        with pytest.raises(MemoryError):
+            results.extend(result.case_id for result in evaluated)
+    assert results == ["a", "b"]
 
 
 @pytest.mark.parametrize(

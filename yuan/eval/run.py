@@ -6,6 +6,7 @@ model has decoded a token. It computes on the accelerator that the environment g
 cannot be read, answered or judged fails with the reason; the other cases are not affected.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -28,9 +30,8 @@ from yuan.eval.results import CASES_FILE, READY_FILE, RESULTS_FILE, EvalResult, 
 from yuan.eval.spec import EvaluationSpec
 from yuan.generate.answers import Completion, iter_answers
 from yuan.generate.cache_slots import CacheBudget
-from yuan.generate.decoder import Decoder
+from yuan.generate.decoder import check_decoding
 from yuan.generate.limits import MAX_BATCH_ROWS, Sampling
-from yuan.generate.sequence import DecodingSequence
 from yuan.model.accelerator import choose_device, read_free_memory_bytes
 from yuan.model.transformer import Yuan
 from yuan.model.weights import load, load_tokenizer
@@ -56,7 +57,7 @@ class EvalCase(BaseModel):
 def evaluate(
     model: Yuan,
     tokenizer: Tokenizer,
-    entries: Iterable[EvalCase | EvalResult],
+    cases: Iterable[EvalCase],
     judge: AnswerJudge,
     limits: EvaluationSection = DEFAULT_EVALUATION,
     *,
@@ -65,34 +66,24 @@ def evaluate(
 ) -> Iterator[EvalResult]:
     """Answer a stream of cases with greedy decoding, each up to its own number of tokens, and judge the answers.
 
-    Answers are judged in a thread while others are decoded. Yields each result as soon as it is there.
-
-    Args:
-        entries: cases, and results of cases that could not be read, which are passed on.
+    Yields each result as soon as it is there: answers are judged in a thread while others are decoded. With one row a
+    case has its result before the next one is decoded, so that the one that ends the process is the first without one.
     """
-    cases: dict[int, EvalCase] = {}
-    unread: list[EvalResult] = []
+    open_cases: dict[int, EvalCase] = {}
 
     def iter_prompts() -> Iterator[tuple[str, Sampling]]:
-        number = 0
-        for entry in entries:
-            if isinstance(entry, EvalResult):
-                unread.append(entry)
-                continue
-            cases[number] = entry
-            number += 1
-            yield entry.prompt, make_sampling(entry, tokenizer, limits)
+        for number, case in enumerate(cases):
+            open_cases[number] = case
+            yield case.prompt, make_sampling(case, tokenizer, limits)
 
+    max_unjudged = MAX_UNJUDGED_ANSWERS if max_rows > 1 else 0
     judged: deque[Future[EvalResult]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="judge") as judging:
         for number, answer in iter_answers(model, tokenizer, iter_prompts(), budget, max_rows=max_rows):
-            judged.append(judging.submit(judge_answer, cases.pop(number), answer, judge))
-            while judged and (judged[0].done() or len(judged) > MAX_UNJUDGED_ANSWERS):
+            judged.append(judging.submit(judge_answer, open_cases.pop(number), answer, judge))
+            while judged and (judged[0].done() or len(judged) > max_unjudged):
                 yield judged.popleft().result()
-            while unread:
-                yield unread.pop()
         yield from (future.result() for future in judged)
-        yield from unread
 
 
 def make_sampling(case: EvalCase, tokenizer: Tokenizer, limits: EvaluationSection) -> Sampling:
@@ -125,12 +116,20 @@ def make_failed_result(case_id: str, reason: str, answer: str = "") -> EvalResul
     return EvalResult(case_id, answer, passed=False, reason=reason[:MAX_EVAL_REASON_CHARACTERS])
 
 
-def iter_cases(file: Path) -> Iterator[EvalCase | EvalResult]:
-    """Yield the cases of a file in their order, and a failed result in the place of an invalid line that has an id."""
+def iter_cases(file: Path) -> Iterator[EvalCase]:
+    """Yield the valid cases of a file in their order."""
+    with file.open("rb") as lines:
+        for line in lines:
+            with contextlib.suppress(ValidationError):
+                yield EvalCase.model_validate_json(line)
+
+
+def iter_invalid_cases(file: Path) -> Iterator[EvalResult]:
+    """Yield a failed result for each invalid line of a file that has an id."""
     with file.open("rb") as lines:
         for line in lines:
             try:
-                yield EvalCase.model_validate_json(line)
+                EvalCase.model_validate_json(line)
             except ValidationError as error:
                 if (case_id := _find_case_id(line)) is not None:
                     yield make_failed_result(case_id, describe_errors(error))
@@ -144,16 +143,6 @@ def _find_case_id(line: bytes) -> str | None:
         return str(json.loads(line)["id"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-
-
-def check_decoding(model: Yuan, tokenizer: Tokenizer) -> None:
-    """Decode one token, which fails if the model cannot be used at all.
-
-    Raises:
-        Exception: any error of decoding, except that of a model whose logits are not finite.
-    """
-    probe = DecodingSequence([tokenizer.sep], Sampling(max_tokens=1), tokenizer, model.config.seq_len)
-    Decoder(model).add([probe])
 
 
 def measure_free_memory_gib(device: torch.device) -> float:
@@ -176,8 +165,9 @@ def main() -> int:
     budget = CacheBudget(int(EVAL_CACHE_SHARE * measure_free_memory_gib(device) * 2**30))
     num_results = num_passed = num_unjudged = 0
     with AnswerJudge() as judge, (folder / RESULTS_FILE).open("ab", buffering=0) as out:
-        entries = iter_cases(folder / CASES_FILE)
-        for result in evaluate(model, tokenizer, entries, judge, spec.limits, budget=budget, max_rows=spec.max_rows):
+        cases = iter_cases(folder / CASES_FILE)
+        evaluated = evaluate(model, tokenizer, cases, judge, spec.limits, budget=budget, max_rows=spec.max_rows)
+        for result in chain(iter_invalid_cases(folder / CASES_FILE), evaluated):
             out.write(dump_results([result]))
             num_results += 1
             num_passed += result.passed

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from yuan.generate.cache_slots import CacheBudget, CacheSlots
+from yuan.generate.limits import Sampling
 from yuan.generate.sampling import choose_tokens
 from yuan.generate.sequence import DecodingSequence
 from yuan.model.cache import CacheSlot
 from yuan.model.transformer import Yuan
+from yuan.tokenizer import Tokenizer
 
 # Of one forward pass over prompts, including padding: a longer prompt takes several, between which others are decoded.
 MAX_PREFILL_TOKENS = 2048
@@ -208,3 +210,13 @@ def choose_prefill_group(missing: Mapping[DecodingSequence, int]) -> list[Decodi
             group.append(sequence)
             shortest, longest = shorter, longer
     return group
+
+
+def check_decoding(model: Yuan, tokenizer: Tokenizer) -> None:
+    """Decode one token, which fails if the model cannot be used at all.
+
+    Raises:
+        Exception: any error of decoding, except that of a model whose logits are not finite.
+    """
+    probe = DecodingSequence([tokenizer.sep], Sampling(max_tokens=1), tokenizer, model.config.seq_len)
+    Decoder(model).add([probe])

@@ -6,8 +6,7 @@ import time
 from collections import Counter
 
 from yuan.generate.cache_slots import CacheBudget
-from yuan.generate.decoder import Decoder, NoCacheRoom, NonFiniteLogits
-from yuan.generate.limits import Sampling
+from yuan.generate.decoder import Decoder, NoCacheRoom, NonFiniteLogits, check_decoding
 from yuan.generate.sequence import DecodingSequence
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.request import AnswerTimeout, DecodingFailed, EngineStopped, GenerationRequest, ServedModel
@@ -219,10 +218,8 @@ class BatchingEngine:
 
     def _probe_decoding(self) -> None:
         """Decode one token, to detect a process that can no longer decode; a restart may fix that."""
-        tokenizer, window = self.served.tokenizer, self.served.model.config.seq_len
         try:
-            probe = DecodingSequence([tokenizer.sep], Sampling(max_tokens=1), tokenizer, window)
-            Decoder(self.served.model).add([probe])
+            check_decoding(self.served.model, self.served.tokenizer)
             self._fault = None
         except Exception as error:
             log.exception("a single token cannot be decoded either")
