@@ -175,3 +175,35 @@ def test_pool_of_this_machine_has_its_devices():
 def test_pool_of_unknown_or_different_devices_names_the_way_out(models):
     with pytest.raises(ValueError, match=f"{models[0]}.*describe them in a pool file.*or set COTRAIN_POOL=cpu"):
         make_local_pool(models)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (
+            {"serving": "sometimes"},
+            r"serving of pool 'p' must be one of auto, host, own, share, yield, got 'sometimes'",
+        ),
+        ({"serving": "own"}, r"must be named if serving is \"own\", .*write serving_devices = \[\"A100-80/0\"\]"),
+        ({"serving_devices": ["A100-80/0"]}, r"must be named if serving is \"own\", and only then, got auto"),
+        ({"serving": "own", "serving_devices": ["A100-80/2"]}, r"each once, got A100-80/2; .* A100-80/0 to A100-80/1"),
+        ({"serving": "own", "serving_devices": ["A100-80/00"]}, r"must name devices of the pool"),
+        ({"serving": "own", "serving_devices": ["A100-80/0"] * 2}, r"each once, got A100-80/0, A100-80/0"),
+        ({"serving": "own", "serving_devices": ["A100-80/0", "A100-80/1"]}, r"leave a device to training, got all 2"),
+        ({"serving": "own", "serving_devices": "A100-80/0"}, r"must be an array of texts, got 'A100-80/0'"),
+        ({"serving": "share", "serving_gib": 0}, r"serving_gib of pool 'p' must be positive, got 0"),
+        ({"serving": "share", "serving_gib": "4"}, r"serving_gib of pool 'p' must be positive, got '4'"),
+        ({"serving": "yield", "launcher": "slurm"}, r"must be \"host\" with launcher slurm, got \"yield\""),
+    ],
+)
+def test_wrong_setting_for_serving_is_refused_with_the_rule(fields, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_pool({"name": "p", "group": [{"device_class": "A100-80", "count": 2}], **fields})
+
+
+def test_pool_with_devices_for_serving_round_trips(tmp_path):
+    file = tmp_path / "pool.toml"
+    group = {"device_class": "A100-80", "count": 2}
+    pool = parse_pool({"name": "p", "group": [group], "serving": "own", "serving_devices": ["A100-80/1"]})
+    file.write_text(dump_pool(pool))
+    assert load_pool(str(file)) == pool

@@ -7,8 +7,9 @@ from itertools import islice
 
 from yuan.data.conversation import encode_prompt
 from yuan.generate.cache_slots import CacheBudget, CacheBudgetExceeded
-from yuan.generate.decoder import Decoder
+from yuan.generate.decoder import Decoding
 from yuan.generate.limits import MAX_BATCH_ROWS, Sampling
+from yuan.generate.pipelined_decoder import make_decoder
 from yuan.generate.sequence import DecodingSequence
 from yuan.model.transformer import Yuan
 from yuan.tokenizer import Tokenizer
@@ -72,7 +73,7 @@ def iter_answers(
     read ahead and join in the order of their length; with one row they are answered in their own order.
     """
     numbered = enumerate(prompts)
-    decoder = Decoder(model, budget)
+    decoder = make_decoder(model, budget)
     numbers: dict[DecodingSequence, int] = {}  # of those that wait or are decoded
     waiting: list[DecodingSequence] = []
     num_ahead = READ_AHEAD_PROMPTS if max_rows > 1 else 1
@@ -106,7 +107,7 @@ def iter_answers(
                 yield numbers.pop(sequence), _make_completion(sequence)
 
 
-def _admit(decoder: Decoder, waiting: list[DecodingSequence], num_free: int) -> dict[DecodingSequence, Exception]:
+def _admit(decoder: Decoding, waiting: list[DecodingSequence], num_free: int) -> dict[DecodingSequence, Exception]:
     """Admit up to `num_free` sequences from the end of `waiting` while there is room; return those that never fit."""
     errors: dict[DecodingSequence, Exception] = {}
     while waiting and num_free:

@@ -102,6 +102,10 @@ class CacheSlots:
         new_block = self._add_block(capacity)
         return None if new_block is None else new_block.take_slot()
 
+    def compute_need(self, num_tokens: int) -> int:
+        """Return the bytes of the slot of a sequence of this length."""
+        return self._compute_slot_bytes(self._choose_capacity(num_tokens))
+
     def release(self, slot: CacheSlot) -> None:
         """Free a slot; another slot of its block may move to its place."""
         slot.block.drop_slot(slot)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +35,44 @@ class FailedSequence:
     error: Exception
 
 
+class Decoding(Protocol):
+    """Decode sequences: the interface of a decoder of one group, and of several groups in a pipeline."""
+
+    @property
+    def num_chosen_tokens(self) -> int: ...
+
+    @property
+    def running(self) -> list[DecodingSequence]: ...
+
+    def check_fits(self, num_tokens: int) -> None: ...
+
+    def admit(self, sequence: DecodingSequence, spare_share: float = 0.0) -> bool: ...
+
+    def add(self, sequences: list[DecodingSequence]) -> list[FailedSequence]: ...
+
+    def step(self) -> list[FailedSequence]: ...
+
+    def remove(self, sequence: DecodingSequence) -> None: ...
+
+    def release_empty_blocks(self) -> None: ...
+
+    def discard(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class PlannedPass:
+    """A forward pass over the next tokens of some sequences.
+
+    Attributes:
+        counts: real tokens of each row, when it is a pass over prompts.
+    """
+
+    sequences: list[DecodingSequence]
+    slots: list[CacheSlot]
+    tokens_BS: Tensor
+    counts: list[int] | None = None
+
+
 class Decoder:
     """Decode sequences with a model, each in its own slot of the cache.
 
@@ -59,6 +98,14 @@ class Decoder:
     def running(self) -> list[DecodingSequence]:
         """Return the sequences that have a slot."""
         return list(self._slots)
+
+    def check_fits(self, num_tokens: int) -> None:
+        """Check that a sequence of this length fits into an empty cache.
+
+        Raises:
+            CacheBudgetExceeded: if it does not.
+        """
+        self.cache.check_fits(num_tokens)
 
     def admit(self, sequence: DecodingSequence, spare_share: float = 0.0) -> bool:
         """Reserve a slot for a sequence, which the next steps prefill; return False if there is no room now.
@@ -96,7 +143,8 @@ class Decoder:
                 else:
                     failed.append(FailedSequence(sequence, NoCacheRoom("the cache has no room for it now")))
             while waiting := [sequence for sequence in added if sequence in self._prefilling]:
-                failed += self._prefill(waiting)
+                planned = self._plan_prefill(waiting)
+                failed += self.finish_pass(planned, self.run_pass(planned))
         except Exception:
             for sequence in added:
                 if sequence in self._slots:
@@ -104,7 +152,6 @@ class Decoder:
             raise
         return failed
 
-    @torch.inference_mode()
     def step(self) -> list[FailedSequence]:
         """Run one pass over prompts if any wait, and one that chooses a token for each sequence decoded before.
 
@@ -116,15 +163,50 @@ class Decoder:
         Raises:
             Exception: any error of a forward pass; then discard this decoder and add its sequences to a new one.
         """
+        failed: list[FailedSequence] = []
+        for planned in self.plan_passes():
+            failed += self.finish_pass(planned, self.run_pass(planned))
+        return failed
+
+    def plan_passes(self) -> list[PlannedPass]:
+        """Return the passes of the next step: one over prompts and one over the other sequences, where there are any.
+
+        No sequence may be added to a pass or removed from the decoder until `finish_pass` has been called for it.
+        """
         prefilling = set(self._prefilling)
         decoding = [sequence for sequence in self._iter_by_slot() if sequence not in prefilling]
-        failed: list[FailedSequence] = []
+        planned = []
         if prefilling:
-            failed += self._prefill(self._prefilling)
+            planned.append(self._plan_prefill(self._prefilling))
         if decoding:
             last = torch.tensor([[sequence.tokens[-1]] for sequence in decoding], device=self._device)
-            failed += self.choose_next_tokens(decoding, self._forward(last, decoding))
-        return failed
+            planned.append(PlannedPass(decoding, [self._slots[sequence] for sequence in decoding], last))
+        return planned
+
+    @torch.inference_mode()
+    def run_pass(self, planned: PlannedPass) -> Tensor:
+        """Compute the logits (B, V) after the last token of each row, and append its tokens to the cache."""
+        return self.model.forward_incremental(planned.tokens_BS, planned.slots, planned.counts)
+
+    @torch.inference_mode()
+    def finish_pass(self, planned: PlannedPass, logits_BV: Tensor) -> list[FailedSequence]:
+        """Choose the next token of each sequence whose tokens are all in the cache; return those that failed."""
+        if planned.counts is None:
+            return self.choose_next_tokens(planned.sequences, logits_BV)
+        ready = [row for row, sequence in enumerate(planned.sequences) if not self._count_missing(sequence)]
+        for row in ready:
+            self._prefilling.remove(planned.sequences[row])
+        if not ready:
+            return []
+        return self.choose_next_tokens([planned.sequences[row] for row in ready], logits_BV[ready])
+
+    def release_empty_blocks(self) -> None:
+        """Free the memory of the cache that no sequence uses."""
+        self.cache.release_empty_blocks()
+
+    def discard(self) -> None:
+        """Free all memory of the cache, before another decoder replaces this one."""
+        self.cache.discard_blocks()
 
     def remove(self, sequence: DecodingSequence) -> None:
         """Remove a sequence, and free its slot."""
@@ -141,8 +223,8 @@ class Decoder:
         """Return the tokens of a sequence that are not in the cache."""
         return len(sequence.prompt) + len(sequence.tokens) - self._slots[sequence].length
 
-    def _prefill(self, waiting: Sequence[DecodingSequence]) -> list[FailedSequence]:
-        """Run one pass over the next tokens of some of the sequences that wait for it; return those that failed."""
+    def _plan_prefill(self, waiting: Sequence[DecodingSequence]) -> PlannedPass:
+        """Plan a pass over the next tokens of some of the sequences that wait for it."""
         group = choose_prefill_group({sequence: self._count_missing(sequence) for sequence in waiting})
         # In the order of their slots, so that adjacent ones are written together.
         group = [sequence for sequence in self._iter_by_slot() if sequence in group]
@@ -154,17 +236,8 @@ class Decoder:
         tokens_BS = torch.zeros(len(group), max(counts), dtype=torch.long)
         for row, part in enumerate(parts):
             tokens_BS[row, : len(part)] = torch.tensor(part)
-
-        logits_BV = self._forward(tokens_BS.to(self._device), group, counts)
-        ready = [row for row, sequence in enumerate(group) if not self._count_missing(sequence)]
-        for row in ready:
-            self._prefilling.remove(group[row])
-        if not ready:
-            return []
-        return self.choose_next_tokens([group[row] for row in ready], logits_BV[ready])
-
-    def _forward(self, tokens_BS: Tensor, sequences: list[DecodingSequence], counts: list[int] | None = None) -> Tensor:
-        return self.model.forward_incremental(tokens_BS, [self._slots[sequence] for sequence in sequences], counts)
+        slots = [self._slots[sequence] for sequence in group]
+        return PlannedPass(group, slots, tokens_BS.to(self._device), counts)
 
     def choose_next_tokens(self, group: list[DecodingSequence], logits_BV: Tensor) -> list[FailedSequence]:
         """Append the next token to each sequence of the group; return those that failed."""

@@ -3,7 +3,7 @@
 Shape letters: R slots of a block, N heads, K capacity in tokens, D head dim, H hidden.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,26 +53,26 @@ class CacheBlock:
         slots: the slots in use.
 
     Args:
-        like: a tensor with the device and dtype of the cache.
+        likes: by layer, a tensor with the device and dtype of the layer's cache.
 
     Raises:
         ValueError: if the capacity exceeds the window.
     """
 
-    def __init__(self, config: ModelConfig, like: Tensor, num_slots: int, capacity: int) -> None:
+    def __init__(self, config: ModelConfig, likes: Sequence[Tensor], num_slots: int, capacity: int) -> None:
         if capacity > config.seq_len:
             raise ValueError(
                 f"the window holds {config.seq_len} tokens, got {capacity}; shorten the prompt or the answer"
             )
         self.num_slots, self.capacity = num_slots, capacity
         self.slots: list[CacheSlot] = []
-        width, layers = config.hidden_size, range(config.num_layers)
+        width = config.hidden_size
         with torch.inference_mode(False):
             shape = (num_slots, config.num_heads, capacity, config.head_dim)
-            self.keys = [like.new_zeros(shape) for _ in layers]
-            self.values = [like.new_zeros(shape) for _ in layers]
-            self.shares1 = [like.new_zeros((num_slots, 1, width // 2)) for _ in layers]
-            self.shares2 = [like.new_zeros((num_slots, 1, width)) for _ in layers]
+            self.keys = [like.new_zeros(shape) for like in likes]
+            self.values = [like.new_zeros(shape) for like in likes]
+            self.shares1 = [like.new_zeros((num_slots, 1, width // 2)) for like in likes]
+            self.shares2 = [like.new_zeros((num_slots, 1, width)) for like in likes]
 
     @property
     def num_free(self) -> int:

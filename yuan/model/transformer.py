@@ -5,6 +5,7 @@ Shape letters: B batch, S sequence, H hidden, N heads, D head dim, V vocabulary.
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +21,7 @@ from yuan.model.cache import CacheBlock, CacheSlot
 from yuan.model.decoding_pass import DecodingPass
 from yuan.model.local_filter import make_filter
 from yuan.model.rotary import apply_rotary
+from yuan.model.stages import GenerationStage
 
 
 class Attention(nn.Module):
@@ -90,7 +92,12 @@ class Yuan(nn.Module):
 
     Weights are initialized as published: normal with standard deviation 0.02, the layers' output projections scaled by
     1/sqrt(2L), the convolutions by their default.
+
+    Attributes:
+        stages: of generation, if the layers are on several devices; set when the model is loaded.
     """
+
+    stages: tuple[GenerationStage, ...] | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -137,13 +144,16 @@ class Yuan(nn.Module):
         Raises:
             ValueError: if a row exceeds its slot.
         """
-        x_BSH = self.embedding(tokens_BS)
-        decoding = DecodingPass(self.config, slots, tokens_BS.shape[1], counts, x_BSH)
-        for layer in self.layers:
-            x_BSH = layer(x_BSH, decoding)
-        logits_BV = self.compute_logits(decoding.select_last(x_BSH))
+        x_BSH, layers = self.embedding(tokens_BS), list(self.layers)
+        for stage in self.stages or (None,):
+            with stage.lock if stage else nullcontext():
+                x_BSH = x_BSH.to(stage.device) if stage else x_BSH
+                decoding = DecodingPass(self.config, slots, tokens_BS.shape[1], counts, x_BSH)
+                for layer in layers[stage.layers.start : stage.layers.stop] if stage else layers:
+                    x_BSH = layer(x_BSH, decoding)
+        last_BH = decoding.select_last(x_BSH).to(tokens_BS.device)
         decoding.finish()
-        return logits_BV
+        return self.compute_logits(last_BH)
 
     def compute_logits(self, x: Tensor) -> Tensor:
         """Apply the final norm and the tied output head to hidden states (..., H)."""
@@ -151,7 +161,8 @@ class Yuan(nn.Module):
 
     def make_cache_block(self, num_slots: int, capacity: int) -> CacheBlock:
         """Make an empty block of the decoding cache, with slots of `capacity` tokens."""
-        return CacheBlock(self.config, self.embedding.weight.detach(), num_slots, capacity)
+        weights = [self.get_parameter(f"layers.{number}.attention.value.weight") for number in range(len(self.layers))]
+        return CacheBlock(self.config, [weight.detach() for weight in weights], num_slots, capacity)
 
 
 def initialize_weights(module: nn.Module, config: ModelConfig) -> None:

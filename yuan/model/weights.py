@@ -1,7 +1,7 @@
 """Model folders: weights as safetensors, configuration, tokenizer and a manifest of checksums."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from yuan.data.text import BadJson, parse_json
 from yuan.model.dtypes import cast_tensor
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
 from yuan.model.shards import TensorReader, write_shards
+from yuan.model.stages import find_stage_device, make_stages
 from yuan.model.transformer import Yuan
 from yuan.safe_files import hash_stream, read_input_file
 from yuan.tokenizer import Tokenizer
@@ -49,13 +50,21 @@ def write_manifest(folder: Path, files: Iterable[str], about: Mapping[str, Any])
 
 
 def load(
-    folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None = None, is_verified: bool = False
+    folder: Path | str,
+    *,
+    devices: Sequence[torch.device | str] = ("cpu",),
+    layers: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+    is_verified: bool = False,
 ) -> Yuan:
     """Load a model folder into a module in evaluation mode, every file checked against the manifest.
 
-    Tensors keep their stored dtype, or are cast to `dtype` one at a time, so peak memory stays near the model's size.
+    Tensors keep their stored dtype, or are cast to `dtype`, and go to their device one at a time, so peak memory stays
+    near the model's size.
 
     Args:
+        devices: of the stages of generation, by default one; a model of several stages can only generate.
+        layers: number of layers of each stage; needed for several.
         is_verified: the caller knows that the files are unchanged, as the cache of versions does; they are read once.
 
     Raises:
@@ -72,10 +81,14 @@ def load(
         model = Yuan(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     source.check_shapes(expected)
-    tensors = {
-        name: cast_tensor(name, source.read_tensor(name).to(device), dtype, source.get_path(name)) for name in expected
-    }
+    stages = make_stages(layers or [config.num_layers], [torch.device(device) for device in devices])
+    tensors = {}
+    for name in expected:
+        tensor = source.read_tensor(name).to(find_stage_device(stages, name))
+        tensors[name] = cast_tensor(name, tensor, dtype, source.get_path(name))
     model.load_state_dict(tensors, assign=True)
+    if len(stages) > 1:
+        model.stages = stages
     return model.requires_grad_().eval()
 
 

@@ -15,6 +15,7 @@ from yuan.safe_files import read_regular_file
 from yuan.toml_text import parse_toml
 
 LauncherName = Literal["local", "slurm", "kubernetes"]
+ServingMode = Literal["auto", "host", "own", "share", "yield"]
 
 MAX_POOL_FILE_BYTES = 2**20
 MAX_DEVICE_CLASSES = 10  # the search takes time and memory exponential in it: up to a minute with 10
@@ -28,6 +29,8 @@ MAX_PLAUSIBLE_VALUE = 1e6
 MAX_LATENCY_US = 1e7
 OPTIONAL_GROUP_FIELDS = ("peak_tflops", "fp32_tflops", "host_memory_gib")  # that may be unknown
 STORAGE_FIELDS = ("disk_gib", "disk_gb_s", "store_gb_s")  # of a pool, which may be unknown
+SERVING_FIELDS = ("serving", "serving_devices", "serving_gib")
+DEFAULT_SERVING_GIB = 4.0
 MAX_DEVICES = 1_000_000  # of a group, and of a node
 
 
@@ -134,19 +137,28 @@ class Pool:
     Attributes:
         launcher: name of the launcher that starts the processes.
         launch: its settings, by name.
+        serving: how the model server uses the pool's devices: "host" not at all, it computes on its machine's
+            processors; "own" has `serving_devices`, which run nothing else; "share" computes beside training and
+            evaluation, which leave room for it; "yield" has devices while nothing else needs them; "auto" shares with
+            runs whose plan leaves room, and yields to others.
+        serving_devices: ids of the devices of "own", CLASS/NUMBER.
+        serving_gib: memory of the decoding cache on a shared device.
         disk_gib: room for the home folder, which all nodes share; None if unknown.
         disk_gb_s: rate at which one node reads and writes it, in GB/s; None if unknown.
         store_gb_s: rate of the link from the supervisor's machine to the object store, in GB/s; None if unknown.
 
     Raises:
         ValueError: if there is no group, there are too many, two have the same device class, the launcher is
-            unknown, or a number is not positive.
+            unknown, a number is not positive, or the devices for serving contradict its mode or do not exist.
     """
 
     name: str
     groups: tuple[DeviceGroup, ...]
     launcher: LauncherName = "local"
     launch: tuple[tuple[str, str | int], ...] = ()
+    serving: ServingMode = "auto"
+    serving_devices: tuple[str, ...] = ()
+    serving_gib: float = DEFAULT_SERVING_GIB
     disk_gib: float | None = None
     disk_gb_s: float | None = None
     store_gb_s: float | None = None
@@ -173,10 +185,64 @@ class Pool:
                 f"pool {show_value(self.name)} must name each device class once, got {_show_list(classes)}; "
                 "add up their counts"
             )
+        self._check_serving()
+
+    def _check_serving(self) -> None:
+        name = f"of pool {show_value(self.name)}"
+        modes = get_args(ServingMode)
+        if self.serving not in modes:
+            raise ValueError(f"serving {name} must be one of {', '.join(modes)}, got {show_value(self.serving)}")
+        _check_positive(f"serving_gib {name}", self.serving_gib)
+        if self.launcher != "local" and self.serving not in ("auto", "host"):
+            raise ValueError(
+                f'serving {name} must be "host" with launcher {self.launcher}, got "{self.serving}"; the model server '
+                "computes on the machine of its stack, which has none of these devices"
+            )
+        if (self.serving == "own") != bool(self.serving_devices):
+            raise ValueError(
+                f'serving_devices {name} must be named if serving is "own", and only then, got {self.serving} and '
+                f'{_show_list(self.serving_devices)}; write serving_devices = ["{self.groups[0].device_class}/0"]'
+            )
+        is_known = all(map(self._has_device, self.serving_devices))
+        if not is_known or len(set(self.serving_devices)) < len(self.serving_devices):
+            ranges = [f"{group.device_class}/0 to {group.device_class}/{group.count - 1}" for group in self.groups]
+            raise ValueError(
+                f"serving_devices {name} must name devices of the pool, each once, got "
+                f"{_show_list(self.serving_devices)}; its devices are {_show_list(ranges)}"
+            )
+        if len(self.serving_devices) == self.num_devices:
+            raise ValueError(
+                f'serving_devices {name} must leave a device to training, got all {self.num_devices}; use "share" or '
+                '"yield"'
+            )
+        if len({device.rpartition("/")[0] for device in self.serving_devices}) > 1:
+            raise ValueError(
+                f"serving_devices {name} must be of one device class, got {_show_list(self.serving_devices)}; "
+                "choose those of one"
+            )
 
     @property
     def num_devices(self) -> int:
         return sum(group.count for group in self.groups)
+
+    @property
+    def uses_devices_for_serving(self) -> bool:
+        """Return True if the model server computes on devices of the pool; "auto" means accelerators of one machine.
+
+        >>> make_cpu_pool().uses_devices_for_serving
+        False
+        """
+        if self.serving == "auto":
+            return self.launcher == "local" and all(
+                group.device_class != CPU_DEVICE_CLASS and group.count <= group.devices_per_node
+                for group in self.groups
+            )
+        return self.serving != "host"
+
+    def _has_device(self, device: str) -> bool:
+        device_class, _, number = device.rpartition("/")
+        counts = {group.device_class: group.count for group in self.groups}
+        return number.isdecimal() and str(int(number)) == number and int(number) < counts.get(device_class, 0)
 
 
 def is_fast_at_bf16(group: DeviceGroup) -> bool:
@@ -269,7 +335,7 @@ def parse_pool(entry: Mapping[str, Any]) -> Pool:
     Raises:
         ValueError: if a key is unknown (the message suggests the nearest known one), or a value is missing or wrong.
     """
-    _check_keys(entry, {"name", "group", "launcher", "launch", *STORAGE_FIELDS}, "a [[pool]]")
+    _check_keys(entry, {"name", "group", "launcher", "launch", *SERVING_FIELDS, *STORAGE_FIELDS}, "a [[pool]]")
     name = entry.get("name")
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f'a [[pool]] needs a name, got {show_value(name)}; add name = "..."')
@@ -279,12 +345,19 @@ def parse_pool(entry: Mapping[str, Any]) -> Pool:
             f"[pool.launch] of {show_value(name)} must be a table of texts and integers, got "
             f"{show_value(launch)}; correct it"
         )
+    devices = entry.get("serving_devices", [])
+    if not isinstance(devices, list) or not all(isinstance(device, str) for device in devices):
+        raise ValueError(
+            f"serving_devices of {show_value(name)} must be an array of texts, got {show_value(devices)}; write "
+            'serving_devices = ["CLASS/NUMBER"]'
+        )
     return Pool(
         name=name,
         groups=tuple(_parse_group(group) for group in _get_tables(entry, "group", f"pool {show_value(name)}", "pool.")),
         launcher=entry.get("launcher", "local"),
         launch=tuple(launch.items()),
-        **{field: entry[field] for field in STORAGE_FIELDS if field in entry},
+        serving_devices=tuple(devices),
+        **{field: entry[field] for field in ("serving", "serving_gib", *STORAGE_FIELDS) if field in entry},
     )
 
 
@@ -320,7 +393,10 @@ def is_finite_number(value: object) -> TypeGuard[int | float]:
 def dump_pool(pool: Pool) -> str:
     """Write a pool as TOML that `load_pool` reads."""
     storage = {field: getattr(pool, field) for field in STORAGE_FIELDS}
-    entry: dict[str, Any] = {"name": pool.name, "launcher": pool.launcher, **_drop_none(storage)}
+    serving = {"serving": pool.serving, "serving_gib": pool.serving_gib}
+    entry: dict[str, Any] = {"name": pool.name, "launcher": pool.launcher, **serving, **_drop_none(storage)}
+    if pool.serving_devices:
+        entry["serving_devices"] = list(pool.serving_devices)
     if pool.launch:
         entry["launch"] = dict(pool.launch)
     entry["group"] = [_drop_none(asdict(group)) for group in pool.groups]

@@ -6,7 +6,8 @@ import time
 from collections import Counter
 
 from yuan.generate.cache_slots import CacheBudget
-from yuan.generate.decoder import Decoder, NoCacheRoom, NonFiniteLogits, check_decoding
+from yuan.generate.decoder import NoCacheRoom, NonFiniteLogits, check_decoding
+from yuan.generate.pipelined_decoder import make_decoder
 from yuan.generate.sequence import DecodingSequence
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.request import AnswerTimeout, DecodingFailed, EngineStopped, GenerationRequest, ServedModel
@@ -45,7 +46,7 @@ class BatchingEngine:
         self.served, self._metrics = served, metrics
         self._max_slots, self._waiting = max_slots, WaitingQueue(max_slots, max_waiting)
         self._budget = budget or CacheBudget()
-        self._decoder = Decoder(served.model, self._budget)
+        self._decoder = make_decoder(served.model, self._budget)
         self._requests: list[GenerationRequest] = []
         self._wake = threading.Condition()
         self._is_draining = self._has_crashed = self._is_recovering = self._lacks_room = False
@@ -80,7 +81,7 @@ class BatchingEngine:
             QueueFull: if too many sequences of the caller wait.
         """
         for sequence in request.sequences:
-            self._decoder.cache.check_fits(sequence.max_tokens)
+            self._decoder.check_fits(sequence.max_tokens)
         with self._wake:
             if self._is_draining:
                 return False
@@ -116,7 +117,7 @@ class BatchingEngine:
                 while not self._requests and not self._is_draining:
                     self._wake.wait()
                 if not self._requests:
-                    self._decoder.cache.release_empty_blocks()
+                    self._decoder.release_empty_blocks()
                     log.info("v%d has stopped serving", self.served.version)
                     return
             self._run_pass()
@@ -139,7 +140,7 @@ class BatchingEngine:
         except Exception as error:
             self._recover(error)
         if self._is_draining:
-            self._decoder.cache.release_empty_blocks()  # the next engine shares the budget
+            self._decoder.release_empty_blocks()  # the next engine shares the budget
         if self._lacks_room and not self._decoder.running:  # the previous engine has the bytes
             with self._wake:
                 self._wake.wait(ROOM_POLL_S)
@@ -193,8 +194,8 @@ class BatchingEngine:
         log.error("decoding failed", exc_info=error)
         self._metrics.count_error("decode")
         sequences = [sequence for sequence in self._decoder.running if sequence.finish_reason is None]
-        self._decoder.cache.discard_blocks()  # the new decoder needs the bytes
-        self._decoder = Decoder(self.served.model, self._budget)
+        self._decoder.discard()  # the new decoder needs the bytes
+        self._decoder = make_decoder(self.served.model, self._budget)
         for request in list(self._requests):
             running = [sequence for sequence in sequences if sequence in request.sequences]
             if running and self._is_recovering:
