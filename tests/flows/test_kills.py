@@ -28,6 +28,7 @@ FIRST_ROUND = RoundParameters(max_steps=60, learning_rate=2e-3)
 NEXT_ROUND = RoundParameters(max_steps=30, learning_rate=1e-7, replay_rows=100)
 STEPS = ("collect", "snapshot", "plan", "train", "register", "evaluate", "decide")
 SERVICES = ("postgres", "s3", "mlflow", "prefect", "portal", "model-server", "dispatcher", "worker")
+ROUND_TIMEOUT_S = 900.0  # on a slow machine, with a kill in each step
 PROCESSES = {
     "flow": "flows.dispatcher.flow_process",
     "torchrun": "torch.distributed.run",
@@ -74,7 +75,7 @@ def get_state_and_step(stack, sessions, round_id):
 def kill_in_each_step(stack, sessions, round_id, victim):
     """Kill the victim once in each step in which it runs, until the round has ended; return the steps."""
     killed_steps = []
-    end = time.monotonic() + 400
+    end = time.monotonic() + ROUND_TIMEOUT_S
     while time.monotonic() < end:
         state, step = get_state_and_step(stack, sessions, round_id)
         if state not in (None, "running"):
