@@ -26,10 +26,11 @@ from feedback import leases
 from feedback.tables import Base, Lease, PoolDevice
 from flows.stack.stack_config import load_or_make_config, write_environment
 from flows.stack.stores import make_postgres_service
-from flows.supervisor.lease_holder import SessionFactory, hold_lease, make_job_name
+from flows.supervisor.lease_holder import SessionFactory, hold_lease
 from flows.supervisor.reaper import reap_dead_leases
 from infra.database import make_session_factory, open_engine
 from infra.keeper import STACK_ID_VARIABLE, kill_stack_processes
+from infra.launchers.job import make_job_name
 from infra.launchers.local import JOB_VARIABLE, LocalLauncher
 from infra.postgres import Postgres
 from infra.processes import find_pids, kill_processes
@@ -133,7 +134,7 @@ def run_trial(folder: Path, settings: Settings, kills: int) -> dict[str, float |
         figures = {
             "kills": num_kills,
             "doubled": len((folder / "violations").read_text().splitlines()) if (folder / "violations").exists() else 0,
-            "free": len(leases.find_free_devices(session, POOL_NAME)),
+            "free": sum(device.run_id is None for device in leases.list_devices(session, POOL_NAME)),
             "waiting": len(list(session.scalars(leases.select_waiting_leases(POOL_NAME)))),
             "granted": session.scalar(granted),
             "reaped": session.scalar(granted.where(Lease.end_reason == "its holder exited")),

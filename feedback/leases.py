@@ -4,6 +4,9 @@ A lease is a row. It waits, is granted, and ends when its holder releases it or 
 process serves the whole queue: it locks the pool's row and grants leases in the order of priority plus waiting time. A
 holder whose heartbeats stop is fenced first (its lease's generation changes, so it can no longer use the lease), then
 its processes are terminated, and only then its devices are granted to others.
+
+The model server has a lease too, or none; see `feedback.serving_leases`. It may hold a device together with one other
+lease if both share.
 """
 
 from collections import Counter
@@ -23,7 +26,9 @@ from yuan.plan.pool import Pool
 LEASE_HEARTBEAT_TIMEOUT_S = 60.0  # after its last heartbeat a holder loses its lease
 WAIT_S_PER_PRIORITY_POINT = 600.0  # seconds of waiting that count as one point of priority
 MAX_LEASE_PRIORITY = 100
+MIN_LEASE_PRIORITY = -MAX_LEASE_PRIORITY
 NOT_IN_POOL_FILE_REASON = "no longer in the pool's file"
+SERVING_RUN_ID = "serving"  # of the model server's lease
 
 
 class NoCapacity(Exception):
@@ -39,13 +44,19 @@ def register_pool(session: Session, pool: Pool) -> None:
     values = insert(DevicePool).values(name=pool.name, launcher=pool.launcher)
     session.execute(values.on_conflict_do_update(index_elements=["name"], set_={"launcher": pool.launcher}))
     devices = [
-        {"pool": pool.name, "id": f"{group.device_class}/{n}", "device_class": group.device_class, "node": node}
+        {
+            "pool": pool.name,
+            "id": f"{group.device_class}/{n}",
+            "device_class": group.device_class,
+            "node": f"{group.device_class}-node-{n // group.devices_per_node}",
+            "is_reserved": f"{group.device_class}/{n}" in pool.serving_devices,
+        }
         for group in pool.groups
         for n in range(group.count)
-        for node in [f"{group.device_class}-node-{n // group.devices_per_node}"]
     ]
     new = insert(PoolDevice).values(devices)
-    session.execute(new.on_conflict_do_update(index_elements=["pool", "id"], set_={"node": new.excluded.node}))
+    changes = {"node": new.excluded.node, "is_reserved": new.excluded.is_reserved}
+    session.execute(new.on_conflict_do_update(index_elements=["pool", "id"], set_=changes))
 
     in_pool = PoolDevice.pool == pool.name
     is_listed = PoolDevice.id.in_([device["id"] for device in devices])
@@ -72,6 +83,7 @@ def request_lease(
     team: str,
     holder: str,
     priority: int = 0,
+    shares_devices: bool = False,
     ttl_s: float = LEASE_HEARTBEAT_TIMEOUT_S,
 ) -> Lease:
     """Add a lease request to a pool's queue.
@@ -81,6 +93,7 @@ def request_lease(
         holder: the requesting process, as `infra.processes.get_own_identity` names it; it must send heartbeats while
             it waits.
         priority: points, from -100 to 100; WAIT_S_PER_PRIORITY_POINT seconds of waiting add one.
+        shares_devices: its processes leave room for the model server on their devices.
         ttl_s: seconds without a heartbeat after which the holder loses the lease.
 
     Raises:
@@ -98,7 +111,7 @@ def request_lease(
             f"priority must be between -{MAX_LEASE_PRIORITY} and {MAX_LEASE_PRIORITY}, got {priority}; use one of these"
         )
     _check_pool_exists(session, pool)
-    check_capacity(session, pool, device_counts)
+    check_capacity(session, pool, device_counts, is_serving=run_id == SERVING_RUN_ID)
     lease = Lease(
         pool=pool,
         device_counts=dict(device_counts),
@@ -106,6 +119,7 @@ def request_lease(
         team=team,
         holder=holder,
         priority=priority,
+        shares_devices=shares_devices,
         ttl_s=ttl_s,
     )
     session.add(lease)
@@ -120,12 +134,12 @@ def grant_leases(session: Session, pool: str) -> list[Lease]:
     A lease that does not fit yet reserves the device classes it requests against all leases behind it, so a stream of
     small requests cannot starve a large one; requests for other classes may overtake it.
     """
-    session.execute(select(DevicePool.name).where(DevicePool.name == pool).with_for_update())
-    free = find_free_devices(session, pool)
+    usage = PoolUsage(session, pool)
     reserved: set[str] = set()
     granted = []
 
     for lease in session.scalars(select_waiting_leases(pool).with_for_update()):
+        free = usage.find_available_devices(lease)
         fits = all(len(_filter_device_class(free, name)) >= count for name, count in lease.device_counts.items())
         if not fits or reserved & lease.device_counts.keys():
             reserved |= lease.device_counts.keys()
@@ -136,13 +150,51 @@ def grant_leases(session: Session, pool: str) -> list[Lease]:
             for name, count in lease.device_counts.items()
             for device in _choose_few_nodes(_filter_device_class(free, name), count)
         ]
-        free = [device for device in free if device not in chosen]
         lease.devices = sorted(device.id for device in chosen)
         lease.granted_at = lease.heartbeat_at = session.scalars(select(func.clock_timestamp())).one()
+        usage.add(lease)
         granted.append(lease)
 
     session.flush()
     return granted
+
+
+class PoolUsage:
+    """The working devices of a pool, and the leases that hold them; its row is locked until the transaction ends."""
+
+    def __init__(self, session: Session, pool: str) -> None:
+        session.execute(select(DevicePool.name).where(DevicePool.name == pool).with_for_update())
+        is_working = (PoolDevice.pool == pool) & PoolDevice.lost_reason.is_(None)
+        self.devices = list(session.scalars(select(PoolDevice).where(is_working).order_by(PoolDevice.id)))
+        self._holders: dict[str, list[Lease]] = {}
+        is_held = Lease.granted_at.is_not(None) & Lease.released_at.is_(None)
+        for lease in session.scalars(select(Lease).where(Lease.pool == pool, is_held)):
+            self.add(lease)
+
+    def add(self, lease: Lease) -> None:
+        for device in lease.devices or []:
+            self._holders.setdefault(device, []).append(lease)
+
+    def find_available_devices(self, lease: Lease, without: Lease | None = None) -> list[PoolDevice]:
+        """Return the devices that a lease may be granted, in the order of their ids.
+
+        Args:
+            without: a lease that counts as released.
+        """
+        has_reserved = any(device.is_reserved for device in self.devices)
+        is_for_serving = lease.run_id == SERVING_RUN_ID and has_reserved
+        return [
+            device
+            for device in self.devices
+            if device.is_reserved == is_for_serving
+            and all(holder is without or _can_share(lease, holder) for holder in self._holders.get(device.id, []))
+        ]
+
+
+def _can_share(lease: Lease, holder: Lease) -> bool:
+    """Return True if two leases may hold the same device: the model server's, and one that leaves room for it."""
+    is_any_serving = (lease.run_id == SERVING_RUN_ID) != (holder.run_id == SERVING_RUN_ID)
+    return is_any_serving and lease.shares_devices and holder.shares_devices
 
 
 def select_waiting_leases(pool: str) -> Select[tuple[Lease]]:
@@ -266,9 +318,19 @@ def find_lost_hosts(session: Session, pool: str) -> list[str]:
     return sorted(host for host in session.scalars(query) if host is not None)
 
 
-def count_working_devices(session: Session, pool: str) -> Counter[str]:
-    """Count a pool's working devices by class, free or in use."""
-    query = select(PoolDevice.device_class).where(PoolDevice.pool == pool, PoolDevice.lost_reason.is_(None))
+def count_working_devices(session: Session, pool: str, *, is_serving: bool = False) -> Counter[str]:
+    """Count a pool's working devices by class, free or in use, without those that are reserved for the model server.
+
+    Args:
+        is_serving: count those for the model server instead: the reserved ones, or all if none is reserved.
+    """
+    in_pool = PoolDevice.pool == pool
+    is_for_serving = is_serving and session.scalar(
+        select(PoolDevice.id).where(in_pool, PoolDevice.is_reserved).limit(1)
+    )
+    query = select(PoolDevice.device_class).where(
+        in_pool, PoolDevice.lost_reason.is_(None), PoolDevice.is_reserved == bool(is_for_serving)
+    )
     return Counter(session.scalars(query))
 
 
@@ -281,7 +343,8 @@ class DeviceState:
         node: the node of the pool's file to which it belongs.
         lost_reason: why it is out of use; None if it works.
         lost_host: its machine as the batch system names it, if that is lost.
-        run_id: the training run that holds it; None if it is free.
+        run_id: the run that holds it, "serving" for the model server; None if it is free.
+        is_reserved: it is the model server's alone.
     """
 
     id: str
@@ -290,6 +353,7 @@ class DeviceState:
     lost_reason: str | None
     lost_host: str | None
     run_id: str | None
+    is_reserved: bool = False
 
 
 def list_devices(session: Session, pool: str) -> list[DeviceState]:
@@ -299,7 +363,10 @@ def list_devices(session: Session, pool: str) -> list[DeviceState]:
         NotFound: if there is no such pool.
     """
     _check_pool_exists(session, pool)
-    holders = {device: lease.run_id for lease in find_open_leases(session) for device in lease.devices or []}
+    holders: dict[str, list[str]] = {}
+    for lease in find_open_leases(session):
+        for device in lease.devices or [] if lease.pool == pool else []:
+            holders.setdefault(device, []).append(lease.run_id)
     query = select(PoolDevice).where(PoolDevice.pool == pool).order_by(PoolDevice.device_class, PoolDevice.id)
     return [
         DeviceState(
@@ -308,7 +375,8 @@ def list_devices(session: Session, pool: str) -> list[DeviceState]:
             node=device.node,
             lost_reason=device.lost_reason,
             lost_host=device.lost_host,
-            run_id=holders.get(device.id),
+            run_id=" and ".join(sorted(holders[device.id])) if device.id in holders else None,
+            is_reserved=device.is_reserved,
         )
         for device in session.scalars(query)
     ]
@@ -331,13 +399,13 @@ def compute_device_hours(session: Session, by: str = "run_id") -> dict[str, floa
     return {name: float(amount) for name, amount in rows}
 
 
-def check_capacity(session: Session, pool: str, device_counts: Mapping[str, int]) -> None:
-    """Check that a pool has enough working devices, free or in use.
+def check_capacity(session: Session, pool: str, device_counts: Mapping[str, int], *, is_serving: bool = False) -> None:
+    """Check that a pool has enough working devices, free or in use, for a run, or for the model server.
 
     Raises:
         NoCapacity: if not; the message lists up to 8 lost devices.
     """
-    working = count_working_devices(session, pool)
+    working = count_working_devices(session, pool, is_serving=is_serving)
     if any(working[name] < count for name, count in device_counts.items()):
         lost = session.scalars(
             select(PoolDevice).where(PoolDevice.pool == pool, PoolDevice.lost_reason.is_not(None))
@@ -347,17 +415,6 @@ def check_capacity(session: Session, pool: str, device_counts: Mapping[str, int]
             f"pool {pool!r} has {dict(working)} working devices, and {dict(device_counts)} are requested{losses}; "
             "plan for fewer, or return devices to the pool"
         )
-
-
-def find_free_devices(session: Session, pool: str) -> list[PoolDevice]:
-    """Return a pool's working devices that no lease holds, in the order of their ids."""
-    held = select(func.jsonb_array_elements_text(Lease.devices)).where(
-        Lease.pool == pool, Lease.granted_at.is_not(None), Lease.released_at.is_(None)
-    )
-    query = select(PoolDevice).where(
-        PoolDevice.pool == pool, PoolDevice.lost_reason.is_(None), PoolDevice.id.not_in(held)
-    )
-    return list(session.scalars(query.order_by(PoolDevice.id)))
 
 
 def _check_pool_exists(session: Session, pool: str) -> None:

@@ -29,6 +29,7 @@ MIN_REPRODUCTION_TOKENS = 64
 EXPLANATION_TOKENS = 256
 MAX_RECORDED_RESPONSE_TOKENS = 1024
 SERVER_FAILURE_STATUS = 500  # the server's status when it fails on a request that it accepted
+SERVED_POLL_S = 1.0
 MAX_PROMPT_ATTEMPTS, PROMPT_RETRY_PAUSE_S = 3, 0.5  # for a single prompt on which the server fails
 
 
@@ -77,6 +78,24 @@ def make_reproduction_prompt(report: Feedback) -> ReproductionPrompt:
     return ReproductionPrompt(report.id, str(report.fields.get("prompt", "")), *limits)
 
 
+def wait_until_served(settings: ModelServerAccess, version: int, timeout_s: float) -> bool:
+    """Wait until the model server serves a version, for example because its device is lent; return if it does.
+
+    Raises:
+        httpx.HTTPError: if the model server does not answer; retry.
+    """
+    headers = {"Authorization": f"Bearer {settings.model_server_token.get_secret_value()}"}
+    deadline = time.monotonic() + timeout_s
+    with httpx.Client(base_url=settings.model_server_url, timeout=10, headers=headers) as http:
+        while True:
+            models = http.get("/v1/models").raise_for_status().json().get("data", [])
+            if any(model.get("version") == version for model in models):
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(SERVED_POLL_S)
+
+
 def reproduce_answers(
     settings: ModelServerAccess, prompts: Iterable[ReproductionPrompt], version: int
 ) -> Iterator[list[ReproducedAnswer]]:
@@ -109,7 +128,7 @@ def _answer_batch(http: httpx.Client, prompts: Sequence[ReproductionPrompt], ver
         return [*_answer_batch(http, prompts[:half], version), *_answer_batch(http, prompts[half:], version)]
     if response.status_code == SERVER_FAILURE_STATUS:
         return [_retry_single_prompt(http, prompts[0], version, response)]
-    return [PromptRefused(_parse_error_message(response))]
+    return [PromptRefused(parse_error_message(response))]
 
 
 def _read_answers(
@@ -151,7 +170,7 @@ def _retry_single_prompt(
         time.sleep(PROMPT_RETRY_PAUSE_S)
         response = _request_completions(http, [prompt])
         if response.status_code in REFUSED_INPUT_STATUSES:
-            return PromptRefused(_parse_error_message(response))
+            return PromptRefused(parse_error_message(response))
         if response.status_code != SERVER_FAILURE_STATUS:
             return _read_answers(response, version, [prompt])[0]
 
@@ -159,7 +178,7 @@ def _retry_single_prompt(
     control = ReproductionPrompt("", "?", max_tokens=1, is_cut_wrong=True)
     if not _request_completions(http, [control]).is_success:
         response.raise_for_status()
-    return PromptRefused(f"the model server fails on it: {_parse_error_message(response)}")
+    return PromptRefused(f"the model server fails on it: {parse_error_message(response)}")
 
 
 def _request_completions(http: httpx.Client, prompts: Sequence[ReproductionPrompt]) -> httpx.Response:
@@ -169,7 +188,8 @@ def _request_completions(http: httpx.Client, prompts: Sequence[ReproductionPromp
     return http.post("/v1/completions", json=body)
 
 
-def _parse_error_message(response: httpx.Response) -> str:
+def parse_error_message(response: httpx.Response) -> str:
+    """Return the message of a response of the model server that is an error; its status if it has none."""
     try:
         message: Any = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError, RecursionError):

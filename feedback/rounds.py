@@ -16,7 +16,7 @@ from feedback.promotion import find_champion
 from feedback.promotion_decision import PromotionDecision
 from feedback.round_steps import STEP_ACTIVITIES, ItemStep, RoundStep, get_item_step_name
 from feedback.states import RoundState
-from feedback.tables import AuditEvent, Case, CaseResult, ModelVersion, Plan, Round, TrainingRun
+from feedback.tables import AuditEvent, Case, CaseResult, JsonbObject, ModelVersion, Plan, Round, TrainingRun
 from infra.error_text import SafeMessageError
 from yuan.data.rule_text import describe_errors
 from yuan.eval.conditions import EvaluationConditions
@@ -202,6 +202,12 @@ def get_or_create_training_run(session: Session, round_id: str) -> TrainingRun:
         session.execute(insert(TrainingRun).values(round_id=round_id).on_conflict_do_nothing())
         run = session.scalars(query).one()
     return run
+
+
+def find_run_status(session: Session, run_id: str) -> JsonbObject | None:
+    """Return the last reported status of a training run; None if there is none, or the id is not that of a run."""
+    run = session.get(TrainingRun, run_id)
+    return None if run is None else run.status
 
 
 def add_version(session: Session, round_id: str, version: int, manifest: ModelManifest) -> None:

@@ -8,7 +8,7 @@ import uuid
 from datetime import datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import BigInteger, ForeignKey, ForeignKeyConstraint, Index, UniqueConstraint, func, select, text
+from sqlalchemy import BigInteger, ForeignKey, ForeignKeyConstraint, Index, UniqueConstraint, false, func, select, text
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
@@ -372,6 +372,9 @@ class PoolDevice(Base):
     node: Mapped[str]
     lost_reason: Mapped[str | None]
     lost_host: Mapped[str | None] = mapped_column(comment="the machine, as a batch system names it")
+    is_reserved: Mapped[bool] = mapped_column(
+        default=False, server_default=false(), comment="for the model server alone"
+    )
 
 
 class Lease(Base):
@@ -387,6 +390,11 @@ class Lease(Base):
     holder: Mapped[str]
     generation: Mapped[int] = mapped_column(default=1)
     priority: Mapped[int] = mapped_column(default=0)
+    shares_devices: Mapped[bool] = mapped_column(
+        default=False,
+        server_default=false(),
+        comment="the model server and one other lease may hold the same device if both share",
+    )
     ttl_s: Mapped[float]
     requested_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
     granted_at: Mapped[datetime | None]

@@ -31,6 +31,7 @@ class Duty(StrEnum):
     DELIVER_NOTICES = "deliver notices"
     REQUEST_DUE_ROUND = "request a due round"
     RECLAIM_LEASES = "reclaim leases of exited processes"
+    SHARE_DEVICES = "share devices with the model server"
     DELETE_CHECKPOINTS = "delete checkpoints that no round needs"
     UPDATE_ALIASES = "update aliases"
     CACHE_CHAMPION = "cache the champion"

@@ -120,6 +120,7 @@ class ModelServerSettings(TrackerAccess, ModelServerAccess):
     files: ClassVar[tuple[str, ...]] = ("settings/model-server.env",)
 
     serving_cache_gib: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    serving_devices: Literal["host", "leased"] = "host"
 
 
 def _check_calendar(cron: str) -> str:
@@ -142,7 +143,7 @@ def _check_time_zone(name: str) -> str:
     return name
 
 
-class DispatcherSettings(RecordsAccess, StoreAccess, PrefectAccess):
+class DispatcherSettings(RecordsAccess, StoreAccess, PrefectAccess, ModelServerAccess):
     """Configure the dispatcher."""
 
     files: ClassVar[tuple[str, ...]] = ("settings/dispatcher.env",)

@@ -24,9 +24,10 @@ from yuan.node_memory import (
     NodeEstimate,
     estimate_main_memory,
 )
+from yuan.plan.generation_stages import choose_generation_devices, compute_serving_room_gib, has_serving_room
 from yuan.plan.memory_model import GIB
 from yuan.plan.plan_record import PipelinePlan
-from yuan.plan.planner import make_plan
+from yuan.plan.planner import make_run_plan
 from yuan.plan.pool import Pool
 from yuan.plan.search import SizeLimits
 from yuan.plan.workload import Workload, compute_default_loss_block
@@ -179,6 +180,7 @@ def estimate_run(
     if plan is None:
         return RunEstimate(recipe=name, model=model, pool=pool, data=data, problems=tuple(problems), notes=tuple(notes))
 
+    _note_serving(plan, pool, model, notes)
     room = estimate_main_memory(plan, model, pool)
     nodes = room.nodes
     notes += [] if room.is_saving_asynchronous else [SYNCHRONOUS_NOTE]
@@ -290,13 +292,25 @@ def _plan_run(
             loss_block=compute_default_loss_block(model),
             isolate_documents=recipe.data.isolate_documents,
         )
-        plan = make_plan(work, pool, limits)
+        plan = make_run_plan(work, pool, limits)
     except ValueError as error:
         problems.append(str(error))
         return None
     if not plan.feasible:
         problems.append(plan.explanation)
     return plan
+
+
+def _note_serving(plan: PipelinePlan, pool: Pool, model: ModelConfig, notes: list[str]) -> None:
+    """Say how the model server shares the plan's devices, if it does."""
+    if has_serving_room(plan, pool, model):
+        room_gib = compute_serving_room_gib(pool, model, choose_generation_devices(pool, model))
+        notes.append(
+            f"{room_gib:.1f} GiB of each device are kept for the model server, which shares them (serving = "
+            f'"{pool.serving}"); the table counts them as reserve'
+        )
+    elif pool.uses_devices_for_serving and pool.serving != "own":
+        notes.append("the model server yields its device to the run, and answers with 503 and the time until then")
 
 
 def estimate_growing_bytes(recipe: Recipe, model: ModelConfig, *, has_local_store: bool) -> int:

@@ -5,6 +5,7 @@ import re
 MAX_VERSION_DIGITS = 9  # so that the number fits a column of 32 bits
 SERVED_MODEL_NAME = "yuan"  # whatever version is in service
 MODEL_NAME_PREFIX = "yuan-v"
+NO_VERSION_MESSAGE = "no model is in service yet: no version has been promoted; the first training round produces one"
 ALIAS_PATTERN = re.compile(r"[^\W\d][\w-]*")  # the characters that MLflow allows
 
 

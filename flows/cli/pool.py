@@ -30,7 +30,8 @@ def show_(name: PoolNameOption = "", as_json: JsonOption = False) -> None:
     lines = [f"pool {records.pool}"]
     for device in contents["devices"]:
         host = f" on {device['lost_host']}" if device["lost_host"] else ""
-        state = f"lost{host}: {device['lost_reason']}" if device["lost_reason"] else device["run_id"] or "free"
+        unused = "reserved for serving" if device["is_reserved"] else "free"
+        state = f"lost{host}: {device['lost_reason']}" if device["lost_reason"] else device["run_id"] or unused
         lines.append(f"  {device['id']:24} {device['node']:24} {state}")
     for row in contents["waiting"]:
         devices = ", ".join(f"{count} {device_class}" for device_class, count in row["wanted"].items())

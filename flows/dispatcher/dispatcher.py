@@ -30,6 +30,7 @@ from flows.dispatcher.deployments import (
     REPRODUCE_DEPLOYMENT,
     register_deployments,
 )
+from flows.dispatcher.serving_devices import ServingDevices, ServingProblem
 from flows.duties import (
     DISPATCHER_HEARTBEAT_FILE,
     BackgroundDuty,
@@ -80,7 +81,7 @@ def run_dispatcher(context: DispatcherContext, client: SyncPrefectClient) -> Non
     duties = Duties(
         make_duties(context, client),
         get_duty_status_file(context.settings.home),
-        expected_errors=SERVER_ERRORS,
+        expected_errors=(*SERVER_ERRORS, ServingProblem),
         send_heartbeat=lambda: write_heartbeat(context.settings),
     )
     last_error: str | None = None
@@ -106,11 +107,17 @@ def run_dispatcher(context: DispatcherContext, client: SyncPrefectClient) -> Non
 
 def make_duties(context: DispatcherContext, client: SyncPrefectClient) -> dict[str, Callable[[], object]]:
     """Return the duties by name: those that need only PostgreSQL, then the object store, the registry and Prefect."""
-    registrar = DeploymentRegistrar(context, client)
+    registrar, serving = DeploymentRegistrar(context, client), ServingDevices(context)
+
+    def reproduce_if_served(context: DispatcherContext, client: SyncPrefectClient) -> None:
+        if not serving.is_lent:
+            start_due_reproduction(context, client)
+
     return {
         Duty.DELIVER_NOTICES: lambda: deliver_notices(context),
         Duty.REQUEST_DUE_ROUND: lambda: request_due_round(context),
         Duty.RECLAIM_LEASES: lambda: reap_dead_leases(context.sessions, make_launchers(context.settings)),
+        Duty.SHARE_DEVICES: serving.advance,
         Duty.DELETE_CHECKPOINTS: BackgroundDuty(
             "checkpoint-cleanup", lambda: delete_unneeded_checkpoints(context), DELETE_CHECKPOINTS_EVERY_S
         ).advance,
@@ -121,7 +128,7 @@ def make_duties(context: DispatcherContext, client: SyncPrefectClient) -> dict[s
         Duty.REGISTER_DEPLOYMENTS: registrar.ensure_registered,
         Duty.END_LOST_FLOW_RUNS: make_periodic(END_LOST_EVERY_S, lambda: end_lost_flow_runs(client)),
         Duty.ADVANCE_ROUND: lambda: registrar.run_with_deployments(continue_running_round),
-        Duty.START_REPRODUCTION: lambda: registrar.run_with_deployments(start_due_reproduction),
+        Duty.START_REPRODUCTION: lambda: registrar.run_with_deployments(reproduce_if_served),
         Duty.START_DATASET_CHECKS: lambda: registrar.run_with_deployments(start_due_dataset_checks),
         Duty.START_CLEANUP: lambda: registrar.run_with_deployments(start_due_cleanup),
     }

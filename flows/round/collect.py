@@ -18,7 +18,7 @@ from feedback.key_upgrade import (
     upgrade_report_keys,
 )
 from feedback.promotion import find_champion
-from feedback.reproduce import make_reproduction_prompt, reproduce_answers
+from feedback.reproduce import make_reproduction_prompt, reproduce_answers, wait_until_served
 from feedback.round_steps import ItemStep, RoundStep
 from feedback.tables import read_transaction_time
 from flows.context import Context
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 # Half of the reports are held out, so that a hundred reports still give a pass rate with a useful interval.
 HELD_OUT_REPORT_SHARE = 0.5
+# The device of the model server may be lent to an evaluation. A round goes on without the reports after this time.
+SERVED_WAIT_S = 1800.0
 REVIEWER = "reproduction"  # actor in the audit log: a report is accepted if the champion fails on it
 
 
@@ -203,6 +205,12 @@ def _reproduce_reports(context: Context, cut_off: datetime, version: int, limit:
     with context.sessions() as session:
         unreproduced = reports.find_unreproduced_reports(session, cut_off, version, limit)
         prompts = [make_reproduction_prompt(report) for report in unreproduced]
+
+    if prompts and not wait_until_served(context.settings, version, SERVED_WAIT_S):
+        log.warning(
+            "v%d is not in service for %.0f s: %d reports are reproduced later", version, SERVED_WAIT_S, len(prompts)
+        )
+        return ItemCounts()
 
     num_queried = num_failed = 0
     with AnswerJudge() as judge:

@@ -15,7 +15,7 @@ from feedback.round_steps import ItemStep, RoundStep
 from feedback.tables import Case
 from flows.context import Context
 from flows.round.consumed_record import store_consumed
-from flows.round.evaluation_devices import LeasedRunner, choose_evaluation_devices
+from flows.round.evaluation_devices import LeasedRunner, choose_evaluation_class
 from flows.round.evaluation_process import (
     EVAL_LOG_FILE,
     EvaluationCallback,
@@ -156,11 +156,11 @@ def evaluate_version(
     """
     with context.sessions() as session:
         rounds.find_version(session, version)
-        devices = choose_evaluation_devices(load_configured_pool(context.settings))
-        conditions = None if limits is None else EvaluationConditions(limits, devices.device_class)
+        device_class = choose_evaluation_class(load_configured_pool(context.settings))
+        conditions = None if limits is None else EvaluationConditions(limits, device_class)
         case_lines = {case.id: dump_case(case) for case in rounds.find_untested_cases(session, version, conditions)}
         limits = limits or rounds.find_evaluation_limits(session, version)
-        conditions = EvaluationConditions(limits, devices.device_class)
+        conditions = EvaluationConditions(limits, device_class)
     if not case_lines:
         return EvaluationCounts(version)
 
@@ -206,8 +206,8 @@ def repeat_verdicts(
 
     What differs is the noise of all verdicts: of rounding, since it depends on the batch, and of nothing else.
     """
-    devices = choose_evaluation_devices(load_configured_pool(context.settings))
-    conditions = EvaluationConditions(limits, devices.device_class)
+    device_class = choose_evaluation_class(load_configured_pool(context.settings))
+    conditions = EvaluationConditions(limits, device_class)
     with context.sessions() as session:
         if rounds.find_round(session, round_id).repeated_verdicts is not None:  # by an earlier attempt
             return

@@ -8,16 +8,25 @@ from pathlib import Path
 from feedback import leases
 from flows.context import Context
 from flows.round.evaluation_process import EVAL_LOG_FILE, EvaluationFailed
-from flows.supervisor.lease_holder import GrantedLease, hold_lease, make_job_name
+from flows.supervisor.lease_holder import GrantedLease, hold_lease
 from flows.supervisor.pool_launcher import load_configured_pool, make_launcher
 from flows.supervisor.reaper import reap_dead_leases
 from infra.confinement import build_confined_environment
 from infra.keeper import STACK_ID_VARIABLE
-from infra.launchers.job import Job, JobExit, RunningJob
+from infra.launchers.job import Job, JobExit, RunningJob, make_job_name
 from infra.telemetry import NO_TELEMETRY_VARIABLES
+from yuan.config import ModelConfig
+from yuan.model.model_folder import measure_value_bytes, read_model_config
+from yuan.plan.generation_stages import (
+    GenerationDevices,
+    NoGenerationDevices,
+    choose_generation_devices,
+    get_training_pool,
+    leave_serving_room,
+)
+from yuan.plan.memory_model import GIB
 from yuan.plan.pool import CPU_POOL_NAME, Pool
 
-WEIGHT_MEMORY_FACTOR = 1.15  # memory of the process over the bytes of the weights, without the decoding cache
 EXIT_LEASE_LOST = 75  # EX_TEMPFAIL
 
 WaitingCallback = Callable[[int], None]
@@ -44,7 +53,7 @@ class LeasedRunner:
         """Wait for a lease, and run the process under it.
 
         Raises:
-            EvaluationFailed: if no device of the pool holds the weights.
+            EvaluationFailed: if the devices of a node do not hold the weights.
             NoCapacity: if the pool has no working device for it.
             LeaseLost: if the lease was taken away while it waited.
             LauncherUnreachable: if the batch system does not answer.
@@ -52,8 +61,7 @@ class LeasedRunner:
         settings = self.context.settings
         pool = load_configured_pool(settings)
         launcher = make_launcher(pool)
-        devices = choose_evaluation_devices(pool)
-        devices.check_holds(measure_folder_bytes(model))
+        devices = choose_evaluation_devices(pool, model)
         with self.context.sessions.begin() as session:
             leases.register_pool(session, pool)
         # An earlier evaluation may have been killed while it held a lease.
@@ -65,6 +73,7 @@ class LeasedRunner:
             run_id=self.subject,
             team=settings.team,
             priority=self.priority,
+            shares_devices=devices.shares,
             ttl_s=self.ttl_s,
             report_waiting=self.report_waiting,
         ) as lease:
@@ -108,40 +117,52 @@ class EvaluationDevices:
     """The devices of an evaluation on a pool.
 
     Attributes:
-        memory_gib: memory of one of them.
+        shares: it leaves room for the model server on them.
     """
 
     device_class: str
     count: int
-    memory_gib: float
-
-    def check_holds(self, weight_bytes: int) -> None:
-        """Check that one device holds weights.
-
-        Raises:
-            EvaluationFailed: if it does not.
-        """
-        needed_gib = WEIGHT_MEMORY_FACTOR * weight_bytes / 2**30
-        if self.count == 1 and needed_gib > self.memory_gib:
-            raise EvaluationFailed(
-                f"the weights need {needed_gib:.1f} GiB on one device, and the largest of the pool, of class "
-                f"{self.device_class}, has {self.memory_gib:.1f}; set COTRAIN_POOL to one with larger devices"
-            )
+    shares: bool = False
 
 
-def choose_evaluation_devices(pool: Pool) -> EvaluationDevices:
-    """Return the devices of evaluations: one of the class with most memory, so that results stay comparable.
+def choose_evaluation_class(pool: Pool) -> str:
+    """Return the device class of evaluations: the one with most memory, so that results stay comparable."""
+    groups = get_training_pool(pool).groups
+    return max(groups, key=lambda group: group.memory_gib - group.reserve_gib).device_class
 
-    On the default pool, whose devices are this machine's processors, they are all of them.
+
+def choose_evaluation_devices(pool: Pool, folder: Path) -> EvaluationDevices:
+    """Return the fewest devices that hold a model folder's weights; on the default pool, all processors.
+
+    Raises:
+        EvaluationFailed: if the devices of a node do not hold them, or the folder cannot be read.
     """
-    largest = max(pool.groups, key=lambda group: group.memory_gib - group.reserve_gib)
-    count = largest.count if pool.name == CPU_POOL_NAME else 1
-    return EvaluationDevices(largest.device_class, count, largest.memory_gib - largest.reserve_gib)
+    device_class = choose_evaluation_class(pool)
+    if pool.name == CPU_POOL_NAME:
+        return EvaluationDevices(device_class, pool.num_devices)
+    try:
+        config = read_model_config(folder)
+        value_bytes = measure_value_bytes(folder, config)
+        training_pool = get_training_pool(pool)
+        chosen = choose_generation_devices(training_pool, config, device_class=device_class, value_bytes=value_bytes)
+    except (OSError, ValueError) as error:
+        raise EvaluationFailed(str(error)) from None
+    return EvaluationDevices(device_class, chosen.count, has_room_beside_serving(pool, config, chosen, value_bytes))
 
 
-def measure_folder_bytes(folder: Path) -> int:
-    """Return the bytes of the files in a folder."""
-    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+def has_room_beside_serving(pool: Pool, config: ModelConfig, chosen: GenerationDevices, value_bytes: int) -> bool:
+    """Return True if the model server shares devices, and its model and cache fit beside those of an evaluation."""
+    if pool.serving not in ("auto", "share") or not pool.uses_devices_for_serving:
+        return False
+    try:
+        shared_pool = leave_serving_room(pool, config)
+        beside = choose_generation_devices(
+            shared_pool, config, device_class=chosen.device_class, value_bytes=value_bytes
+        )
+    except NoGenerationDevices:
+        return False
+    # The process takes a share of the memory that is free at its start, when the server's cache may still be empty.
+    return beside.count == chosen.count and beside.cache_bytes >= pool.serving_gib * GIB
 
 
 def build_evaluation_environment(context: Context, folder: Path, pool: Pool, lease: GrantedLease) -> dict[str, str]:

@@ -28,7 +28,7 @@ from yuan.data.consumed_samples import ConsumedSamples
 from yuan.data.row_shards import SnapshotManifest
 from yuan.node_memory import SYNCHRONOUS_NOTE
 from yuan.plan.plan_record import PipelinePlan
-from yuan.plan.planner import draw_plan, make_plan
+from yuan.plan.planner import draw_plan, make_run_plan
 from yuan.plan.workload import Workload, compute_default_loss_block
 from yuan.recipe import Recipe
 from yuan.recipe_resolution import RunLength, build_train_config
@@ -209,7 +209,7 @@ def _plan_run(
         loss_block=compute_default_loss_block(config),
         isolate_documents=recipe.data.isolate_documents,
     )
-    new_plan = make_plan(work, pool, make_plan_limits(pool, recipe.batch.micro_batch_size))
+    new_plan = make_run_plan(work, pool, make_plan_limits(pool, recipe.batch.micro_batch_size))
     with context.sessions.begin() as session:
         plan = rounds.get_or_store_plan(session, round_id, new_plan)
 

@@ -17,11 +17,17 @@ DISPATCHER_HANG_TIMEOUT_S = 300.0  # heartbeat age for a restart
 
 
 def make_dispatcher_service(home: Path, settings: Settings) -> ManagedService:
-    """Describe the dispatcher, which connects to database, object store, MLflow, Prefect and the batch system."""
+    """Describe the dispatcher, which connects to all other servers, the batch system included."""
     work, heartbeat_file = home / "dispatcher", home / DISPATCHER_HEARTBEAT_FILE
     pool_files = find_pool_files(settings)
     database_url, cache = settings.database_url.get_secret_value(), home / VERSIONS_FOLDER
-    servers = (database_url, settings.s3_endpoint, settings.mlflow_url, settings.prefect_api_url)
+    servers = (
+        database_url,
+        settings.s3_endpoint,
+        settings.mlflow_url,
+        settings.prefect_api_url,
+        settings.model_server_url,
+    )
 
     def before() -> None:
         make_private_folders(cache)

@@ -4,16 +4,20 @@ import shutil
 from pathlib import Path
 
 from flows.stack.platform_service import check_url, make_platform_service, make_private_folders
+from flows.supervisor.pool_launcher import load_configured_pool
 from infra.confinement import Confinement, parse_port
 from infra.folder_cache import FILL_SUFFIX
 from infra.health import LivenessPolicy, check_health
 from infra.keeper import ManagedService
-from infra.settings import ModelServerSettings, Settings
+from infra.settings import ModelServerSettings, PoolSettings, Settings
 from infra.version_cache import FORMER_CACHE_FOLDERS, VERSIONS_FOLDER
 
 
 def make_model_server_service(home: Path, settings: Settings) -> ManagedService:
-    """Describe the model server, which reads versions in the cache that the dispatcher and the flows fill."""
+    """Describe the model server, which reads versions in the cache that the dispatcher and the flows fill.
+
+    It sees no device. On a pool that shares devices with it, it gets them with a lease; see `yuan.serve.run`.
+    """
     cache = home / VERSIONS_FOLDER
     token = settings.model_server_token.get_secret_value()
     return make_platform_service(
@@ -25,13 +29,23 @@ def make_model_server_service(home: Path, settings: Settings) -> ManagedService:
             write=(home / "model-server",),
             connect=(parse_port(settings.mlflow_url),),
             is_server=True,
+            accelerators="process" if has_leased_devices(settings) else "none",
         ),
+        env={"COTRAIN_SERVING_DEVICES": "leased" if has_leased_devices(settings) else "host"},
         before=lambda: move_former_caches(home),
         check=lambda: check_url(f"{settings.model_server_url}/v1/models", token),
         liveness=LivenessPolicy(lambda: check_health(f"{settings.model_server_url}/health")),
         needs=("mlflow",),
         listen=settings.model_server_url,
     )
+
+
+def has_leased_devices(settings: PoolSettings) -> bool:
+    """Return True if the model server computes on leased devices of the pool; False if the pool is not valid."""
+    try:
+        return load_configured_pool(settings).uses_devices_for_serving
+    except (ValueError, OSError):  # reported when a round is planned, and by `doctor`
+        return False
 
 
 def move_former_caches(home: Path) -> None:

@@ -12,6 +12,7 @@ from sqlalchemy.exc import OperationalError
 
 from feedback.contracts import WeightsProvenance
 from feedback.platform_facts import PlatformFacts, read_platform_facts
+from feedback.reproduce import parse_error_message
 from flows.allowed_flows import REPRODUCE_FLOW
 from flows.context import Context
 from flows.duties import Duty, DutyStatus, compute_age_s, get_duty_status_file, read_duty_statuses
@@ -52,6 +53,7 @@ DUTY_BY_SERVER = {
 }
 DUTY_FIXES: dict[str, str] = {
     Duty.DELETE_CHECKPOINTS: "see the run that it names, and `cotrain logs s3`",
+    Duty.SHARE_DEVICES: "see `cotrain logs model-server` and `cotrain pool show`",
     Duty.UPDATE_ALIASES: "if a version is missing from the registry, register it again; else see `cotrain logs mlflow`",
     Duty.CACHE_CHAMPION: "if it is missing from the registry, register it again; if the disk is full, make room",
     Duty.REGISTER_DEPLOYMENTS: "see `cotrain logs prefect`",
@@ -167,6 +169,9 @@ def probe_model(settings: FlowSettings, facts: PlatformFacts) -> list[Finding]:
     response = httpx.post(
         f"{settings.model_server_url}/v1/completions", json=body, headers=headers, timeout=PROBE_TIMEOUT_S
     )
+    if response.status_code == 503 and "Retry-After" in response.headers:
+        # Starting, or without a device; the duty that shares devices reports what is wrong with them.
+        return [Finding(f"{MODEL_SUBJECT}: {parse_error_message(response)}", succeeded_at=facts.last_answer)]
     if not response.is_success:
         fault = f"v{facts.champion}, the champion, gives no answer: the model server says {response.status_code}"
         return [Finding(MODEL_SUBJECT, succeeded_at=facts.last_answer, fault=fault, fix=fix)]

@@ -37,11 +37,6 @@ class GrantedLease:
     lost: threading.Event
 
 
-def make_job_name(lease_id: str) -> str:
-    """Return the name of the one job that runs under a lease; the reaper ends the job by it when its holder exits."""
-    return f"cotrain-{lease_id}"
-
-
 @contextlib.contextmanager
 def hold_lease(
     sessions: SessionFactory,
@@ -51,6 +46,7 @@ def hold_lease(
     run_id: str,
     team: str,
     priority: int = 0,
+    shares_devices: bool = False,
     ttl_s: float = leases.LEASE_HEARTBEAT_TIMEOUT_S,
     report_waiting: Callable[[int], None] = lambda _: None,
 ) -> Iterator[GrantedLease]:
@@ -58,6 +54,7 @@ def hold_lease(
 
     Args:
         device_counts: number of devices by device class.
+        shares_devices: the processes leave room for the model server on the devices.
         ttl_s: time to live without heartbeats, in seconds.
         report_waiting: called while waiting, with the number of leases ahead in the queue; may raise to give up.
 
@@ -74,6 +71,7 @@ def hold_lease(
             team=team,
             holder=get_own_identity(),
             priority=priority,
+            shares_devices=shares_devices,
             ttl_s=ttl_s,
         )
     stop, lost = threading.Event(), threading.Event()

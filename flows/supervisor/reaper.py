@@ -6,8 +6,8 @@ from datetime import datetime, timezone
 
 from feedback import leases
 from feedback.tables import Lease
-from flows.supervisor.lease_holder import SessionFactory, make_job_name
-from infra.launchers.job import Launcher
+from flows.supervisor.lease_holder import SessionFactory
+from infra.launchers.job import Launcher, make_job_name
 from infra.processes import get_own_identity, is_known_alive, is_known_exited, kill_by_identity
 
 log = logging.getLogger(__name__)

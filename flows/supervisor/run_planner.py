@@ -11,6 +11,7 @@ from flows.supervisor.exit_reason import TrainingFailed
 from flows.supervisor.pool_launcher import make_plan_limits
 from flows.supervisor.run_reporter import RunReporter
 from infra.faults import DATABASE_ERRORS
+from yuan.plan.generation_stages import get_training_pool, list_planning_pools
 from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import draw_plan
 from yuan.plan.pool import Pool
@@ -66,11 +67,12 @@ class RunPlanner:
         self._replan(pool, f"{message}; planning with {memory_share:.0%} of the memory")
 
     def get_working_pool(self, pool: Pool) -> Pool:
-        """Return the pool reduced to its working devices and to the memory that plans may use after OOM.
+        """Return the pool reduced to its working devices for training and to the memory that plans may use after OOM.
 
         Raises:
             TrainingFailed: if no device works.
         """
+        pool = get_training_pool(pool)
         with self._context.sessions() as session:
             working_counts = leases.count_working_devices(session, pool.name)
         if not working_counts:
@@ -89,7 +91,11 @@ class RunPlanner:
         spec = self._folder.read_spec()
         working_pool = self.get_working_pool(pool)
         work = Workload.from_train_config(spec.model, spec.train_config)
-        move = replan(work, spec.plan, working_pool, make_plan_limits(working_pool, spec.fixed_micro_batch_size))
+        limits = make_plan_limits(working_pool, spec.fixed_micro_batch_size)
+        for planning_pool in list_planning_pools(working_pool, spec.model):
+            move = replan(work, spec.plan, planning_pool, limits)
+            if move.plan.feasible:
+                break
         plan = move.plan
         if not plan.feasible:
             raise TrainingFailed(f"{reason}; {plan.explanation}")

@@ -20,7 +20,7 @@ from flows.supervisor.exit_reason import (
     has_hung_rank,
     read_log_tail,
 )
-from flows.supervisor.lease_holder import GrantedLease, hold_lease, make_job_name
+from flows.supervisor.lease_holder import GrantedLease, hold_lease
 from flows.supervisor.pool_launcher import load_configured_pool, make_launcher
 from flows.supervisor.reaper import reap_dead_leases
 from flows.supervisor.run_planner import MAX_EVENT_REASON_CHARACTERS, RunPlanner
@@ -28,10 +28,11 @@ from flows.supervisor.run_reporter import ProgressCallback, RunReporter
 from infra.confinement import build_confined_environment
 from infra.faults import DATABASE_ERRORS
 from infra.keeper import STACK_ID_VARIABLE
-from infra.launchers.job import Job, LauncherUnreachable
+from infra.launchers.job import Job, LauncherUnreachable, make_job_name
 from infra.machine import has_free_disk
 from infra.settings import HOME_VARIABLE
 from yuan.data.text import make_printable
+from yuan.plan.generation_stages import has_serving_room
 from yuan.plan.plan_record import PipelinePlan
 from yuan.train.events import EndedEvent
 from yuan.train.run_folder import TRAIN_LOG_FILE, RunFolder
@@ -139,6 +140,7 @@ class Supervisor:
                 run_id=self.run_id,
                 team=settings.team,
                 priority=self.priority,
+                shares_devices=has_serving_room(plan, self.pool, self.folder.read_spec().model),
                 report_waiting=lambda _: self.reporter.report(),
             ) as lease:
                 return self._watch_run(plan, lease)

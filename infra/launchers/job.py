@@ -103,6 +103,11 @@ class LauncherUnreachable(RuntimeError):
     """Report that the batch system does not respond; the same call may succeed later."""
 
 
+def make_job_name(lease_id: str) -> str:
+    """Return the name of the one job that runs under a lease; the reaper ends the job by it when its holder exits."""
+    return f"cotrain-{lease_id}"
+
+
 def select_rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """Select the environment variables that are passed to processes on other machines."""
     return {

@@ -11,18 +11,19 @@ from feedback import leases
 from feedback.tables import Lease
 from flows.context import Context
 from flows.round import evaluation_process
-from flows.round.evaluation_devices import LeasedRunner, choose_evaluation_devices
+from flows.round.evaluation_devices import EvaluationDevices, LeasedRunner, choose_evaluation_devices
 from flows.round.evaluation_process import EvaluationFailed, EvaluationProcess
-from flows.supervisor.lease_holder import hold_lease, make_job_name
+from flows.supervisor.lease_holder import hold_lease
 from infra.database import make_session_factory
+from infra.launchers.job import make_job_name
 from infra.launchers.local import JOB_VARIABLE
 from infra.processes import find_pids, kill_processes
 from tests.waiting import wait_until
 from yuan import tokenizer as tokenizers
-from yuan.config import ModelConfig
+from yuan.config import MODEL_CONFIG_FILE, ModelConfig, yuan_51b
 from yuan.model.transformer import Yuan
 from yuan.model.weights import save
-from yuan.plan.pool import load_pool, make_cpu_pool
+from yuan.plan.pool import load_pool, make_cpu_pool, parse_pool
 from yuan.recipe import DEFAULT_EVALUATION
 
 POOL = make_cpu_pool()
@@ -114,18 +115,40 @@ def test_evaluation_resumes_after_a_fault_and_leaves_no_lease(context, model, tm
     wait_until(lambda: not any(find_pids(JOB_VARIABLE, make_job_name(held[0].id))))
 
 
-def test_evaluation_runs_on_one_device_of_the_class_with_most_memory(tmp_path):
+@pytest.fixture
+def folder_of_51b(tmp_path):
+    folder = tmp_path / "51b"
+    folder.mkdir()
+    (folder / MODEL_CONFIG_FILE).write_text(json.dumps(yuan_51b().to_json()))
+    return folder
+
+
+def test_evaluation_runs_on_the_fewest_devices_of_the_class_with_most_memory(tmp_path, folder_of_51b):
     file = tmp_path / "pool.toml"
     groups = ('device_class = "A100-40"\ncount = 8', 'device_class = "A100-80"\ncount = 2')
     file.write_text('[[pool]]\nname = "mixed"\n' + "".join(f"[[pool.group]]\n{group}\n" for group in groups))
-    devices = choose_evaluation_devices(load_pool(str(file)))
-    assert (devices.device_class, devices.count) == ("A100-80", 1)
-    devices.check_holds(60 * 2**30)
-    with pytest.raises(EvaluationFailed, match=r"need 80.5 GiB on one device, .* A100-80, has 77.1; set COTRAIN_POOL"):
-        devices.check_holds(70 * 2**30)
+    pool = load_pool(str(file))
+    assert choose_evaluation_devices(pool, folder_of_51b) == EvaluationDevices("A100-80", 2)
+    small_pool = dataclasses.replace(pool, groups=(dataclasses.replace(pool.groups[1], count=1),))
+    with pytest.raises(
+        EvaluationFailed, match=r"need 10\d.\d GiB, and a node of pool 'mixed' has 1 A100-80 of 77.1 GiB"
+    ):
+        choose_evaluation_devices(small_pool, folder_of_51b)
 
 
-def test_evaluation_has_all_devices_of_the_default_pool():
-    devices = choose_evaluation_devices(POOL)
-    assert (devices.device_class, devices.count) == (DEVICE_CLASS, POOL.num_devices)
-    assert dataclasses.replace(devices, count=1).memory_gib < 2.0
+def test_evaluation_shares_a_device_with_the_model_server_if_both_fit(model, folder_of_51b):
+    group = {"device_class": "H100-80", "count": 2}
+    shared = parse_pool({"name": "p", "group": [group], "serving": "share"})
+    assert choose_evaluation_devices(shared, model) == EvaluationDevices("H100-80", 1, shares=True)
+    assert choose_evaluation_devices(shared, folder_of_51b) == EvaluationDevices("H100-80", 2, shares=False)
+    for fields in ({"serving": "yield"}, {"serving": "own", "serving_devices": ["H100-80/0"]}):
+        assert not choose_evaluation_devices(parse_pool({"name": "p", "group": [group], **fields}), model).shares
+
+
+def test_evaluation_has_all_devices_of_the_default_pool(model):
+    assert choose_evaluation_devices(POOL, model) == EvaluationDevices(DEVICE_CLASS, POOL.num_devices)
+
+
+def test_evaluation_of_a_folder_without_configuration_says_so(tmp_path):
+    with pytest.raises(EvaluationFailed, match=r"config\.json"):
+        choose_evaluation_devices(parse_pool({"name": "p", "group": [{"device_class": "H200", "count": 1}]}), tmp_path)

@@ -17,7 +17,7 @@ from infra.settings import (
 ALLOWED = {
     PortalSettings: {"database", "s3_access_key", "s3_secret_key", "model_server"},
     ModelServerSettings: {"mlflow_reader", "model_server"},
-    DispatcherSettings: {"database", "s3_access_key", "s3_secret_key", "mlflow", "prefect"},
+    DispatcherSettings: {"database", "s3_access_key", "s3_secret_key", "mlflow", "prefect", "model_server"},
     WorkerSettings: {"prefect"},
     FlowSettings: {"database", "s3_access_key", "s3_secret_key", "mlflow", "prefect", "model_server", "split_salt"},
 }

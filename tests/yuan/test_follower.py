@@ -1,23 +1,30 @@
 """The model server's alias follower when the registry is down, has lost a version, or has a broken one."""
 
+import asyncio
 import logging
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 
 import httpx
 import pytest
 
 from infra.folder_cache import FolderCache
+from tests.waiting import wait_until
 from tests.yuan.model_server import make_served_model
 from yuan.config import ModelConfig
+from yuan.generate.cache_slots import CacheBudget
+from yuan.generate.limits import Sampling
 from yuan.model.transformer import Yuan
-from yuan.model.weights import save, verify_folder
+from yuan.model.weights import save, verify_folder, write_manifest
+from yuan.serve.api import wait_for_swap
 from yuan.serve.follower import NO_VERSION_MESSAGE, AliasFollower, LastVersion, VersionNotReady
 from yuan.serve.metrics import ModelServerMetrics
-from yuan.serve.request import NoModelInService
+from yuan.serve.placement import ModelPlacement
+from yuan.serve.request import GenerationRequest, NoModelInService
 from yuan.serve.service import ModelService
 
 
@@ -63,7 +70,7 @@ def start_server(registry, tmp_path):
 
         return cache.fill(f"v{version}", 1, fetch)
 
-    def start():
+    def start(placement=None):
         service = ModelService(ModelServerMetrics())
         follower = AliasFollower(
             registry.aliases,
@@ -71,6 +78,7 @@ def start_server(registry, tmp_path):
             open_version,
             LastVersion(tmp_path / "model-server" / "last.json"),
             service,
+            placement,
         )
         follower.resume()
         follower.check_alias()
@@ -88,6 +96,52 @@ def test_after_a_restart_without_the_registry_the_last_version_is_served(registr
     registry.alias, registry.is_away = 2, False
     follower.check_alias()
     assert service.served.version == 2
+
+
+@pytest.fixture
+def crowded():
+    """Return a placement on a machine without free memory, which holds one model and no second one."""
+    return ModelPlacement(CacheBudget(2**20), measure_main_memory=lambda: 0)
+
+
+def test_version_that_does_not_fit_beside_the_former_waits_for_its_requests_and_new_requests_wait_for_it(
+    registry, start_server, crowded
+):
+    service, follower = start_server(crowded)
+    pieces = []
+    service.submit(
+        lambda served: GenerationRequest(served, [[5]], Sampling(max_tokens=60), deliver=pieces.append, limit_s=60)
+    )
+    registry.add(2)
+    registry.alias = 2
+    swapping = threading.Thread(target=follower.check_alias)
+    swapping.start()
+    wait_until(lambda: service.is_swapping or service.served.version == 2)
+    asyncio.run(wait_for_swap(service))
+    swapping.join()
+    assert service.served.version == 2 and not service.is_swapping and pieces[-1].finish_reason is not None
+
+
+def test_former_version_is_served_again_if_the_next_one_cannot_be_loaded(registry, start_server, crowded):
+    service, follower = start_server(crowded)
+    registry.add(2)
+    config = registry.folder / "2" / "config.json"
+    config.write_text(config.read_text().replace('"num_layers": 2', '"num_layers": 1'))
+    write_manifest(registry.folder / "2", ["config.json", "model.safetensors", "tokenizer.model"], {})
+    registry.alias = 2
+    follower.check_alias()
+    assert service.served.version == 1 and not service.is_swapping and "v2 cannot be served" in service.problem
+    engine = service.engine
+    for _ in range(3):
+        follower.check_alias()
+    assert service.engine is engine
+
+
+def test_model_that_no_device_holds_is_refused_with_the_sizes(registry, start_server, monkeypatch):
+    placement = ModelPlacement(CacheBudget(2**30))
+    monkeypatch.setattr(placement, "_measure_device", lambda device, is_alone: 2**20)
+    service, _ = start_server(placement)
+    assert service.served is None and "need 1.0 GiB of cpu, which has 0.0 GiB; give serving more" in service.problem
 
 
 def test_version_deleted_from_the_registry_is_served_from_the_cache(registry, start_server):

@@ -127,8 +127,18 @@ def test_no_replay_leaves_the_base_out(tmp_path):
 
 
 def test_small_base_that_is_read_again_and_again_is_noted(tmp_path):
-    [note] = estimate(tmp_path, "finetune-2b", ONE_DEVICE, data=make_data(datasets=400.0, base=10.0)).notes
-    assert "the base has 10 windows, and the run would read each 120 times" in note
+    notes = estimate(tmp_path, "finetune-2b", ONE_DEVICE, data=make_data(datasets=400.0, base=10.0)).notes
+    assert any("the base has 10 windows, and the run would read each 120 times" in note for note in notes)
+
+
+def test_note_says_how_the_model_server_shares_the_devices(tmp_path):
+    shared = estimate(tmp_path, "finetune-2b", ONE_DEVICE)
+    assert any("GiB of each device are kept for the model server" in note for note in shared.notes)
+    yielding = estimate(tmp_path, "finetune-2b", dataclasses.replace(ONE_DEVICE, serving="yield"))
+    assert any("the model server yields its device" in note for note in yielding.notes)
+    assert shared.plan.peak_memory_bytes > yielding.plan.peak_memory_bytes
+    host = estimate(tmp_path, "finetune-2b", dataclasses.replace(ONE_DEVICE, serving="host"))
+    assert not any("model server" in note for note in host.notes)
 
 
 def test_longer_intervals_upload_less_and_lose_more(tmp_path):

@@ -24,6 +24,11 @@ def choose_device(local_rank: int = 0) -> torch.device:
     return torch.device("cpu") if accelerator is None else torch.device(accelerator.type, local_rank)
 
 
+def list_devices() -> list[torch.device]:
+    """Return the accelerators that this process sees; the processor if there is none."""
+    return [choose_device(number) for number in range(count_accelerators())] or [torch.device("cpu")]
+
+
 def choose_collectives() -> str:
     """Return the library of collectives for the devices of this process: nccl for CUDA, gloo for processors."""
     return dist.get_default_backend_for_device(choose_device())

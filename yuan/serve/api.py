@@ -18,7 +18,9 @@ from yuan.data.text import make_printable
 from yuan.generate.decoder import NonFiniteLogits
 from yuan.generate.limits import Sampling
 from yuan.serve.admission import AdmissionMiddleware
+from yuan.serve.device_holder import DeviceHolder
 from yuan.serve.disconnect import run_until_disconnect
+from yuan.serve.grants import DeviceGrant
 from yuan.serve.request import (
     AnswerPiece,
     AnswerTimeout,
@@ -37,11 +39,16 @@ from yuan.serve.strict_requests import StrictRoute, get_body_type, get_json_faul
 
 ANSWER_TIMEOUT_S = 110.0
 ENGINE_GRACE_S = 5.0  # report a silent engine this long after the answer's timeout, before the portal's own timeout
+SWAP_POLL_S = 0.05
 VERSION_HEADER = "X-Yuan-Version"
 
 
-def make_api(token: str, service: ModelService) -> FastAPI:
-    """Build the server's FastAPI application for a service."""
+def make_api(token: str, service: ModelService, devices: DeviceHolder | None = None) -> FastAPI:
+    """Build the server's FastAPI application for a service.
+
+    Args:
+        devices: follows the grants of devices; None for a server whose devices nothing changes.
+    """
     app = FastAPI(title="Yuan model server", openapi_url=None, redirect_slashes=False)
     app.router.route_class = StrictRoute
     app.add_middleware(AdmissionMiddleware, token=token, metrics=service.metrics)
@@ -68,8 +75,12 @@ def make_api(token: str, service: ModelService) -> FastAPI:
     async def metrics() -> PlainTextResponse:
         return PlainTextResponse(service.metrics.text())
 
+    if devices is not None:
+        _add_device_routes(app, devices)
+
     @app.post("/v1/completions")
     async def completions(form: CompletionIn, call: Call) -> Response:
+        await wait_for_swap(service)
         listener = AnswerReceiver(service, build_sampling(form, form.logprobs), form, caller=get_caller(call))
         listener.submit(lambda served: form.encode_prompts(served.tokenizer))
         formatter = CompletionFormatter(listener.version, listener.tokenizer, with_logprobs=form.logprobs is not None)
@@ -77,6 +88,7 @@ def make_api(token: str, service: ModelService) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(form: ChatIn, call: Call) -> Response:
+        await wait_for_swap(service)
         max_tokens = form.max_completion_tokens or form.max_tokens
         sampling = build_sampling(form, form.top_logprobs if form.logprobs else None, max_tokens=max_tokens)
         listener = AnswerReceiver(service, sampling, form, caller=get_caller(call))
@@ -86,6 +98,24 @@ def make_api(token: str, service: ModelService) -> FastAPI:
 
     _add_error_handlers(app, service)
     return app
+
+
+def _add_device_routes(app: FastAPI, devices: DeviceHolder) -> None:
+    @app.get("/devices")
+    async def read_devices() -> dict[str, Any]:
+        return devices.read_state().model_dump()
+
+    @app.put("/devices")
+    async def grant_devices(grant: DeviceGrant) -> dict[str, Any]:
+        """Follow a grant, which only the stack's dispatcher sends."""
+        return devices.apply(grant).model_dump()
+
+
+async def wait_for_swap(service: ModelService) -> None:
+    """Wait while one model leaves before the next one is loaded, at most as long as an answer may take."""
+    deadline = time.monotonic() + ANSWER_TIMEOUT_S
+    while service.is_swapping and time.monotonic() < deadline:
+        await asyncio.sleep(SWAP_POLL_S)
 
 
 def describe_model(served: ServedModel, name: str) -> dict[str, Any]:

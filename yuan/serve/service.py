@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from yuan.generate.cache_slots import CacheBudget
 from yuan.serve.batching import BatchingEngine
 from yuan.serve.metrics import ModelServerMetrics
-from yuan.serve.request import GenerationRequest, NoModelInService, ServedModel
+from yuan.serve.request import EngineStopped, GenerationRequest, NoModelInService, ServedModel
 
 SHORT_RETRY_AFTER_S = 5
 
@@ -34,8 +34,11 @@ class ModelService:
     """Route requests to the engine in service, and swap models without dropping a request.
 
     Attributes:
-        engine: the engine in service; None before the first model.
+        engine: the engine in service; None before the first model, and after the end of service.
         absence_reason: reported to callers while no model is in service.
+        is_stopped: service has ended; no model is put into service any more.
+        is_swapping: a model leaves before the next one is loaded, since memory does not hold both; requests wait.
+        problem: why a version cannot be served, for operators; None if there is no such problem.
 
     Args:
         budget: of the caches of all engines; None for no limit.
@@ -48,25 +51,63 @@ class ModelService:
         self._draining: list[BatchingEngine] = []
         self._draining_lock = threading.Lock()
         self.absence_reason = STARTING_REASON
+        self.is_stopped = self.is_swapping = False
+        self.problem: str | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Return True if no engine is in service and none finishes its requests."""
+        return self.engine is None and not self._list_draining()
 
     @property
     def served(self) -> ServedModel | None:
         return self.engine.served if self.engine else None
 
     def swap_in(self, served: ServedModel) -> None:
-        """Put a model into service; the previous engine finishes its requests."""
+        """Put a model into service; the previous engine finishes its requests.
+
+        Raises:
+            EngineStopped: if service has ended.
+        """
+        if self.is_stopped:
+            raise EngineStopped("the model server ends its service on these devices")
         previous, self.engine = self.engine, BatchingEngine(served, self.metrics, self._budget)
+        self.is_swapping = False
         self.metrics.set_version(served.version)
-        if previous is not None:
-            previous.drain()
+        self._drain(previous)
+
+    def take_out(self) -> None:
+        """Take the model out of service, because memory does not hold the next one beside it; new requests wait."""
+        self.is_swapping = True
+        previous, self.engine = self.engine, None
+        self._drain(previous)
+
+    def stop(self, reason: AbsenceReason) -> None:
+        """End the service: running requests are answered, and new ones are refused with the reason."""
+        self.is_stopped, self.is_swapping, self.absence_reason = True, False, reason
+        previous, self.engine = self.engine, None
+        self._drain(previous)
+
+    def explain_absence(self, message: str, retry_after_s: int | None) -> None:
+        """Set what callers are told while no model is in service; the reason of `stop` is kept."""
+        if not self.is_stopped:
+            self.absence_reason = AbsenceReason(message=message, retry_after_s=retry_after_s)
+
+    def _drain(self, engine: BatchingEngine | None) -> None:
+        if engine is not None:
             with self._draining_lock:
-                self._draining.append(previous)
+                self._draining.append(engine)
+            engine.drain()
+
+    def _list_draining(self) -> list[BatchingEngine]:
+        with self._draining_lock:  # the weights of one that is drained are freed
+            self._draining = [engine for engine in self._draining if not engine.is_drained]
+            return self._draining
 
     def fault(self) -> str | None:
         """Describe why requests cannot be answered; None if they can, or if there is no model yet."""
-        with self._draining_lock:  # the weights of one that is drained are freed
-            self._draining = [engine for engine in self._draining if not engine.is_drained]
-            engines = [*self._draining, self.engine] if self.engine else []
+        engine = self.engine
+        engines = [*self._list_draining(), *([engine] if engine else [])]
         return next((fault for engine in engines if (fault := engine.fault())), None)
 
     def get_served(self) -> ServedModel:

@@ -1,0 +1,236 @@
+"""The dispatcher's duty for the model server's devices: each state in which lease, queue and server can be."""
+
+import datetime
+
+import pytest
+from sqlalchemy import update
+from sqlalchemy.orm import sessionmaker
+
+from feedback import leases, serving_leases
+from feedback.tables import Lease
+from flows.context import DispatcherContext
+from flows.dispatcher import serving_devices
+from flows.dispatcher.serving_devices import ServingDevices, ServingProblem, describe_lender
+from infra.processes import get_own_identity
+from tests.serving import serve_app
+from yuan.config import tiny, yuan_2b, yuan_102b
+from yuan.plan.generation_stages import NoGenerationDevices
+from yuan.plan.pool import load_pool
+from yuan.serve.api import make_api
+from yuan.serve.device_holder import DeviceHolder
+from yuan.serve.grants import DeviceGrant
+from yuan.serve.metrics import ModelServerMetrics
+from yuan.serve.service import ModelService
+
+GROUP = """[[pool]]
+name = "d"
+serving = "{serving}"
+{more}
+[[pool.group]]
+device_class = "A100-80"
+count = {count}
+"""
+
+
+class Server:
+    """A model server without a model, which gets a new holder where the real one executes itself again."""
+
+    def __init__(self):
+        self.identity, self.restarts = get_own_identity(), []
+        self.start(DeviceGrant())
+
+    def start(self, grant):
+        self.holder = DeviceHolder(ModelService(ModelServerMetrics()), self.identity, grant, self.restarts.append)
+
+    def settle(self):
+        """Do what the real process does within seconds."""
+        self.holder.poll()
+        if self.restarts:
+            self.start(self.restarts.pop())
+
+    def read_state(self):
+        return self.holder.read_state()
+
+    def apply(self, grant):
+        return self.holder.apply(grant)
+
+
+@pytest.fixture
+def server():
+    return Server()
+
+
+@pytest.fixture
+def make_duty(stores, session, objects, server, tmp_path, monkeypatch):
+    """Return a function that starts the duty on a pool, with a champion of a configuration."""
+    monkeypatch.setattr(serving_devices, "RETAKE_AFTER_S", 0.0)
+    token = stores.model_server_token.get_secret_value()
+    with serve_app(make_api(token, ModelService(ModelServerMetrics()), server)) as url:
+
+        def make(serving, *, model=None, count=1, more=""):
+            pool = tmp_path / "pool.toml"
+            pool.write_text(GROUP.format(serving=serving, count=count, more=more))
+            settings = stores.model_copy(update={"pool": str(pool), "model_server_url": url})
+            sessions = sessionmaker(
+                session.connection(), join_transaction_mode="create_savepoint", expire_on_commit=False
+            )
+            duty = ServingDevices(DispatcherContext(settings, sessions, objects))
+            config = model or tiny()
+            monkeypatch.setattr(
+                duty,
+                "_choose_devices",
+                lambda session, pool: serving_devices.choose_serving_devices(pool, config, 2),
+            )
+            return duty
+
+        yield make
+
+
+def advance(duty, server, times=3):
+    for _ in range(times):
+        duty.advance()
+        server.settle()
+
+
+def request(session, name="run", shares=False, count=1):
+    return leases.request_lease(
+        session,
+        "d",
+        {"A100-80": count},
+        run_id=name,
+        team="t",
+        holder=get_own_identity(),
+        shares_devices=shares,
+    )
+
+
+def test_server_gets_a_lease_yields_it_to_a_run_and_takes_it_back(make_duty, server, session):
+    duty = make_duty("yield")
+    advance(duty, server)
+    serving = serving_leases.find_serving_lease(session, "d")
+    assert server.read_state().lease_id == serving.id and serving.devices == ["A100-80/0"] and not duty.is_lent
+
+    run = request(session)
+    advance(duty, server)
+    session.refresh(run)
+    assert run.devices == ["A100-80/0"] and serving_leases.find_serving_lease(session, "d") is None and duty.is_lent
+    assert server.read_state().state == "waiting"
+
+    leases.release_lease(session, run.id, run.generation, "done")
+    advance(duty, server)
+    assert server.read_state().state == "serving" and not duty.is_lent
+
+
+def test_server_shares_with_a_run_that_leaves_room_and_yields_to_one_that_does_not(make_duty, server, session):
+    duty = make_duty("auto")
+    advance(duty, server)
+    first = server.read_state().lease_id
+    sharing = request(session, shares=True)
+    leases.grant_leases(session, "d")
+    advance(duty, server)
+    assert sharing.devices == ["A100-80/0"] and server.read_state().lease_id == first
+
+    leases.release_lease(session, sharing.id, sharing.generation, "done")
+    alone = request(session)
+    advance(duty, server)
+    session.refresh(alone)
+    assert alone.devices and server.read_state().lease_id is None
+
+
+def test_own_devices_stay_with_the_server_while_runs_wait(make_duty, server, session):
+    duty = make_duty("own", count=2, more='serving_devices = ["A100-80/1"]')
+    advance(duty, server)
+    request(session), request(session)
+    leases.grant_leases(session, "d")
+    advance(duty, server)
+    assert server.read_state().state == "serving"
+    assert serving_leases.find_serving_lease(session, "d").devices == ["A100-80/1"]
+
+
+def test_lost_device_is_returned_and_without_another_one_the_duty_fails_and_callers_get_the_reason(
+    make_duty, server, session
+):
+    duty = make_duty("yield", count=2)
+    advance(duty, server)
+    leases.set_device_lost(session, "d", "A100-80/0", "Xid 79")
+    advance(duty, server)
+    assert serving_leases.find_serving_lease(session, "d").devices == ["A100-80/1"]
+    leases.set_device_lost(session, "d", "A100-80/1", "Xid 79")
+    duty.advance()
+    server.settle()
+    duty.advance()
+    with pytest.raises(ServingProblem, match=r"working devices.*A100-80/1 is lost: Xid 79"):
+        advance(duty, server)
+    assert serving_leases.find_serving_lease(session, "d") is None and duty.is_lent
+
+
+def test_champion_that_fits_nowhere_is_a_problem_of_the_duty(make_duty, server, session):
+    duty = make_duty("yield", model=yuan_102b())
+    with pytest.raises(ServingProblem, match=r"need 2\d\d.\d GiB, and a node of pool 'd' has 1 A100-80 of 77.1 GiB"):
+        duty.advance()
+    assert serving_leases.find_serving_lease(session, "d") is None
+
+
+def test_champion_that_needs_more_than_the_own_devices_is_refused(tmp_path):
+    pool = tmp_path / "pool.toml"
+    pool.write_text(GROUP.format(serving="own", count=8, more='serving_devices = ["A100-80/1"]'))
+    with pytest.raises(NoGenerationDevices, match=r"needs 3 devices of class A100-80, and serving has 1 of its own"):
+        serving_devices.choose_serving_devices(load_pool(str(pool)), yuan_102b(), 2)
+
+
+def test_larger_champion_gets_more_devices(make_duty, server, session, monkeypatch):
+    duty = make_duty("yield", count=4, model=yuan_2b())
+    advance(duty, server)
+    assert len(serving_leases.find_serving_lease(session, "d").devices) == 1
+    choose = serving_devices.choose_serving_devices
+    monkeypatch.setattr(duty, "_choose_devices", lambda session, pool: choose(pool, yuan_102b(), 2))
+    advance(duty, server, times=4)
+    assert len(serving_leases.find_serving_lease(session, "d").devices) == 3
+    assert len(server.holder.read_state().lease_id) > 0
+
+
+def test_lease_of_a_server_that_was_started_again_is_released(make_duty, server, session):
+    duty = make_duty("yield")
+    advance(duty, server)
+    first = serving_leases.find_serving_lease(session, "d")
+    # The identity of a process that has exited.
+    session.execute(update(Lease).where(Lease.id == first.id).values(holder=get_own_identity()[:-1] + "x"))
+    server.start(DeviceGrant())
+    advance(duty, server)
+    second = serving_leases.find_serving_lease(session, "d")
+    assert second.id != first.id and server.read_state().lease_id == second.id
+    assert session.get_one(Lease, first.id, populate_existing=True).end_reason == "the model server exited"
+
+
+def test_server_with_a_grant_of_a_released_lease_returns_it_first(make_duty, server, session):
+    duty = make_duty("yield")
+    advance(duty, server)
+    lease = serving_leases.find_serving_lease(session, "d")
+    leases.release_lease(session, lease.id, lease.generation, "taken away")
+    run = request(session)
+    leases.grant_leases(session, "d")
+    duty.advance()
+    assert server.read_state().state == "yielding" and run.devices
+    advance(duty, server)
+    assert server.read_state().lease_id is None
+
+
+def test_no_lease_right_after_a_run_since_its_evaluation_follows(make_duty, server, session, monkeypatch):
+    duty = make_duty("yield")
+    duty.advance()
+    server.settle()
+    monkeypatch.setattr(serving_devices, "RETAKE_AFTER_S", 60.0)
+    run = request(session)
+    advance(duty, server)
+    session.refresh(run)
+    leases.release_lease(session, run.id, run.generation, "done")
+    advance(duty, server)
+    assert server.read_state().lease_id is None
+
+
+def test_refusal_names_the_borrower_of_the_device_and_the_expected_time():
+    grant = describe_lender("0123abc", 1800.0)
+    until = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=1800)
+    assert "lent to training until about" in grant.message and f"{until:%H}:" in grant.message
+    assert grant.retry_after_s == 1800 and describe_lender("0123abc", 1e6).retry_after_s == 3600
+    assert "the evaluation of v3" in describe_lender("evaluation of v3", None).message
