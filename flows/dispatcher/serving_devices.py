@@ -22,7 +22,12 @@ from infra.processes import is_known_alive
 from yuan.config import ModelConfig
 from yuan.model.model_folder import measure_value_bytes, read_model_config
 from yuan.model.model_manifest import ModelManifest
-from yuan.plan.generation_stages import GenerationDevices, NoGenerationDevices, choose_generation_devices
+from yuan.plan.generation_stages import (
+    GENERATION_WORKSPACE_FACTOR,
+    GenerationDevices,
+    NoGenerationDevices,
+    choose_generation_devices,
+)
 from yuan.plan.memory_model import GIB
 from yuan.plan.pool import Pool
 from yuan.serve.grants import LENT_RETRY_AFTER_S, DeviceGrant, GrantState
@@ -160,7 +165,10 @@ class ServingDevices:
             if state.state == "serving":
                 log.info("the model server yields to %s", waiting[0].run_id)
             return describe_lender(waiting[0].run_id, self._find_eta_s(session, waiting[0].run_id))
-        devices = self._choose_devices(session, pool)
+        try:
+            devices = self._choose_devices(session, pool)
+        except NoGenerationDevices as error:  # the former version stays in service
+            self._problem, devices = str(error), None
         if devices is None:
             return make_grant(lease, 0)
         if {devices.device_class: devices.count} != lease.device_counts:
@@ -222,10 +230,14 @@ def choose_serving_devices(pool: Pool, config: ModelConfig, value_bytes: int) ->
 
 
 def choose_cache_bytes(pool: Pool, devices: GenerationDevices) -> int:
-    """Return the budget of the decoding cache: `serving_gib` on shared devices, else what the weights leave."""
+    """Return the budget of the decoding cache: `serving_gib` on shared devices, else what the weights leave.
+
+    Where at least half of that remains, there is room for the weights of the next champion too.
+    """
     if pool.serving in ("auto", "share"):
         return min(int(pool.serving_gib * GIB), devices.cache_bytes)
-    return devices.cache_bytes
+    beside_bytes = devices.cache_bytes - int(GENERATION_WORKSPACE_FACTOR * devices.weight_bytes)
+    return beside_bytes if 2 * beside_bytes >= devices.cache_bytes else devices.cache_bytes
 
 
 def make_grant(lease: Lease, cache_bytes: int) -> DeviceGrant:

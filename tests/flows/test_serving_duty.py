@@ -13,8 +13,9 @@ from flows.dispatcher import serving_devices
 from flows.dispatcher.serving_devices import ServingDevices, ServingProblem, describe_lender
 from infra.processes import get_own_identity
 from tests.serving import serve_app
-from yuan.config import tiny, yuan_2b, yuan_102b
+from yuan.config import tiny, yuan_2b, yuan_51b, yuan_102b
 from yuan.plan.generation_stages import NoGenerationDevices
+from yuan.plan.memory_model import GIB
 from yuan.plan.pool import load_pool
 from yuan.serve.api import make_api
 from yuan.serve.device_holder import DeviceHolder
@@ -169,6 +170,36 @@ def test_champion_that_fits_nowhere_is_a_problem_of_the_duty(make_duty, server, 
     with pytest.raises(ServingProblem, match=r"need 2\d\d.\d GiB, and a node of pool 'd' has 1 A100-80 of 77.1 GiB"):
         duty.advance()
     assert serving_leases.find_serving_lease(session, "d") is None
+
+
+def test_former_version_stays_in_service_if_the_next_champion_fits_nowhere(make_duty, server, session, monkeypatch):
+    duty = make_duty("yield")
+    advance(duty, server)
+    lease_id = server.read_state().lease_id
+    choose = serving_devices.choose_serving_devices
+    monkeypatch.setattr(duty, "_choose_devices", lambda session, pool: choose(pool, yuan_102b(), 2))
+    for _ in range(3):
+        with pytest.raises(ServingProblem, match="a node of pool 'd' has 1 A100-80"):
+            duty.advance()
+        server.settle()
+    assert server.read_state().lease_id == lease_id and not duty.is_lent
+
+
+@pytest.mark.parametrize(
+    ("serving", "model", "holds_two"),
+    [("yield", yuan_2b(), True), ("yield", yuan_51b(), False), ("share", tiny(), None)],
+)
+def test_cache_leaves_room_for_the_next_champion_where_it_is_small(tmp_path, serving, model, holds_two):
+    pool = tmp_path / "pool.toml"
+    pool.write_text(GROUP.format(serving=serving, count=8, more="serving_gib = 3.0"))
+    pool = load_pool(str(pool))
+    devices = serving_devices.choose_serving_devices(pool, model, 2)
+    cache_bytes = serving_devices.choose_cache_bytes(pool, devices)
+    if holds_two is None:
+        assert cache_bytes == 3 * GIB
+    else:
+        room_bytes = devices.count * (pool.groups[0].memory_gib - pool.groups[0].reserve_gib) * GIB
+        assert (cache_bytes + 2 * 1.05 * devices.weight_bytes <= room_bytes) is holds_two
 
 
 def test_champion_that_needs_more_than_the_own_devices_is_refused(tmp_path):

@@ -31,11 +31,13 @@ class GenerationDevices:
     Attributes:
         layers: of each stage, one device each.
         cache_bytes: room of the decoding cache, over all devices.
+        weight_bytes: of the model, over all devices.
     """
 
     device_class: str
     layers: tuple[int, ...]
     cache_bytes: int
+    weight_bytes: int
 
     @property
     def count(self) -> int:
@@ -54,14 +56,15 @@ def choose_generation_devices(
     Raises:
         NoGenerationDevices: if no class has enough; the message says what the model needs.
     """
+    weight_bytes = value_bytes * model.num_parameters
     groups = [group for group in pool.groups if device_class in (None, group.device_class)]
     for group in sorted(groups, key=_compute_usable_gib, reverse=True):
         for count in range(1, min(group.count, group.devices_per_node, model.num_layers) + 1):
             layers = split_layers_by_bytes(model, count)
             cache_bytes = compute_cache_bytes(model, layers, int(_compute_usable_gib(group) * GIB), value_bytes)
-            if cache_bytes >= MIN_CACHE_SHARE * value_bytes * model.num_parameters:
-                return GenerationDevices(group.device_class, layers, cache_bytes)
-    needed_gib = value_bytes * model.num_parameters * GENERATION_WORKSPACE_FACTOR * (1 + MIN_CACHE_SHARE) / GIB
+            if cache_bytes >= MIN_CACHE_SHARE * weight_bytes:
+                return GenerationDevices(group.device_class, layers, cache_bytes, weight_bytes)
+    needed_gib = weight_bytes * GENERATION_WORKSPACE_FACTOR * (1 + MIN_CACHE_SHARE) / GIB
     devices = ", ".join(
         f"{min(group.count, group.devices_per_node)} {group.device_class} of {_compute_usable_gib(group):.1f} GiB"
         for group in groups
