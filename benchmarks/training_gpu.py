@@ -33,38 +33,45 @@ from yuan.train.zero.pipeline import PlannedPipeline
 UNMEASURED_STEPS = 2  # the first ones, which compile and allocate
 MEASURED_STEPS = 6
 GLOBAL_BATCH_SIZE = 16
+LLAMA_ROWS = 2  # of the peer of `loop_gpu.py`
+SMALL_OPTION, PACKED_OPTION = "--small", "--packed"
 NAMES = ("tokens/s at P = 1", "MFU at P = 1", "peak memory at P = 1")
 
 
 def main() -> int:
-    is_small = "--small" in sys.argv
+    is_small = SMALL_OPTION in sys.argv
     if not torch.cuda.is_available() and not is_small:
         for name in NAMES:
             print_lines({"name": name, "skipped": "no GPU here"})
         return 0
+    print_figures(run_engine(is_small=is_small))
+    return 0
+
+
+def run_engine(*, is_small: bool, is_isolated: bool = True) -> dict[str, Any]:
+    """Measure the engine in a process of its own, with isolated documents or without; return the figures."""
+    options = [name for name, is_set in ((SMALL_OPTION, is_small), (PACKED_OPTION, not is_isolated)) if is_set]
     with tempfile.TemporaryDirectory() as name:
-        command = build_torchrun_command(1, __file__, name, *(["--small"] if is_small else []))
+        command = build_torchrun_command(1, __file__, name, *options)
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise RuntimeError(result.stderr[-3000:])
-        figures = json.loads((Path(name) / "figures.json").read_text())
+        return dict(json.loads((Path(name) / "figures.json").read_text()))
+
+
+def print_figures(figures: dict[str, Any]) -> None:
     tokens, peak = figures["tokens"] / figures["seconds"], figures["peak_tflops"]
-    about = {"device": figures["device"], "model": figures["model"], "plan": figures["plan"]}
+    about = {name: figures[name] for name in ("device", "model", "isolated", "plan")}
     print_lines({**make_line(NAMES[0], round(tokens), "tokens/s"), **about})
     if peak is None:
         print_lines({"name": NAMES[1], "skipped": f"the peak of {figures['device']} is not known"})
     else:
-        print_lines(
-            {
-                **make_line(NAMES[1], round(tokens * figures["flops"] / (peak * 1e12), 3), "of the dense bf16 peak"),
-                **about,
-            }
-        )
+        mfu = tokens * figures["flops"] / (peak * 1e12)
+        print_lines({**make_line(NAMES[1], round(mfu, 3), "of the dense bf16 peak"), **about})
     ratio = figures["peak_bytes"] / figures["planned_bytes"]
     print_lines(
         {**make_line(NAMES[2], round(figures["peak_bytes"] / 2**30, 1), "GiB", "the plan", round(ratio, 3)), **about}
     )
-    return 0
 
 
 def describe_device() -> tuple[Pool, str, float | None]:
@@ -92,21 +99,24 @@ def describe_device() -> tuple[Pool, str, float | None]:
     return Pool(name="gpu", groups=(group,)), name, device.peak_tflops
 
 
-def run_rank(folder: Path, is_small: bool) -> None:
-    model = tiny() if is_small else yuan_2b()
-    length = 128 if is_small else 4096
+def get_model_and_length(*, is_small: bool) -> tuple[ModelConfig, int]:
+    """Return the model of the measurement, and the tokens of a row."""
+    return (tiny(), 128) if is_small else (yuan_2b(), 4096)
+
+
+def run_rank(folder: Path, *, is_small: bool, is_isolated: bool) -> None:
+    model, length = get_model_and_length(is_small=is_small)
     pool, name, peak = describe_device()
     torch.set_num_threads(1 if pool.name != "gpu" else torch.get_num_threads())
     start_distributed(1)
-    plan, train_config = make_plan_and_train_config(model, length, pool)
-    isolated = train_config.isolate_documents
+    plan, train_config = make_plan_and_train_config(model, length, pool, is_isolated=is_isolated)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         module = PlannedPipeline(
             model,
             plan.bounds,
             0,
             loss_block=plan.loss_block,
-            isolated=isolated,
+            isolated=is_isolated,
             recomputed_layers=plan.recomputed_layers,
         )
     engine, _ = start_engine(module, train_config, build_deepspeed_config(train_config, 1))
@@ -120,6 +130,7 @@ def run_rank(folder: Path, is_small: bool) -> None:
     figures = {
         "device": name,
         "model": model.name,
+        "isolated": is_isolated,
         "plan": {"micro_batch_size": plan.micro_batch_size, "recomputed_layers": len(plan.recomputed_layers)},
         "seconds": statistics.median(seconds),
         "tokens": GLOBAL_BATCH_SIZE * length,
@@ -132,7 +143,9 @@ def run_rank(folder: Path, is_small: bool) -> None:
     stop_distributed()
 
 
-def make_plan_and_train_config(model: ModelConfig, length: int, pool: Pool) -> tuple[PipelinePlan, TrainConfig]:
+def make_plan_and_train_config(
+    model: ModelConfig, length: int, pool: Pool, *, is_isolated: bool
+) -> tuple[PipelinePlan, TrainConfig]:
     """Return the plan for one device, and the settings with its micro-batches."""
 
     def train_config(micro: int) -> TrainConfig:
@@ -144,6 +157,7 @@ def make_plan_and_train_config(model: ModelConfig, length: int, pool: Pool) -> t
             global_batch_size=GLOBAL_BATCH_SIZE,
             warmup_steps=1,
             precision="bf16",
+            isolate_documents=is_isolated,
         )
 
     plan = make_plan(Workload.from_train_config(model, train_config(1)), pool, SizeLimits(pipeline_size=1, data_size=1))
@@ -160,6 +174,6 @@ def make_batches(model: ModelConfig, train_config: TrainConfig, device: torch.de
 
 if __name__ == "__main__":
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
-        run_rank(Path(sys.argv[1]), "--small" in sys.argv)
+        run_rank(Path(sys.argv[1]), is_small=SMALL_OPTION in sys.argv, is_isolated=PACKED_OPTION not in sys.argv)
         sys.exit(0)
     sys.exit(main())

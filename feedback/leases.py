@@ -10,7 +10,7 @@ lease if both share.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,26 +135,11 @@ def grant_leases(session: Session, pool: str) -> list[Lease]:
     small requests cannot starve a large one; requests for other classes may overtake it.
     """
     usage = PoolUsage(session, pool)
-    reserved: set[str] = set()
     granted = []
-
-    for lease in session.scalars(select_waiting_leases(pool).with_for_update()):
-        free = usage.find_available_devices(lease)
-        fits = all(len(_filter_device_class(free, name)) >= count for name, count in lease.device_counts.items())
-        if not fits or reserved & lease.device_counts.keys():
-            reserved |= lease.device_counts.keys()
-            continue
-
-        chosen = [
-            device
-            for name, count in lease.device_counts.items()
-            for device in _choose_few_nodes(_filter_device_class(free, name), count)
-        ]
-        lease.devices = sorted(device.id for device in chosen)
+    for lease, devices in usage.iter_grants(session.scalars(select_waiting_leases(pool).with_for_update())):
+        lease.devices = devices
         lease.granted_at = lease.heartbeat_at = session.scalars(select(func.clock_timestamp())).one()
-        usage.add(lease)
         granted.append(lease)
-
     session.flush()
     return granted
 
@@ -169,18 +154,36 @@ class PoolUsage:
         self._holders: dict[str, list[Lease]] = {}
         is_held = Lease.granted_at.is_not(None) & Lease.released_at.is_(None)
         for lease in session.scalars(select(Lease).where(Lease.pool == pool, is_held)):
-            self.add(lease)
+            self._add(lease, lease.devices or [])
 
-    def add(self, lease: Lease) -> None:
-        for device in lease.devices or []:
+    def _add(self, lease: Lease, devices: Iterable[str]) -> None:
+        for device in devices:
             self._holders.setdefault(device, []).append(lease)
 
-    def find_available_devices(self, lease: Lease, without: Lease | None = None) -> list[PoolDevice]:
-        """Return the devices that a lease may be granted, in the order of their ids.
+    def iter_grants(self, waiting: Iterable[Lease], without: Lease | None = None) -> Iterator[tuple[Lease, list[str]]]:
+        """Yield the leases of a queue that can be granted now, with their devices, which then count as held.
 
         Args:
+            waiting: in the order of the queue; see `grant_leases`.
             without: a lease that counts as released.
         """
+        reserved: set[str] = set()
+        for lease in waiting:
+            free = self._find_available_devices(lease, without)
+            fits = all(len(_filter_device_class(free, name)) >= count for name, count in lease.device_counts.items())
+            if not fits or reserved & lease.device_counts.keys():
+                reserved |= lease.device_counts.keys()
+                continue
+            chosen = [
+                device.id
+                for name, count in lease.device_counts.items()
+                for device in _choose_few_nodes(_filter_device_class(free, name), count)
+            ]
+            self._add(lease, chosen)
+            yield lease, sorted(chosen)
+
+    def _find_available_devices(self, lease: Lease, without: Lease | None) -> list[PoolDevice]:
+        """Return the devices that a lease may be granted, in the order of their ids."""
         has_reserved = any(device.is_reserved for device in self.devices)
         is_for_serving = lease.run_id == SERVING_RUN_ID and has_reserved
         return [

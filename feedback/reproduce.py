@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,11 +78,17 @@ def make_reproduction_prompt(report: Feedback) -> ReproductionPrompt:
     return ReproductionPrompt(report.id, str(report.fields.get("prompt", "")), *limits)
 
 
-def wait_until_served(settings: ModelServerAccess, version: int, timeout_s: float) -> bool:
+def wait_until_served(
+    settings: ModelServerAccess, version: int, timeout_s: float, report_waiting: Callable[[], None]
+) -> bool:
     """Wait until the model server serves a version, for example because its device is lent; return if it does.
+
+    Args:
+        report_waiting: called about every second while it waits; may raise to give up.
 
     Raises:
         httpx.HTTPError: if the model server does not answer; retry.
+        Exception: any error of `report_waiting`.
     """
     headers = {"Authorization": f"Bearer {settings.model_server_token.get_secret_value()}"}
     deadline = time.monotonic() + timeout_s
@@ -93,6 +99,7 @@ def wait_until_served(settings: ModelServerAccess, version: int, timeout_s: floa
                 return True
             if time.monotonic() >= deadline:
                 return False
+            report_waiting()
             time.sleep(SERVED_POLL_S)
 
 

@@ -3,7 +3,6 @@
 It never waits in the queue, so it never comes before a run. `yuan.plan.pool.Pool.serving` says how it shares devices.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime
 
@@ -18,7 +17,9 @@ from feedback.leases import (
     request_lease,
     select_waiting_leases,
 )
-from feedback.tables import Lease
+from feedback.tables import DevicePool, Lease
+
+LOCAL_LAUNCHER = "local"  # of a pool whose devices are this machine's
 
 
 def take_serving_lease(
@@ -47,22 +48,25 @@ def take_serving_lease(
     return lease
 
 
-def find_serving_lease(session: Session, pool: str) -> Lease | None:
-    """Return the lease of the model server; None if it has none."""
-    is_serving = (Lease.run_id == SERVING_RUN_ID) & Lease.released_at.is_(None)
-    return session.scalars(select(Lease).where(Lease.pool == pool, is_serving)).first()
+def find_serving_lease(session: Session) -> Lease | None:
+    """Return the lease of the model server, of any pool; None if it has none."""
+    query = select(Lease).where(Lease.run_id == SERVING_RUN_ID, Lease.released_at.is_(None))
+    return session.scalars(query.order_by(Lease.requested_at)).first()
 
 
 def find_leases_blocked_by(session: Session, serving: Lease) -> list[Lease]:
-    """Return the waiting leases that could be granted if the model server released its devices, the next one first."""
-    usage = PoolUsage(session, serving.pool)
+    """Return the waiting leases that would be granted if the model server released its devices, and not otherwise."""
+    waiting = session.scalars(select_waiting_leases(serving.pool)).all()
+    granted_now = {lease.id for lease, _ in PoolUsage(session, serving.pool).iter_grants(waiting)}
+    granted_then = [lease for lease, _ in PoolUsage(session, serving.pool).iter_grants(waiting, without=serving)]
+    return [lease for lease in granted_then if lease.id not in granted_now]
 
-    def fits(lease: Lease, without: Lease | None) -> bool:
-        available = Counter(device.device_class for device in usage.find_available_devices(lease, without))
-        return all(available[name] >= count for name, count in lease.device_counts.items())
 
-    waiting = session.scalars(select_waiting_leases(serving.pool))
-    return [lease for lease in waiting if fits(lease, serving) and not fits(lease, None)]
+def find_holder_of_other_local_pool(session: Session, pool: str) -> str | None:
+    """Return a run that holds devices of this machine by another pool, as after a pool got a new name; None if none."""
+    is_held = Lease.granted_at.is_not(None) & Lease.released_at.is_(None)
+    query = select(Lease.run_id).join(DevicePool, DevicePool.name == Lease.pool)
+    return session.scalars(query.where(is_held, Lease.pool != pool, DevicePool.launcher == LOCAL_LAUNCHER)).first()
 
 
 def find_newest_holder(session: Session, pool: str) -> str | None:

@@ -24,7 +24,12 @@ from yuan.node_memory import (
     NodeEstimate,
     estimate_main_memory,
 )
-from yuan.plan.generation_stages import choose_generation_devices, compute_serving_room_gib, has_serving_room
+from yuan.plan.generation_stages import (
+    choose_generation_devices,
+    compute_serving_room_gib,
+    has_serving_room,
+    list_served_models,
+)
 from yuan.plan.memory_model import GIB
 from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import make_run_plan
@@ -303,8 +308,10 @@ def _plan_run(
 
 def _note_serving(plan: PipelinePlan, pool: Pool, model: ModelConfig, notes: list[str]) -> None:
     """Say how the model server shares the plan's devices, if it does."""
-    if has_serving_room(plan, pool, model):
-        room_gib = compute_serving_room_gib(pool, model, choose_generation_devices(pool, model))
+    served = list_served_models(model, plan.precision, champion=None)
+    if has_serving_room(plan, pool, served):
+        devices = choose_generation_devices(pool, model, value_bytes=served[0].value_bytes)
+        room_gib = compute_serving_room_gib(pool, served[0], devices)
         notes.append(
             f"{room_gib:.1f} GiB of each device are kept for the model server, which shares them (serving = "
             f'"{pool.serving}"); the table counts them as reserve'

@@ -15,16 +15,16 @@ from feedback import leases, rounds, serving_leases
 from feedback.leases import LeaseLost, NoCapacity
 from feedback.promotion import find_champion
 from feedback.tables import Lease
+from flows.champion_model import find_champion_model
 from flows.context import DispatcherContext
 from flows.duties import compute_age_s
 from flows.supervisor.pool_launcher import load_configured_pool
 from infra.processes import is_known_alive
-from yuan.config import ModelConfig
-from yuan.model.model_folder import measure_value_bytes, read_model_config
-from yuan.model.model_manifest import ModelManifest
+from yuan.plan.devices import is_known_accelerator
 from yuan.plan.generation_stages import (
     GENERATION_WORKSPACE_FACTOR,
     GenerationDevices,
+    GenerationModel,
     NoGenerationDevices,
     choose_generation_devices,
 )
@@ -70,23 +70,29 @@ class ServingDevices:
             ValueError: if the pool is not valid.
         """
         pool = load_configured_pool(self._context.settings)
-        if not pool.uses_devices_for_serving:
-            self.is_lent = False
-            return
         try:
-            self._follow_pool(pool)
+            self._follow_pool(pool, self._call("GET", None))
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != httpx.codes.NOT_FOUND:
+                raise
+            self.is_lent = False
+            if pool.uses_devices_for_serving:
+                raise ServingProblem(
+                    "the pool gives devices to the model server, which was started without them; run `cotrain down` "
+                    "and `cotrain up`"
+                ) from None
         except httpx.TransportError:
-            if time.monotonic() > self._restart_ends_at:
+            # A server without devices is the keeper's matter.
+            if pool.uses_devices_for_serving and time.monotonic() > self._restart_ends_at:
                 raise
 
-    def _follow_pool(self, pool: Pool) -> None:
-        state = self._call("GET", None)
+    def _follow_pool(self, pool: Pool, state: GrantState) -> None:
         self._problem = state.problem
         with self._context.sessions.begin() as session:
             if pool != self._registered:
                 leases.register_pool(session, pool)
                 self._registered = pool
-            lease = serving_leases.find_serving_lease(session, pool.name)
+            lease = serving_leases.find_serving_lease(session)
             if lease is None:
                 grant = self._try_to_take(session, pool, state)
             else:
@@ -95,7 +101,9 @@ class ServingDevices:
         self.is_lent = grant.lease_id is None
         if grant.lease_id != state.lease_id:  # it executes itself again, and answers when torch is imported
             self._restart_ends_at = time.monotonic() + RESTART_TIMEOUT_S
-        if lease is not None and grant.lease_id is None and new_state.state == "waiting":
+        # Any other holder may still use the devices: the reaper ends what runs under the lease of a silent one.
+        is_own = lease is not None and lease.holder == new_state.identity
+        if lease is not None and is_own and grant.lease_id is None and new_state.state == "waiting":
             self._release(lease)
         if self._problem is not None:
             raise ServingProblem(self._problem)
@@ -116,13 +124,23 @@ class ServingDevices:
         """Return the grant of a new lease, or one without devices that says why there is none."""
         if state.state != "waiting":  # of a lease that was taken away
             return DeviceGrant(message="the model server gives back a device; retry in a minute")
+        if not pool.uses_devices_for_serving:
+            self._problem = (
+                "the pool gives no devices to the model server, which was started for them; run `cotrain down` and "
+                "`cotrain up`, and it computes on its machine's processors"
+            )
+            return DeviceGrant(message="the model server must be started again; tell the operator")
         try:
             devices = self._choose_devices(session, pool)
         except NoGenerationDevices as error:
             self._problem = str(error)
             return DeviceGrant(message="the devices for serving do not hold the champion; tell the operator")
-        if devices is None:
+        if devices is None and find_champion(session) is None:
             return DeviceGrant(message=NO_VERSION_MESSAGE, retry_after_s=None)
+        if devices is None:
+            return DeviceGrant(message="the champion is being fetched; retry in a minute")
+        if (other := serving_leases.find_holder_of_other_local_pool(session, pool.name)) is not None:
+            return describe_lender(other, self._find_eta_s(session, other))
         # Between a round's training and its evaluation the devices are free for seconds only.
         last_release = serving_leases.find_last_release(session, pool.name)
         if last_release is not None and compute_age_s(last_release) < RETAKE_AFTER_S:
@@ -159,7 +177,9 @@ class ServingDevices:
         if lost := leases.find_lost_devices(session, pool.name, lease.devices or []):
             log.warning("the model server gives back lost devices: %s", lost)
             return DeviceGrant(message="the device of the model is lost, and another one is taken; retry in a minute")
-        if (pool.serving in ("auto", "share")) != lease.shares_devices:  # the pool's file was changed
+        if lease.pool != pool.name or not pool.uses_devices_for_serving:  # the pool's file was changed
+            return DeviceGrant(message="the model leaves its device, which is in no pool for it now; retry in a minute")
+        if (pool.serving in ("auto", "share")) != lease.shares_devices:
             return DeviceGrant()
         if waiting := serving_leases.find_leases_blocked_by(session, lease):
             if state.state == "serving":
@@ -169,8 +189,9 @@ class ServingDevices:
             devices = self._choose_devices(session, pool)
         except NoGenerationDevices as error:  # the former version stays in service
             self._problem, devices = str(error), None
-        if devices is None:
-            return make_grant(lease, 0)
+        if devices is None:  # the budget stays
+            has_budget = state.lease_id == lease.id and bool(state.cache_bytes)
+            return make_grant(lease, state.cache_bytes or 0) if has_budget else DeviceGrant()
         if {devices.device_class: devices.count} != lease.device_counts:
             log.info("the champion needs %d devices of class %s", devices.count, devices.device_class)
             return DeviceGrant(message="the model moves to other devices; retry in a minute")
@@ -184,17 +205,8 @@ class ServingDevices:
 
     def _choose_devices(self, session: Session, pool: Pool) -> GenerationDevices | None:
         """Return the devices that hold the champion; None if there is no champion, or the cache lacks it yet."""
-        champion = find_champion(session)
-        if champion is None:
-            return None
-        recorded = ModelManifest.from_json(rounds.find_version(session, champion).manifest)
-        folder = self._context.versions.find(champion, recorded.files)
-        if folder is None:
-            return None
-        with folder:
-            config = read_model_config(folder.path)
-            value_bytes = measure_value_bytes(folder.path, config)
-        return choose_serving_devices(pool, config, value_bytes)
+        model = find_champion_model(session, self._context.versions)
+        return None if model is None else choose_serving_devices(pool, model)
 
     def _describe_loan(self, session: Session, pool: Pool) -> DeviceGrant:
         """Return a grant without devices that says who has them, and until when."""
@@ -211,16 +223,16 @@ class ServingDevices:
             return None
 
 
-def choose_serving_devices(pool: Pool, config: ModelConfig, value_bytes: int) -> GenerationDevices:
+def choose_serving_devices(pool: Pool, model: GenerationModel) -> GenerationDevices:
     """Choose the devices of the model server: the pool's own ones, or the fewest that hold the model.
 
     Raises:
         NoGenerationDevices: if they do not hold it.
     """
     if pool.serving != "own":
-        return choose_generation_devices(pool, config, value_bytes=value_bytes)
+        return choose_generation_devices(pool, model.config, value_bytes=model.value_bytes)
     device_class = pool.serving_devices[0].rpartition("/")[0]
-    chosen = choose_generation_devices(pool, config, device_class=device_class, value_bytes=value_bytes)
+    chosen = choose_generation_devices(pool, model.config, device_class=device_class, value_bytes=model.value_bytes)
     if chosen.count > len(pool.serving_devices):
         raise NoGenerationDevices(
             f"the champion needs {chosen.count} devices of class {device_class}, and serving has "
@@ -242,8 +254,14 @@ def choose_cache_bytes(pool: Pool, devices: GenerationDevices) -> int:
 
 def make_grant(lease: Lease, cache_bytes: int) -> DeviceGrant:
     """Return the grant of a lease's devices."""
-    numbers = [int(device.rpartition("/")[2]) for device in lease.devices or []]
-    return DeviceGrant(lease_id=lease.id, devices=tuple(numbers), cache_bytes=cache_bytes, ttl_s=GRANT_TTL_S)
+    devices = [device.rpartition("/") for device in lease.devices or []]
+    return DeviceGrant(
+        lease_id=lease.id,
+        devices=tuple(int(number) for _, _, number in devices),
+        are_accelerators=all(is_known_accelerator(device_class) for device_class, _, _ in devices),
+        cache_bytes=cache_bytes,
+        ttl_s=GRANT_TTL_S,
+    )
 
 
 def describe_lender(run_id: str, eta_s: float | None) -> DeviceGrant:
@@ -252,7 +270,7 @@ def describe_lender(run_id: str, eta_s: float | None) -> DeviceGrant:
     >>> describe_lender("evaluation of v3", None).message
     "the model's device is lent to the evaluation of v3; retry in a minute"
     """
-    borrower = f"the {run_id}" if "evaluation" in run_id else "training"
+    borrower = f"the {run_id}" if " of v" in run_id else "training"  # as evaluations and smoke tests are named
     if eta_s is None:
         return DeviceGrant(message=f"the model's device is lent to {borrower}; retry in a minute")
     until = datetime.now(timezone.utc) + timedelta(seconds=eta_s)

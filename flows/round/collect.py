@@ -24,6 +24,7 @@ from feedback.tables import read_transaction_time
 from flows.context import Context
 from flows.round.round_recipe import settle_recipe
 from flows.round.versions import make_scratch_folder
+from flows.supervisor.run_reporter import tolerate_outage
 from infra.faults import is_item_error
 from yuan.data.judge import AnswerJudge
 
@@ -73,7 +74,9 @@ def collect_reports_and_datasets(context: Context, round_id: str) -> CollectedCo
     screened = _screen_reports(context, cut_off)
     reproduced = ItemCounts()
     if parent_version is not None:  # the first round has no model to reproduce reports against
-        reproduced = _reproduce_reports(context, cut_off, parent_version, limit=None)
+        reproduced = _reproduce_reports(
+            context, cut_off, parent_version, limit=None, report_waiting=lambda: record_waiting(context, round_id)
+        )
     reviewed = _review_reports(context, cut_off, round_id)
     datasets = _accept_datasets(context, cut_off)
 
@@ -200,13 +203,29 @@ def _screen_reports(context: Context, cut_off: datetime) -> ItemCounts:
         return reports.screen_reports(session, cut_off)
 
 
-def _reproduce_reports(context: Context, cut_off: datetime, version: int, limit: int | None) -> ItemCounts:
+def record_waiting(context: Context, round_id: str) -> None:
+    """Record that a round waits for the model server.
+
+    Raises:
+        RoundOwnershipLost: if the round has ended, or a later attempt works on it.
+    """
+    with tolerate_outage("the round's record"), context.sessions.begin() as session:
+        rounds.record_activity(session, round_id, "waits for the model server, to reproduce reports", context.attempt)
+
+
+def _reproduce_reports(
+    context: Context,
+    cut_off: datetime,
+    version: int,
+    limit: int | None,
+    report_waiting: Callable[[], None] = lambda: None,
+) -> ItemCounts:
     """Query the version with the prompts of reports, `limit` at most, and store the answers batch by batch."""
     with context.sessions() as session:
         unreproduced = reports.find_unreproduced_reports(session, cut_off, version, limit)
         prompts = [make_reproduction_prompt(report) for report in unreproduced]
 
-    if prompts and not wait_until_served(context.settings, version, SERVED_WAIT_S):
+    if prompts and not wait_until_served(context.settings, version, SERVED_WAIT_S, report_waiting):
         log.warning(
             "v%d is not in service for %.0f s: %d reports are reproduced later", version, SERVED_WAIT_S, len(prompts)
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from feedback import promotion, rounds
 from feedback.contracts import RepeatedVerdicts
+from feedback.leases import NoCapacity
 from feedback.round_steps import ItemStep, RoundStep
 from feedback.tables import Case
 from flows.context import Context
@@ -118,7 +119,7 @@ def evaluate_round_versions(
     if champion is not None:
         num_evaluated = sum(version_counts.cases for version_counts in counts)
         num_repeated = min(max(num_evaluated // 10, MIN_REPEATED_CASES), MAX_REPEATED_CASES)
-        repeat_verdicts(context, round_id, champion, limits, num_repeated, record_progress)
+        repeat_verdicts(context, round_id, champion, limits, num_repeated, record_progress, priority=priority)
     with context.sessions.begin() as session:
         # Counted from the records, since an earlier attempt may have stored some of the results.
         num_failed = promotion.count_unjudged_cases(session, versions, cut_off)
@@ -183,7 +184,7 @@ def evaluate_version(
     ):
         try:
             EvaluationProcess(runner, folder, model.path, case_lines, limits, store).run()
-        except EvaluationFailed as error:
+        except (EvaluationFailed, NoCapacity) as error:
             log_file = folder / EVAL_LOG_FILE
             # Without a parent folder, the scratch folder and its log are about to be removed.
             log_hint = f"ends with: {read_log_tail(log_file)}" if scratch_parent is None else f"is {log_file}"
@@ -201,6 +202,8 @@ def repeat_verdicts(
     limits: EvaluationSection,
     max_cases: int,
     report: EvaluationCallback,
+    *,
+    priority: int,
 ) -> None:
     """Evaluate some cases of a version again, in another order and other batches, and record how many verdicts differ.
 
@@ -221,7 +224,12 @@ def repeat_verdicts(
         verdicts.update({result.case_id: result.passed for result in results if result.reason is None})
         report(meter.add(results))
 
-    runner = LeasedRunner(context, f"repeated evaluation of v{version}")
+    runner = LeasedRunner(
+        context,
+        f"repeated evaluation of v{version}",
+        priority,
+        report_waiting=lambda ahead: report(meter.add([], ahead)),
+    )
     lines = {case.id: dump_case(case) for case, _ in judged}
     with (
         open_version(context, version, use_export=True) as model,
@@ -229,7 +237,7 @@ def repeat_verdicts(
     ):
         try:
             EvaluationProcess(runner, folder, model.path, lines, limits, store, max_rows=REPEATED_ROWS).run()
-        except EvaluationFailed as error:  # the verdicts that count are there
+        except (EvaluationFailed, NoCapacity) as error:  # the verdicts that count are there
             log.warning("the verdicts on v%d could not be repeated: %s", version, error)
     if not verdicts:
         return

@@ -13,7 +13,15 @@ from feedback.leases import LeaseLost
 from infra.files import open_regular, remove_path
 from infra.launchers.job import JobExit, LauncherUnreachable, RunningJob
 from yuan.config import format_count
-from yuan.eval.results import CASES_FILE, EVALUATION_FILE, READY_FILE, RESULTS_FILE, EvalResult, parse_results
+from yuan.eval.results import (
+    CASES_FILE,
+    DEVICE_FAULT_FILE,
+    EVALUATION_FILE,
+    READY_FILE,
+    RESULTS_FILE,
+    EvalResult,
+    parse_results,
+)
 from yuan.eval.spec import EvaluationSpec
 from yuan.generate.limits import MAX_BATCH_ROWS
 from yuan.recipe import EvaluationSection
@@ -148,7 +156,7 @@ class EvaluationProcess:
 
     def _run_once(self, num_rows: int) -> JobExit:
         """Run the process on the unfinished cases until it ends."""
-        for name in (RESULTS_FILE, READY_FILE, CASES_FILE, EVALUATION_FILE):
+        for name in (RESULTS_FILE, READY_FILE, CASES_FILE, EVALUATION_FILE, DEVICE_FAULT_FILE):
             remove_path(self.folder / name)
         self._offset = 0
         EvaluationSpec(model=self.model, limits=self.limits, max_rows=num_rows).write(self.folder)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 
 from feedback import rounds, snapshots
 from feedback.round_steps import ItemStep, RoundStep
+from flows.champion_model import find_champion_model
 from flows.context import Context
 from flows.round.consumed_record import fetch_consumed
 from flows.round.masters import check_optimizer_state, prepare_start
@@ -209,7 +210,9 @@ def _plan_run(
         loss_block=compute_default_loss_block(config),
         isolate_documents=recipe.data.isolate_documents,
     )
-    new_plan = make_run_plan(work, pool, make_plan_limits(pool, recipe.batch.micro_batch_size))
+    with context.sessions() as session:
+        champion = find_champion_model(session, context.versions)
+    new_plan = make_run_plan(work, pool, make_plan_limits(pool, recipe.batch.micro_batch_size), champion=champion)
     with context.sessions.begin() as session:
         plan = rounds.get_or_store_plan(session, round_id, new_plan)
 

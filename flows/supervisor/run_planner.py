@@ -6,12 +6,19 @@ from collections import Counter
 from dataclasses import replace
 
 from feedback import leases, rounds
+from flows.champion_model import find_champion_model
 from flows.context import Context
 from flows.supervisor.exit_reason import TrainingFailed
 from flows.supervisor.pool_launcher import make_plan_limits
 from flows.supervisor.run_reporter import RunReporter
 from infra.faults import DATABASE_ERRORS
-from yuan.plan.generation_stages import get_training_pool, list_planning_pools
+from yuan.plan.generation_stages import (
+    GenerationModel,
+    get_training_pool,
+    has_serving_room,
+    list_planning_pools,
+    list_served_models,
+)
 from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import draw_plan
 from yuan.plan.pool import Pool
@@ -86,13 +93,26 @@ class RunPlanner:
         groups = tuple(replace(group, memory_gib=group.memory_gib * memory_share) for group in working_pool.groups)
         return replace(working_pool, groups=groups)
 
+    def leaves_serving_room(self, pool: Pool, plan: PipelinePlan) -> bool:
+        """Return True if a plan leaves room for the model server on its devices.
+
+        After the ranks have run out of memory it does not: their real need is not known.
+        """
+        return not self._num_oom_replans and has_serving_room(plan, pool, self._list_served_models())
+
+    def _list_served_models(self) -> list[GenerationModel]:
+        spec = self._folder.read_spec()
+        with self._context.sessions() as session:
+            champion = find_champion_model(session, self._context.versions)
+        return list_served_models(spec.model, spec.plan.precision, champion)
+
     def _replan(self, pool: Pool, reason: str) -> PipelinePlan:
         """Plan for the working devices and the reduced memory, and write the plan to the run folder."""
         spec = self._folder.read_spec()
         working_pool = self.get_working_pool(pool)
         work = Workload.from_train_config(spec.model, spec.train_config)
         limits = make_plan_limits(working_pool, spec.fixed_micro_batch_size)
-        for planning_pool in list_planning_pools(working_pool, spec.model):
+        for planning_pool in list_planning_pools(working_pool, self._list_served_models()):
             move = replan(work, spec.plan, planning_pool, limits)
             if move.plan.feasible:
                 break

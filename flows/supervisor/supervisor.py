@@ -32,7 +32,6 @@ from infra.launchers.job import Job, LauncherUnreachable, make_job_name
 from infra.machine import has_free_disk
 from infra.settings import HOME_VARIABLE
 from yuan.data.text import make_printable
-from yuan.plan.generation_stages import has_serving_room
 from yuan.plan.plan_record import PipelinePlan
 from yuan.train.events import EndedEvent
 from yuan.train.run_folder import TRAIN_LOG_FILE, RunFolder
@@ -140,7 +139,7 @@ class Supervisor:
                 run_id=self.run_id,
                 team=settings.team,
                 priority=self.priority,
-                shares_devices=has_serving_room(plan, self.pool, self.folder.read_spec().model),
+                shares_devices=self.planner.leaves_serving_room(self.pool, plan),
                 report_waiting=lambda _: self.reporter.report(),
             ) as lease:
                 return self._watch_run(plan, lease)

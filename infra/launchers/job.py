@@ -27,6 +27,7 @@ class Job:
         log_name: name of the file in the folder to which output goes.
         excluded_hosts: hosts on which no process is started.
         input_folders: folders outside of `folder` that the processes read, shared by all nodes.
+        devices_per_process: what a batch system that counts devices gives to each process.
         is_distributed: False for one process that needs no process group, which this machine starts without torchrun.
     """
 
@@ -39,6 +40,7 @@ class Job:
     log_name: str
     excluded_hosts: tuple[str, ...] = ()
     input_folders: tuple[Path, ...] = ()
+    devices_per_process: int = 1
     is_distributed: bool = True
 
     def __post_init__(self) -> None:

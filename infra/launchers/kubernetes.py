@@ -309,7 +309,8 @@ def _build_pod_spec(job: Job, options: KubernetesOptions) -> dict[str, Any]:
         "PET_MAX_RESTARTS": "0",
     }
     index = {"fieldRef": {"fieldPath": f"metadata.annotations['{POD_INDEX_LABEL}']"}}
-    limits = {options.device_resource: str(per_node * options.devices_per_process)}
+    devices_per_process = job.devices_per_process * options.devices_per_process
+    limits = {options.device_resource: str(per_node * devices_per_process)}
     if options.memory:
         limits["memory"] = options.memory
     anti_affinity_term = {

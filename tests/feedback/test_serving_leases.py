@@ -34,7 +34,7 @@ def request(session, *, count=1, shares=False, name="run"):
 
 def test_server_takes_free_devices_and_no_run_is_granted_them(pool):
     serving = take(pool)
-    assert serving.devices == ["A/0"] == serving_leases.find_serving_lease(pool, "p").devices
+    assert serving.devices == ["A/0"] == serving_leases.find_serving_lease(pool).devices
     assert request(pool).devices == ["A/1"]
     waiting = request(pool)
     assert waiting.devices is None and serving_leases.find_leases_blocked_by(pool, serving) == [waiting]
@@ -45,7 +45,7 @@ def test_server_takes_free_devices_and_no_run_is_granted_them(pool):
 def test_server_gets_nothing_while_a_run_waits_or_all_is_in_use(pool):
     request(pool, count=1)
     large = request(pool, count=2)
-    assert take(pool) is None and serving_leases.find_serving_lease(pool, "p") is None
+    assert take(pool) is None and serving_leases.find_serving_lease(pool) is None
     assert large.devices is None and list(pool.scalars(leases.select_waiting_leases("p"))) == [large]
 
 
@@ -96,3 +96,11 @@ def test_last_release_and_holder_are_those_of_runs(pool):
     assert serving_leases.find_newest_holder(pool, "p") == "abc"
     leases.release_lease(pool, run.id, run.generation, "done")
     assert serving_leases.find_last_release(pool, "p") is not None
+
+
+def test_service_does_not_end_for_a_lease_that_another_one_keeps_from_its_device(pool):
+    serving, first = take(pool), request(pool)
+    request(pool, count=2, name="large")
+    small = request(pool, count=1, name="small")
+    assert first.devices and small.devices is None
+    assert serving_leases.find_leases_blocked_by(pool, serving) == []

@@ -20,9 +20,10 @@ from infra.launchers.local import JOB_VARIABLE
 from infra.processes import find_pids, kill_processes
 from tests.waiting import wait_until
 from yuan import tokenizer as tokenizers
-from yuan.config import MODEL_CONFIG_FILE, ModelConfig, yuan_51b
+from yuan.config import MODEL_CONFIG_FILE, ModelConfig, yuan_2b, yuan_51b, yuan_102b
 from yuan.model.transformer import Yuan
 from yuan.model.weights import save
+from yuan.plan.generation_stages import GenerationModel
 from yuan.plan.pool import load_pool, make_cpu_pool, parse_pool
 from yuan.recipe import DEFAULT_EVALUATION
 
@@ -115,6 +116,20 @@ def test_evaluation_resumes_after_a_fault_and_leaves_no_lease(context, model, tm
     wait_until(lambda: not any(find_pids(JOB_VARIABLE, make_job_name(held[0].id))))
 
 
+def test_device_that_the_process_does_not_see_is_taken_out_of_use_and_no_processor_answers(context, model, tmp_path):
+    (tmp_path / "eval").mkdir()
+    file = tmp_path / "pool.toml"
+    file.write_text('[[pool]]\nname = "absent"\nserving = "host"\n[[pool.group]]\ndevice_class = "L40S"\ncount = 1\n')
+    context = dataclasses.replace(context, settings=context.settings.model_copy(update={"pool": str(file)}))
+    results, subject = [], "evaluation on an absent device"
+    runner = LeasedRunner(context, subject)
+    process = EvaluationProcess(runner, tmp_path / "eval", model, make_lines(3), DEFAULT_EVALUATION, results.extend)
+    with pytest.raises(leases.NoCapacity, match=r"L40S/0 is lost: .*1 accelerators and sees 0"):
+        process.run()
+    (lease,) = find_leases(context, subject)
+    assert not results and lease.released_at is not None
+
+
 @pytest.fixture
 def folder_of_51b(tmp_path):
     folder = tmp_path / "51b"
@@ -139,8 +154,13 @@ def test_evaluation_runs_on_the_fewest_devices_of_the_class_with_most_memory(tmp
 def test_evaluation_shares_a_device_with_the_model_server_if_both_fit(model, folder_of_51b):
     group = {"device_class": "H100-80", "count": 2}
     shared = parse_pool({"name": "p", "group": [group], "serving": "share"})
-    assert choose_evaluation_devices(shared, model) == EvaluationDevices("H100-80", 1, shares=True)
-    assert choose_evaluation_devices(shared, folder_of_51b) == EvaluationDevices("H100-80", 2, shares=False)
+    devices = choose_evaluation_devices(shared, model)
+    assert (devices.device_class, devices.count, devices.shares, devices.num_accelerators) == ("H100-80", 1, True, 1)
+    assert choose_evaluation_devices(shared, folder_of_51b) == EvaluationDevices("H100-80", 2)
+    champion = GenerationModel(yuan_2b())
+    beside = choose_evaluation_devices(shared, model, champion)
+    assert beside.shares and devices.max_cache_bytes - beside.max_cache_bytes > 2 * yuan_2b().num_parameters
+    assert not choose_evaluation_devices(shared, model, GenerationModel(yuan_102b())).shares
     for fields in ({"serving": "yield"}, {"serving": "own", "serving_devices": ["H100-80/0"]}):
         assert not choose_evaluation_devices(parse_pool({"name": "p", "group": [group], **fields}), model).shares
 

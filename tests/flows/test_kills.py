@@ -29,6 +29,7 @@ NEXT_ROUND = RoundParameters(max_steps=30, learning_rate=1e-7, replay_rows=100)
 STEPS = ("collect", "snapshot", "plan", "train", "register", "evaluate", "decide")
 SERVICES = ("postgres", "s3", "mlflow", "prefect", "portal", "model-server", "dispatcher", "worker")
 ROUND_TIMEOUT_S = 900.0  # on a slow machine, with a kill in each step
+MAX_FREQUENT_REPORTS = 150  # of one round
 PROCESSES = {
     "flow": "flows.dispatcher.flow_process",
     "torchrun": "torch.distributed.run",
@@ -106,7 +107,8 @@ class Reporter(threading.Thread):
         self.acknowledged, self.failed = [], []
 
     def run(self):
-        while not self.stopped.wait(0.3):
+        # Each report is a case of every later round: a slow machine must not get more of them than a fast one.
+        while not self.stopped.wait(0.3 if len(self.acknowledged) < MAX_FREQUENT_REPORTS else 5.0):
             word = "".join(self.random.choices(string.ascii_lowercase, k=12))
             report = FeedbackIn(
                 kind="correction", prompt=f"Reverse: {word}", response="?", model_version=1, expected=word[::-1]

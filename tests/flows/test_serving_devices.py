@@ -182,7 +182,7 @@ def test_kill_at_a_hand_over_leaves_no_lease(stack, mode, sessions, operator, ch
     with sessions() as session:
         ended = session.query(Lease).filter(Lease.pool == POOL_NAME, Lease.released_at.is_not(None)).all()
     assert not [pid for lease in ended for pid in find_pids(JOB_VARIABLE, make_job_name(lease.id))]
-    assert serving_leases.find_serving_lease(sessions(), POOL_NAME).id == serving.id
+    assert serving_leases.find_serving_lease(sessions()).id == serving.id
 
 
 def test_doctor_and_pool_show_the_devices_of_serving(stack, mode, champion):

@@ -1,6 +1,9 @@
 """The dispatcher's duty for the model server's devices: each state in which lease, queue and server can be."""
 
 import datetime
+import os
+import subprocess
+from pathlib import Path
 
 import pytest
 from sqlalchemy import update
@@ -10,11 +13,12 @@ from feedback import leases, serving_leases
 from feedback.tables import Lease
 from flows.context import DispatcherContext
 from flows.dispatcher import serving_devices
-from flows.dispatcher.serving_devices import ServingDevices, ServingProblem, describe_lender
+from flows.dispatcher.serving_devices import MAX_RETRY_AFTER_S, ServingDevices, ServingProblem, describe_lender
 from infra.processes import get_own_identity
 from tests.serving import serve_app
 from yuan.config import tiny, yuan_2b, yuan_51b, yuan_102b
-from yuan.plan.generation_stages import NoGenerationDevices
+from yuan.generate.cache_slots import CacheBudget
+from yuan.plan.generation_stages import GenerationModel, NoGenerationDevices
 from yuan.plan.memory_model import GIB
 from yuan.plan.pool import load_pool
 from yuan.serve.api import make_api
@@ -22,6 +26,7 @@ from yuan.serve.device_holder import DeviceHolder
 from yuan.serve.grants import DeviceGrant
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.service import ModelService
+from yuan.train.run_status import RunStatus
 
 GROUP = """[[pool]]
 name = "d"
@@ -41,7 +46,8 @@ class Server:
         self.start(DeviceGrant())
 
     def start(self, grant):
-        self.holder = DeviceHolder(ModelService(ModelServerMetrics()), self.identity, grant, self.restarts.append)
+        service = ModelService(ModelServerMetrics(), CacheBudget(grant.cache_bytes or None))
+        self.holder = DeviceHolder(service, self.identity, grant, self.restarts.append)
 
     def settle(self):
         """Do what the real process does within seconds."""
@@ -80,7 +86,7 @@ def make_duty(stores, session, objects, server, tmp_path, monkeypatch):
             monkeypatch.setattr(
                 duty,
                 "_choose_devices",
-                lambda session, pool: serving_devices.choose_serving_devices(pool, config, 2),
+                lambda session, pool: serving_devices.choose_serving_devices(pool, GenerationModel(config)),
             )
             return duty
 
@@ -108,13 +114,13 @@ def request(session, name="run", shares=False, count=1):
 def test_server_gets_a_lease_yields_it_to_a_run_and_takes_it_back(make_duty, server, session):
     duty = make_duty("yield")
     advance(duty, server)
-    serving = serving_leases.find_serving_lease(session, "d")
+    serving = serving_leases.find_serving_lease(session)
     assert server.read_state().lease_id == serving.id and serving.devices == ["A100-80/0"] and not duty.is_lent
 
     run = request(session)
     advance(duty, server)
     session.refresh(run)
-    assert run.devices == ["A100-80/0"] and serving_leases.find_serving_lease(session, "d") is None and duty.is_lent
+    assert run.devices == ["A100-80/0"] and serving_leases.find_serving_lease(session) is None and duty.is_lent
     assert server.read_state().state == "waiting"
 
     leases.release_lease(session, run.id, run.generation, "done")
@@ -145,7 +151,7 @@ def test_own_devices_stay_with_the_server_while_runs_wait(make_duty, server, ses
     leases.grant_leases(session, "d")
     advance(duty, server)
     assert server.read_state().state == "serving"
-    assert serving_leases.find_serving_lease(session, "d").devices == ["A100-80/1"]
+    assert serving_leases.find_serving_lease(session).devices == ["A100-80/1"]
 
 
 def test_lost_device_is_returned_and_without_another_one_the_duty_fails_and_callers_get_the_reason(
@@ -155,21 +161,21 @@ def test_lost_device_is_returned_and_without_another_one_the_duty_fails_and_call
     advance(duty, server)
     leases.set_device_lost(session, "d", "A100-80/0", "Xid 79")
     advance(duty, server)
-    assert serving_leases.find_serving_lease(session, "d").devices == ["A100-80/1"]
+    assert serving_leases.find_serving_lease(session).devices == ["A100-80/1"]
     leases.set_device_lost(session, "d", "A100-80/1", "Xid 79")
     duty.advance()
     server.settle()
     duty.advance()
     with pytest.raises(ServingProblem, match=r"working devices.*A100-80/1 is lost: Xid 79"):
         advance(duty, server)
-    assert serving_leases.find_serving_lease(session, "d") is None and duty.is_lent
+    assert serving_leases.find_serving_lease(session) is None and duty.is_lent
 
 
 def test_champion_that_fits_nowhere_is_a_problem_of_the_duty(make_duty, server, session):
     duty = make_duty("yield", model=yuan_102b())
     with pytest.raises(ServingProblem, match=r"need 2\d\d.\d GiB, and a node of pool 'd' has 1 A100-80 of 77.1 GiB"):
         duty.advance()
-    assert serving_leases.find_serving_lease(session, "d") is None
+    assert serving_leases.find_serving_lease(session) is None
 
 
 def test_former_version_stays_in_service_if_the_next_champion_fits_nowhere(make_duty, server, session, monkeypatch):
@@ -177,7 +183,7 @@ def test_former_version_stays_in_service_if_the_next_champion_fits_nowhere(make_
     advance(duty, server)
     lease_id = server.read_state().lease_id
     choose = serving_devices.choose_serving_devices
-    monkeypatch.setattr(duty, "_choose_devices", lambda session, pool: choose(pool, yuan_102b(), 2))
+    monkeypatch.setattr(duty, "_choose_devices", lambda session, pool: choose(pool, GenerationModel(yuan_102b())))
     for _ in range(3):
         with pytest.raises(ServingProblem, match="a node of pool 'd' has 1 A100-80"):
             duty.advance()
@@ -193,7 +199,7 @@ def test_cache_leaves_room_for_the_next_champion_where_it_is_small(tmp_path, ser
     pool = tmp_path / "pool.toml"
     pool.write_text(GROUP.format(serving=serving, count=8, more="serving_gib = 3.0"))
     pool = load_pool(str(pool))
-    devices = serving_devices.choose_serving_devices(pool, model, 2)
+    devices = serving_devices.choose_serving_devices(pool, GenerationModel(model))
     cache_bytes = serving_devices.choose_cache_bytes(pool, devices)
     if holds_two is None:
         assert cache_bytes == 3 * GIB
@@ -206,37 +212,101 @@ def test_champion_that_needs_more_than_the_own_devices_is_refused(tmp_path):
     pool = tmp_path / "pool.toml"
     pool.write_text(GROUP.format(serving="own", count=8, more='serving_devices = ["A100-80/1"]'))
     with pytest.raises(NoGenerationDevices, match=r"needs 3 devices of class A100-80, and serving has 1 of its own"):
-        serving_devices.choose_serving_devices(load_pool(str(pool)), yuan_102b(), 2)
+        serving_devices.choose_serving_devices(load_pool(str(pool)), GenerationModel(yuan_102b()))
 
 
 def test_larger_champion_gets_more_devices(make_duty, server, session, monkeypatch):
     duty = make_duty("yield", count=4, model=yuan_2b())
     advance(duty, server)
-    assert len(serving_leases.find_serving_lease(session, "d").devices) == 1
+    assert len(serving_leases.find_serving_lease(session).devices) == 1
     choose = serving_devices.choose_serving_devices
-    monkeypatch.setattr(duty, "_choose_devices", lambda session, pool: choose(pool, yuan_102b(), 2))
+    monkeypatch.setattr(duty, "_choose_devices", lambda session, pool: choose(pool, GenerationModel(yuan_102b())))
     advance(duty, server, times=4)
-    assert len(serving_leases.find_serving_lease(session, "d").devices) == 3
+    assert len(serving_leases.find_serving_lease(session).devices) == 3
     assert len(server.holder.read_state().lease_id) > 0
 
 
 def test_lease_of_a_server_that_was_started_again_is_released(make_duty, server, session):
     duty = make_duty("yield")
     advance(duty, server)
-    first = serving_leases.find_serving_lease(session, "d")
+    first = serving_leases.find_serving_lease(session)
     # The identity of a process that has exited.
     session.execute(update(Lease).where(Lease.id == first.id).values(holder=get_own_identity()[:-1] + "x"))
     server.start(DeviceGrant())
     advance(duty, server)
-    second = serving_leases.find_serving_lease(session, "d")
+    second = serving_leases.find_serving_lease(session)
     assert second.id != first.id and server.read_state().lease_id == second.id
     assert session.get_one(Lease, first.id, populate_existing=True).end_reason == "the model server exited"
+
+
+def test_lease_of_another_process_that_runs_is_not_released(make_duty, server, session):
+    duty = make_duty("yield")
+    advance(duty, server)
+    lease = serving_leases.find_serving_lease(session)
+    with subprocess.Popen(["sleep", "60"]) as other:
+        identity = get_own_identity().replace(f":{os.getpid()}:", f":{other.pid}:")
+        start_tick = Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        holder = f"{identity.rpartition(':')[0]}:{start_tick}"
+        session.execute(update(Lease).where(Lease.id == lease.id).values(holder=holder))
+        server.start(DeviceGrant())
+        advance(duty, server)
+        assert session.get_one(Lease, lease.id, populate_existing=True).released_at is None
+        assert server.read_state().lease_id is None
+        other.kill()
+
+
+def change_pool(folder, **fields):
+    file = folder / "pool.toml"
+    file.write_text(GROUP.format(**{"serving": "yield", "count": 1, "more": "", **fields}))
+    return file
+
+
+def test_pool_that_no_longer_gives_devices_ends_the_lease_and_says_what_to_do(make_duty, server, session, tmp_path):
+    duty = make_duty("yield")
+    advance(duty, server)
+    change_pool(tmp_path, serving="host")
+    run = request(session)
+    advance(duty, server, times=2)
+    session.refresh(run)
+    assert serving_leases.find_serving_lease(session) is None and run.devices == ["A100-80/0"]
+    with pytest.raises(ServingProblem, match=r"run `cotrain down` and `cotrain up`"):
+        duty.advance()
+
+
+def test_pool_with_a_new_name_ends_the_lease_of_the_former_and_waits_for_its_runs(make_duty, server, session, tmp_path):
+    duty = make_duty("yield", count=2)
+    advance(duty, server)
+    run = request(session)
+    leases.grant_leases(session, "d")
+    assert run.devices and serving_leases.find_serving_lease(session).pool == "d"
+    file = change_pool(tmp_path, count=2)
+    file.write_text(file.read_text().replace('"d"', '"e"'))
+    advance(duty, server, times=4)
+    assert serving_leases.find_serving_lease(session) is None and duty.is_lent
+    leases.release_lease(session, run.id, run.generation, "done")
+    advance(duty, server)
+    assert serving_leases.find_serving_lease(session).pool == "e"
+
+
+def test_smaller_budget_in_the_file_reaches_the_server_that_serves(make_duty, server, tmp_path):
+    duty = make_duty("share", model=yuan_2b(), more="serving_gib = 20.0")
+    advance(duty, server)
+    assert server.read_state().cache_bytes == 20 * GIB
+    change_pool(tmp_path, serving="share", more="serving_gib = 4.0")
+    duty.advance()
+    assert server.read_state().cache_bytes == 4 * GIB and server.read_state().state == "serving"
+
+
+def test_remaining_time_that_a_rank_reports_is_bounded():
+    status = {"step": 1, "max_steps": 2, "eta_s": 1e300}
+    assert RunStatus.from_json(status).eta_s is None
+    assert describe_lender("run", 3.0e8).retry_after_s == MAX_RETRY_AFTER_S
 
 
 def test_server_with_a_grant_of_a_released_lease_returns_it_first(make_duty, server, session):
     duty = make_duty("yield")
     advance(duty, server)
-    lease = serving_leases.find_serving_lease(session, "d")
+    lease = serving_leases.find_serving_lease(session)
     leases.release_lease(session, lease.id, lease.generation, "taken away")
     run = request(session)
     leases.grant_leases(session, "d")

@@ -43,6 +43,12 @@ def test_one_pod_per_node_and_no_automatic_restart(job):
     assert pod["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": "8", "memory": "64Gi"}
 
 
+def test_pod_asks_for_every_device_of_its_processes(job):
+    body = build_jobset(Job(**{**job.__dict__, "devices_per_process": 2}), OPTIONS)
+    pod = body["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "16"
+
+
 def test_pods_exclude_lost_nodes_and_get_their_node_name(job):
     body = build_jobset(Job(**{**job.__dict__, "excluded_hosts": ("gpu-7", "gpu-9")}), OPTIONS)
     assert JobsetV1alpha2JobSet.from_dict(body).to_dict() == body

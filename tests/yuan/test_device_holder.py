@@ -101,7 +101,7 @@ def service():
 
 
 def make_holder(service, restarts, **fields):
-    grant = DeviceGrant(lease_id="one", devices=(0,), **fields)
+    grant = DeviceGrant(lease_id="one", devices=(0,), cache_bytes=2**26, **fields)
     return DeviceHolder(service, get_own_identity(), grant, restarts.append)
 
 
@@ -142,7 +142,7 @@ def test_grant_must_be_renewed_and_the_last_word_counts(service):
     holder = make_holder(service, restarts, ttl_s=0.3)
     for _ in range(3):
         time.sleep(0.2)
-        assert holder.apply(DeviceGrant(lease_id="one", devices=(0,))).state == "serving"
+        assert holder.apply(DeviceGrant(lease_id="one", devices=(0,), cache_bytes=2**26)).state == "serving"
         holder.poll()
     assert not restarts
     other = LENT.model_copy(update={"lease_id": "two"})
@@ -154,9 +154,39 @@ def test_grant_must_be_renewed_and_the_last_word_counts(service):
         service.get_served()
 
 
+def test_grant_of_the_same_lease_changes_the_budget_of_the_cache_without_a_restart(service):
+    restarts = []
+    holder = make_holder(service, restarts)
+    state = holder.apply(DeviceGrant(lease_id="one", devices=(0,), cache_bytes=2**20))
+    assert (state.state, state.cache_bytes) == ("serving", 2**20)
+    holder.poll()
+    assert not restarts and service.max_cache_bytes == 2**20
+
+
+def test_process_that_does_not_see_the_accelerators_of_its_grant_says_so_and_serves_nothing(tmp_path):
+    grant = DeviceGrant(lease_id="ab-2", devices=(7,), cache_bytes=2**26, are_accelerators=True)
+    with run_server(tmp_path) as (_, http):
+        wait_for_state(http, "waiting")
+        put(http, grant)
+        state = wait_for_state(http, "serving")
+        assert "must compute on 1 accelerators and sees 0, with CUDA_VISIBLE_DEVICES 7" in state["problem"]
+        assert http.post("/v1/completions", json={"prompt": "1", "max_tokens": 1, "model": "yuan"}).status_code == 503
+
+
 @pytest.mark.parametrize(
     "body",
-    [{"lease_id": "../x"}, {"lease_id": ""}, {"devices": [-1]}, {"devices": ["a"]}, {"ttl_s": 0}, {"other": 1}, []],
+    [
+        {"lease_id": "a", "devices": [0]},
+        {"lease_id": "a", "cache_bytes": 1},
+        {"devices": [0], "cache_bytes": 1},
+        {"lease_id": "../x"},
+        {"lease_id": ""},
+        {"devices": [-1]},
+        {"devices": ["a"]},
+        {"ttl_s": 0},
+        {"other": 1},
+        [],
+    ],
 )
 def test_wrong_grant_is_refused_and_changes_nothing(service, body):
     restarts = []

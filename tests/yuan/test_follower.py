@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import httpx
 import pytest
@@ -18,12 +19,12 @@ from tests.yuan.model_server import make_served_model
 from yuan.config import ModelConfig
 from yuan.generate.cache_slots import CacheBudget
 from yuan.generate.limits import Sampling
+from yuan.generate.placement import ModelPlacement
 from yuan.model.transformer import Yuan
 from yuan.model.weights import save, verify_folder, write_manifest
 from yuan.serve.api import wait_for_swap
 from yuan.serve.follower import NO_VERSION_MESSAGE, AliasFollower, LastVersion, VersionNotReady
 from yuan.serve.metrics import ModelServerMetrics
-from yuan.serve.placement import ModelPlacement
 from yuan.serve.request import GenerationRequest, NoModelInService
 from yuan.serve.service import ModelService
 
@@ -117,7 +118,7 @@ def test_version_that_does_not_fit_beside_the_former_waits_for_its_requests_and_
     swapping = threading.Thread(target=follower.check_alias)
     swapping.start()
     wait_until(lambda: service.is_swapping or service.served.version == 2)
-    asyncio.run(wait_for_swap(service))
+    asyncio.run(wait_for_swap(service, time.monotonic() + 60))
     swapping.join()
     assert service.served.version == 2 and not service.is_swapping and pieces[-1].finish_reason is not None
 

@@ -7,6 +7,7 @@ import pytest
 
 from yuan.config import tiny, yuan_2b, yuan_51b, yuan_102b
 from yuan.plan.generation_stages import (
+    GenerationModel,
     NoGenerationDevices,
     choose_generation_devices,
     compute_cache_bytes,
@@ -20,6 +21,8 @@ from yuan.plan.memory_model import GIB
 from yuan.plan.planner import make_run_plan
 from yuan.plan.pool import make_cpu_pool, parse_pool
 from yuan.plan.workload import Workload
+
+SERVED = [GenerationModel(yuan_2b())]
 
 
 def make_pool(count=1, memory_gib=79.1, **fields):
@@ -76,11 +79,28 @@ def test_cache_fits_on_every_stage():
 def test_default_of_one_gpu_is_to_share_if_a_plan_fits_else_to_yield():
     pool, work = make_pool(), make_work()
     plan = make_run_plan(work, pool)
-    assert plan.feasible and has_serving_room(plan, pool, work.model)
+    assert plan.feasible and has_serving_room(plan, pool, SERVED)
 
     small = make_pool(memory_gib=45.0)
     plan = make_run_plan(work, small)
-    assert plan.feasible and not has_serving_room(plan, small, work.model)
+    assert plan.feasible and not has_serving_room(plan, small, SERVED)
+
+
+@pytest.mark.parametrize("serving", ["auto", "share"])
+@pytest.mark.parametrize(("device_class", "count"), [("A100-80", 2), ("A100-40", 4), ("L40S", 2), ("RTX-4090", 8)])
+def test_plan_that_was_made_with_room_for_the_model_server_has_it(device_class, count, serving):
+    pool = parse_pool({"name": "p", "group": [{"device_class": device_class, "count": count}], "serving": serving})
+    plan = make_run_plan(make_work(), pool)
+    assert plan.feasible and has_serving_room(plan, pool, SERVED)
+
+
+def test_room_is_that_of_the_champion_if_it_is_larger_than_the_trained_model():
+    pool, champion = make_pool(serving="share"), GenerationModel(yuan_2b(), value_bytes=4)
+    work = make_work(model=tiny(), seq_len=128)
+    plan = make_run_plan(work, pool, champion=champion)
+    room_bytes = 4 * yuan_2b().num_parameters
+    assert plan.feasible and has_serving_room(plan, pool, [champion])
+    assert plan.stages[0].memory_terms["reserve"] > room_bytes > 2 * yuan_2b().num_parameters
 
 
 def test_shared_pool_refuses_a_plan_without_room_and_yielding_one_does_not():
@@ -88,23 +108,23 @@ def test_shared_pool_refuses_a_plan_without_room_and_yielding_one_does_not():
     shared = make_run_plan(work, make_pool(memory_gib=45.0, serving="share"))
     yielding = make_run_plan(work, make_pool(memory_gib=45.0, serving="yield"))
     assert not shared.feasible and yielding.feasible
-    assert not has_serving_room(yielding, make_pool(memory_gib=45.0, serving="yield"), work.model)
+    assert not has_serving_room(yielding, make_pool(memory_gib=45.0, serving="yield"), SERVED)
 
 
 def test_room_is_that_of_weights_and_cache():
     pool = make_pool(serving="share", serving_gib=6.0)
-    room_gib = leave_serving_room(pool, yuan_2b()).groups[0].reserve_gib - pool.groups[0].reserve_gib
+    room_gib = leave_serving_room(pool, SERVED).groups[0].reserve_gib - pool.groups[0].reserve_gib
     assert room_gib == pytest.approx(1.05 * 2 * yuan_2b().num_parameters / GIB + 6.0)
 
 
 def test_own_devices_are_not_planned_for():
     pool = make_pool(4, serving="own", serving_devices=["A100-80/3"])
-    (planned,) = list_planning_pools(pool, yuan_2b())
+    (planned,) = list_planning_pools(pool, SERVED)
     assert planned.num_devices == get_training_pool(pool).num_devices == 3 and not planned.serving_devices
 
 
 def test_default_pool_of_processors_is_planned_as_it_is():
-    assert list_planning_pools(make_cpu_pool(), tiny()) == [make_cpu_pool()]
+    assert list_planning_pools(make_cpu_pool(), [GenerationModel(tiny())]) == [make_cpu_pool()]
 
 
 def test_cluster_of_several_nodes_keeps_its_devices_for_training():

@@ -2,8 +2,8 @@
 
 FOLDER has what to do in `evaluation.json` and the cases, rows with an id, in `cases.jsonl`; each result, with the
 answer and the checker's verdict, is appended to `results.jsonl` as soon as it is there, and `ready` is made once the
-model has decoded a token. It computes on the accelerator that the environment grants, else on processors. A case that
-cannot be read, answered or judged fails with the reason; the other cases are not affected.
+model has decoded a token. It computes on the accelerators that the environment grants, on as few as hold the model, or
+on processors. A case that cannot be read, answered or judged fails with the reason; the other cases are not affected.
 """
 
 import contextlib
@@ -26,15 +26,17 @@ from infra.process_group import exit_with_parent
 from yuan.data.checkers import Checker, Exact
 from yuan.data.judge import AnswerJudge, CheckFailed
 from yuan.data.rule_text import describe_errors
-from yuan.eval.results import CASES_FILE, READY_FILE, RESULTS_FILE, EvalResult, dump_results
+from yuan.device_faults import DEVICE_LOST_STATUS, describes_lost_device
+from yuan.eval.results import CASES_FILE, DEVICE_FAULT_FILE, READY_FILE, RESULTS_FILE, EvalResult, dump_results
 from yuan.eval.spec import EvaluationSpec
 from yuan.generate.answers import Completion, iter_answers
 from yuan.generate.cache_slots import CacheBudget
 from yuan.generate.decoder import check_decoding
 from yuan.generate.limits import MAX_BATCH_ROWS, Sampling
-from yuan.model.accelerator import choose_device, read_free_memory_bytes
+from yuan.generate.placement import choose_fewest_devices, load_over_devices, measure_cache_room
+from yuan.model.accelerator import check_accelerators, list_devices
 from yuan.model.transformer import Yuan
-from yuan.model.weights import load, load_tokenizer
+from yuan.model.weights import load_tokenizer
 from yuan.recipe import DEFAULT_EVALUATION, EvaluationSection
 from yuan.tokenizer import Tokenizer
 
@@ -145,24 +147,33 @@ def _find_case_id(line: bytes) -> str | None:
         return None
 
 
-def measure_free_memory_gib(device: torch.device) -> float:
-    """Return the memory that is available now on a device, in GiB."""
-    free_bytes = read_free_memory_bytes(device)
-    return measure_available_memory_gib() if free_bytes is None else free_bytes / 2**30
-
-
 def main() -> int:
     configure_logging()
     exit_with_parent()
     torch.set_num_threads(os.cpu_count() or 1)
     folder = Path(sys.argv[1])
+    try:
+        run_evaluation(folder)
+    except Exception as error:
+        if not describes_lost_device(str(error)):
+            raise
+        log.exception("a device is lost")
+        (folder / DEVICE_FAULT_FILE).write_text(str(error)[:MAX_EVAL_REASON_CHARACTERS])
+        return DEVICE_LOST_STATUS
+    return 0
+
+
+def run_evaluation(folder: Path) -> None:
+    """Evaluate the cases of a folder."""
     spec = EvaluationSpec.read(folder)
-    device = choose_device()
-    model, tokenizer = load(spec.model, is_verified=True).to(device), load_tokenizer(spec.model)
+    check_accelerators(spec.num_accelerators)
+    devices = choose_fewest_devices(spec.model, list_devices())
+    model, tokenizer = load_over_devices(spec.model, devices), load_tokenizer(spec.model)
     check_decoding(model, tokenizer)
     (folder / READY_FILE).touch()
 
-    budget = CacheBudget(int(EVAL_CACHE_SHARE * measure_free_memory_gib(device) * 2**30))
+    room_bytes = measure_cache_room(model, lambda: int(measure_available_memory_gib() * 2**30))
+    budget = CacheBudget(min(spec.max_cache_bytes or room_bytes, int(EVAL_CACHE_SHARE * room_bytes)))
     num_results = num_passed = num_unjudged = 0
     with AnswerJudge() as judge, (folder / RESULTS_FILE).open("ab", buffering=0) as out:
         cases = iter_cases(folder / CASES_FILE)
@@ -173,7 +184,6 @@ def main() -> int:
             num_passed += result.passed
             num_unjudged += result.reason is not None
     log.info("evaluated %d cases: %d passed, %d could not be judged", num_results, num_passed, num_unjudged)
-    return 0
 
 
 if __name__ == "__main__":

@@ -44,6 +44,9 @@ class Decoding(Protocol):
     @property
     def running(self) -> list[DecodingSequence]: ...
 
+    @property
+    def has_passed(self) -> bool: ...
+
     def check_fits(self, num_tokens: int) -> None: ...
 
     def admit(self, sequence: DecodingSequence, spare_share: float = 0.0) -> bool: ...
@@ -81,6 +84,7 @@ class Decoder:
 
     Attributes:
         num_chosen_tokens: tokens chosen so far, of all sequences.
+        has_passed: a step has been completed.
 
     Args:
         budget: of the cache; None for no limit.
@@ -91,7 +95,10 @@ class Decoder:
         self.cache = CacheSlots(model, budget or CacheBudget())
         self.num_chosen_tokens = 0
         self._slots: dict[DecodingSequence, CacheSlot] = {}
-        self._prefilling: list[DecodingSequence] = []  # in the order of their admission
+        # In the order of their admission; one with more to come than a pass may have is moved behind the others.
+        self._prefilling: list[DecodingSequence] = []
+        self._next_error: Exception | None = None
+        self.has_passed = False
         self._device = model.embedding.weight.device
 
     @property
@@ -161,11 +168,20 @@ class Decoder:
             The sequences that failed; they have no slot.
 
         Raises:
-            Exception: any error of a forward pass; then discard this decoder and add its sequences to a new one.
+            Exception: any error of a forward pass, in the next step if sequences failed before it in this one; then
+                discard this decoder and add its sequences to a new one.
         """
+        if self._next_error is not None:
+            raise self._next_error
         failed: list[FailedSequence] = []
-        for planned in self.plan_passes():
-            failed += self.finish_pass(planned, self.run_pass(planned))
+        try:
+            for planned in self.plan_passes():
+                failed += self.finish_pass(planned, self.run_pass(planned))
+            self.has_passed = True
+        except Exception as error:
+            if not failed:
+                raise
+            self._next_error = error
         return failed
 
     def plan_passes(self) -> list[PlannedPass]:
@@ -196,6 +212,10 @@ class Decoder:
         ready = [row for row, sequence in enumerate(planned.sequences) if not self._count_missing(sequence)]
         for row in ready:
             self._prefilling.remove(planned.sequences[row])
+        for sequence in planned.sequences:
+            if sequence in self._prefilling:
+                self._prefilling.remove(sequence)
+                self._prefilling.append(sequence)
         if not ready:
             return []
         return self.choose_next_tokens([planned.sequences[row] for row in ready], logits_BV[ready])

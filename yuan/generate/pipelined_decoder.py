@@ -39,6 +39,7 @@ class PipelinedDecoder:
         self._threads = ThreadPoolExecutor(len(self.groups), thread_name_prefix="stage")
         self._in_flight: dict[Decoder, Future[list[PassResult]]] = {}
         self._removed: set[DecodingSequence] = set()  # while their group is computed
+        self._next_error: Exception | None = None
 
     @property
     def num_chosen_tokens(self) -> int:
@@ -48,6 +49,11 @@ class PipelinedDecoder:
     def running(self) -> list[DecodingSequence]:
         """Return the sequences that have a slot."""
         return [sequence for group in self.groups for sequence in group.running if sequence not in self._removed]
+
+    @property
+    def has_passed(self) -> bool:
+        """Return True if every group that has sequences has completed a step."""
+        return all(group.has_passed for group in self.groups if group.running)
 
     @property
     def num_in_flight(self) -> int:
@@ -86,8 +92,11 @@ class PipelinedDecoder:
             The sequences that failed; they have no slot.
 
         Raises:
-            Exception: any error of a forward pass; then discard this decoder and add its sequences to a new one.
+            Exception: any error of a forward pass, in the next step if sequences failed before it in this one; then
+                discard this decoder and add its sequences to a new one.
         """
+        if self._next_error is not None:
+            raise self._next_error
         for group in self.groups:
             if group not in self._in_flight and (planned := group.plan_passes()):
                 self._in_flight[group] = self._threads.submit(run_passes, group, planned)
@@ -95,8 +104,13 @@ class PipelinedDecoder:
             return []
         wait(self._in_flight.values(), return_when=FIRST_COMPLETED)
         failed: list[FailedSequence] = []
-        for group in [group for group, future in self._in_flight.items() if future.done()]:
-            failed += self._finish(group)
+        try:
+            for group in [group for group, future in self._in_flight.items() if future.done()]:
+                failed += self._finish(group)
+        except Exception as error:
+            if not failed:
+                raise
+            self._next_error = error
         return failed
 
     def remove(self, sequence: DecodingSequence) -> None:
@@ -128,6 +142,7 @@ class PipelinedDecoder:
             group.remove(sequence)
         failed = [failure for failure in failed if failure.sequence not in self._removed]
         self._removed -= members
+        group.has_passed = True
         return failed
 
 

@@ -3,6 +3,7 @@
 What a kernel needs of one backend stays beside the kernel: flash attention, Triton and mixed-precision products.
 """
 
+import os
 import resource
 
 import torch
@@ -27,6 +28,25 @@ def choose_device(local_rank: int = 0) -> torch.device:
 def list_devices() -> list[torch.device]:
     """Return the accelerators that this process sees; the processor if there is none."""
     return [choose_device(number) for number in range(count_accelerators())] or [torch.device("cpu")]
+
+
+class AcceleratorsMissing(RuntimeError):
+    """This process sees fewer accelerators than it was given."""
+
+
+def check_accelerators(num_expected: int) -> None:
+    """Check that this process sees the accelerators that it was given, before it computes on processors instead.
+
+    Raises:
+        AcceleratorsMissing: if not; the message names what hides them.
+    """
+    num_seen = count_accelerators()
+    if num_seen < num_expected:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        raise AcceleratorsMissing(
+            f"this process must compute on {num_expected} accelerators and sees {num_seen}, with CUDA_VISIBLE_DEVICES "
+            f"{visible}; check the driver with `nvidia-smi`, and the devices of the pool's file"
+        )
 
 
 def choose_collectives() -> str:
@@ -55,6 +75,12 @@ def read_device_name(device: torch.device) -> str:
 def read_free_memory_bytes(device: torch.device) -> int | None:
     """Return the memory of an accelerator that no process uses; None for the processor, whose limits others know."""
     return torch.accelerator.get_memory_info(device)[0] if is_accelerator(device) else None
+
+
+def release_unused_memory() -> None:
+    """Give memory of accelerators that no tensor of this process uses back to their other users."""
+    if count_accelerators():
+        torch.accelerator.empty_cache()
 
 
 def read_peak_memory_bytes(device: torch.device) -> int:

@@ -132,3 +132,12 @@ def lacks_bf16(device_class: str) -> bool:
     (True, True, True, False, False)
     """
     return CLASSES_WITHOUT_BF16.match(device_class) is not None
+
+
+def is_known_accelerator(device_class: str) -> bool:
+    """Return True if devices of a class are certainly accelerators; a class of another name may be anything.
+
+    >>> [is_known_accelerator(name) for name in ("A100-80", "cpu-process")]
+    [True, False]
+    """
+    return device_class in DEVICE_SPECS

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from yuan.config import ModelConfig
 from yuan.plan.memory_model import GIB
-from yuan.plan.plan_record import PipelinePlan
+from yuan.plan.plan_record import PipelinePlan, Stage
 from yuan.plan.pool import DeviceGroup, Pool
 
 SERVED_VALUE_BYTES = 2  # a version is bf16
@@ -22,6 +22,18 @@ MIN_CACHE_SHARE = 0.05  # of the weights' bytes: a stage that has less room for 
 
 class NoGenerationDevices(ValueError):
     """No device class of the pool has enough memory for a model."""
+
+
+@dataclass(frozen=True)
+class GenerationModel:
+    """A model that is served.
+
+    Attributes:
+        value_bytes: of a weight, and of a value in the cache.
+    """
+
+    config: ModelConfig
+    value_bytes: int = SERVED_VALUE_BYTES
 
 
 @dataclass(frozen=True)
@@ -109,12 +121,12 @@ def compute_cache_bytes(
     """
     rooms = [
         (device_bytes - GENERATION_WORKSPACE_FACTOR * value_bytes * parameters) * model.num_layers / num_layers
-        for parameters, num_layers in zip(_count_stage_parameters(model, layers), layers, strict=True)
+        for parameters, num_layers in zip(count_stage_parameters(model, layers), layers, strict=True)
     ]
     return max(int(min(rooms)), 0)
 
 
-def _count_stage_parameters(model: ModelConfig, layers: Sequence[int]) -> list[int]:
+def count_stage_parameters(model: ModelConfig, layers: Sequence[int]) -> list[int]:
     """Return the parameters of each stage; those outside of the layers are in the first."""
     others = model.num_parameters - model.num_layers * model.layer_parameters
     return [num * model.layer_parameters + (others if stage == 0 else 0) for stage, num in enumerate(layers)]
@@ -133,11 +145,20 @@ def get_training_pool(pool: Pool) -> Pool:
     return replace(pool, groups=groups, serving="host", serving_devices=())
 
 
-def list_planning_pools(pool: Pool, model: ModelConfig) -> list[Pool]:
+def list_served_models(model: ModelConfig, precision: str, champion: GenerationModel | None) -> list[GenerationModel]:
+    """Return the models that may be served beside a run: the one it trains, and the champion if there is one."""
+    trained = GenerationModel(model, 4 if precision == "fp32" else SERVED_VALUE_BYTES)
+    return [trained] if champion is None else [trained, champion]
+
+
+def list_planning_pools(pool: Pool, served: Sequence[GenerationModel]) -> list[Pool]:
     """Return the pools for which a run is planned, in the order in which to try them.
 
     The first one leaves room for the model server where it shares devices. With "auto" the second one does not, and
     the model server then yields to the run.
+
+    Args:
+        served: the models of which any may be served meanwhile.
 
     Raises:
         NoGenerationDevices: if serving is "share" and the model server's room would leave nothing.
@@ -145,28 +166,30 @@ def list_planning_pools(pool: Pool, model: ModelConfig) -> list[Pool]:
     if pool.serving not in ("auto", "share") or not pool.uses_devices_for_serving:
         return [get_training_pool(pool)]
     if pool.serving == "share":
-        return [leave_serving_room(pool, model)]
+        return [leave_serving_room(pool, served)]
     try:
-        return [leave_serving_room(pool, model), pool]
+        return [leave_serving_room(pool, served), pool]
     except NoGenerationDevices:
         return [pool]
 
 
-def leave_serving_room(pool: Pool, model: ModelConfig) -> Pool:
-    """Return a pool whose devices of serving's class keep room for a model of this size and its cache.
+def leave_serving_room(pool: Pool, served: Sequence[GenerationModel]) -> Pool:
+    """Return a pool whose devices keep room for any of some models and its cache, where the model server has it.
 
     The room is kept on every device of the class, since a plan does not choose among equal devices.
 
     Raises:
-        NoGenerationDevices: if the model server cannot hold the model beside anything.
+        NoGenerationDevices: if the model server cannot hold a model beside anything.
     """
-    serving = choose_generation_devices(pool, model)
-    room_gib = compute_serving_room_gib(pool, model, serving)
+    rooms: dict[str, float] = {}
+    for model in served:
+        devices = choose_generation_devices(pool, model.config, value_bytes=model.value_bytes)
+        room_gib = compute_serving_room_gib(pool, model, devices)
+        rooms[devices.device_class] = max(room_gib, rooms.get(devices.device_class, 0.0))
 
     def reserve(group: DeviceGroup) -> DeviceGroup:
-        if group.device_class != serving.device_class:
-            return group
-        if group.reserve_gib + room_gib >= group.memory_gib:
+        room_gib = rooms.get(group.device_class, 0.0)
+        if room_gib and group.reserve_gib + room_gib >= group.memory_gib:
             raise NoGenerationDevices(
                 f"the model server needs {room_gib:.1f} GiB of a {group.device_class} of {group.memory_gib:.1f} GiB, "
                 'which leaves nothing to training; use serving = "yield"'
@@ -176,29 +199,33 @@ def leave_serving_room(pool: Pool, model: ModelConfig) -> Pool:
     return replace(pool, groups=tuple(map(reserve, pool.groups)))
 
 
-def compute_serving_room_gib(pool: Pool, model: ModelConfig, serving: GenerationDevices) -> float:
+def compute_serving_room_gib(pool: Pool, model: GenerationModel, devices: GenerationDevices) -> float:
     """Return the memory that the model server uses of one shared device: its largest stage, and the cache's part."""
-    weights = SERVED_VALUE_BYTES * max(_count_stage_parameters(model, serving.layers))
-    cache_share = max(serving.layers) / model.num_layers
+    weights = model.value_bytes * max(count_stage_parameters(model.config, devices.layers))
+    cache_share = max(devices.layers) / model.config.num_layers
     return GENERATION_WORKSPACE_FACTOR * weights / GIB + pool.serving_gib * cache_share
 
 
-def has_serving_room(plan: PipelinePlan, pool: Pool, model: ModelConfig) -> bool:
-    """Return True if the model server shares devices, and a plan leaves room for it on its own."""
+def has_serving_room(plan: PipelinePlan, pool: Pool, served: Sequence[GenerationModel]) -> bool:
+    """Return True if the model server shares devices, and a plan leaves room on them for any of some models.
+
+    The plan may have been made for the pool as it is, or with that room as part of its reserve.
+    """
     if pool.serving not in ("auto", "share") or not pool.uses_devices_for_serving:
         return False
     try:
-        with_room = leave_serving_room(pool, model)
+        groups = {group.device_class: group for group in leave_serving_room(pool, served).groups}
     except NoGenerationDevices:
         return False
-    rooms = {group.device_class: group.reserve_gib for group in with_room.groups}
-    groups = {group.device_class: group for group in pool.groups}
-    return all(
-        stage.memory_bytes + (rooms[stage.device_class] - groups[stage.device_class].reserve_gib) * GIB
-        <= groups[stage.device_class].memory_gib * GIB
-        for stage in plan.stages
-        if stage.device_class in groups
-    )
+
+    def has_room(stage: Stage) -> bool:
+        group = groups.get(stage.device_class)
+        if group is None:
+            return False
+        used_bytes = stage.memory_bytes - stage.memory_terms.get("reserve", 0)
+        return bool(used_bytes + group.reserve_gib * GIB <= group.memory_gib * GIB)
+
+    return all(map(has_room, plan.stages))
 
 
 def _compute_usable_gib(group: DeviceGroup) -> float:

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Literal, get_args
 
 from yuan.plan.explain import explain, explain_infeasible
-from yuan.plan.generation_stages import list_planning_pools
+from yuan.plan.generation_stages import GenerationModel, list_planning_pools, list_served_models
 from yuan.plan.layout import Layout
 from yuan.plan.layout_prediction import predict_layout
 from yuan.plan.memory_model import compute_memory_terms
@@ -85,13 +85,18 @@ def make_plan(
     return replace(plan, binding=binding, explanation=text)
 
 
-def make_run_plan(work: Workload, pool: Pool, limits: SizeLimits = SizeLimits()) -> PipelinePlan:
+def make_run_plan(
+    work: Workload, pool: Pool, limits: SizeLimits = SizeLimits(), *, champion: GenerationModel | None = None
+) -> PipelinePlan:
     """Compute the plan of a round's run: with room for the model server if it shares devices and such a plan fits.
+
+    Args:
+        champion: the model in service; the trained one may follow it.
 
     Raises:
         ValueError: as `make_plan`, or if the model server's room leaves nothing.
     """
-    first_pool, *other_pools = list_planning_pools(pool, work.model)
+    first_pool, *other_pools = list_planning_pools(pool, list_served_models(work.model, work.precision, champion))
     plan = make_plan(work, first_pool, limits)
     for other_pool in other_pools:
         if not plan.feasible:

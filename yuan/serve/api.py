@@ -28,6 +28,7 @@ from yuan.serve.request import (
     EngineStopped,
     GenerationRequest,
     ModelNotServed,
+    NoModelInService,
     QueueFull,
     ServedModel,
 )
@@ -40,6 +41,7 @@ from yuan.serve.strict_requests import StrictRoute, get_body_type, get_json_faul
 ANSWER_TIMEOUT_S = 110.0
 ENGINE_GRACE_S = 5.0  # report a silent engine this long after the answer's timeout, before the portal's own timeout
 SWAP_POLL_S = 0.05
+MAX_SWAP_WAITERS = 256  # as many as may wait for a model in service
 VERSION_HEADER = "X-Yuan-Version"
 
 
@@ -80,19 +82,17 @@ def make_api(token: str, service: ModelService, devices: DeviceHolder | None = N
 
     @app.post("/v1/completions")
     async def completions(form: CompletionIn, call: Call) -> Response:
-        await wait_for_swap(service)
         listener = AnswerReceiver(service, build_sampling(form, form.logprobs), form, caller=get_caller(call))
-        listener.submit(lambda served: form.encode_prompts(served.tokenizer))
+        await submit_when_swapped(service, listener, form)
         formatter = CompletionFormatter(listener.version, listener.tokenizer, with_logprobs=form.logprobs is not None)
         return await respond(listener, formatter, form, call)
 
     @app.post("/v1/chat/completions")
     async def chat(form: ChatIn, call: Call) -> Response:
-        await wait_for_swap(service)
         max_tokens = form.max_completion_tokens or form.max_tokens
         sampling = build_sampling(form, form.top_logprobs if form.logprobs else None, max_tokens=max_tokens)
         listener = AnswerReceiver(service, sampling, form, caller=get_caller(call))
-        listener.submit(lambda served: form.encode_prompts(served.tokenizer))
+        await submit_when_swapped(service, listener, form)
         formatter = ChatFormatter(listener.version, listener.tokenizer, with_logprobs=form.logprobs)
         return await respond(listener, formatter, form, call)
 
@@ -111,11 +111,38 @@ def _add_device_routes(app: FastAPI, devices: DeviceHolder) -> None:
         return devices.apply(grant).model_dump()
 
 
-async def wait_for_swap(service: ModelService) -> None:
-    """Wait while one model leaves before the next one is loaded, at most as long as an answer may take."""
-    deadline = time.monotonic() + ANSWER_TIMEOUT_S
-    while service.is_swapping and time.monotonic() < deadline:
-        await asyncio.sleep(SWAP_POLL_S)
+async def wait_for_swap(service: ModelService, deadline: float) -> None:
+    """Wait while one model leaves before the next one is loaded.
+
+    Raises:
+        QueueFull: if too many calls wait for it.
+    """
+    if not service.is_swapping:
+        return
+    if service.num_swap_waiters >= MAX_SWAP_WAITERS:
+        raise QueueFull(f"{MAX_SWAP_WAITERS} calls wait for the next model already; retry in a minute")
+    service.num_swap_waiters += 1
+    try:
+        while service.is_swapping and time.monotonic() < deadline:
+            await asyncio.sleep(SWAP_POLL_S)
+    finally:
+        service.num_swap_waiters -= 1
+
+
+async def submit_when_swapped(service: ModelService, listener: "AnswerReceiver", form: CompletionIn | ChatIn) -> None:
+    """Submit a call, which waits while one model leaves before the next one is loaded, up to the call's deadline.
+
+    Raises:
+        QueueFull: if too many calls wait for it.
+        Exception: as `AnswerReceiver.submit`.
+    """
+    while True:
+        await wait_for_swap(service, listener.deadline)
+        try:
+            return listener.submit(lambda served: form.encode_prompts(served.tokenizer))
+        except NoModelInService:
+            if not service.is_swapping or time.monotonic() >= listener.deadline:
+                raise
 
 
 def describe_model(served: ServedModel, name: str) -> dict[str, Any]:
@@ -152,7 +179,11 @@ def build_sampling(form: CompletionIn | ChatIn, logprobs: int | None, **changes:
 
 
 class AnswerReceiver:
-    """Receive the pieces of one call's answer: pass them from the engine's thread to this event loop."""
+    """Receive the pieces of one call's answer: pass them from the engine's thread to this event loop.
+
+    Attributes:
+        deadline: until which the call is answered, of the monotonic clock.
+    """
 
     def __init__(self, service: ModelService, sampling: Sampling, form: CompletionIn | ChatIn, *, caller: str) -> None:
         self.metrics = service.metrics
@@ -160,6 +191,7 @@ class AnswerReceiver:
         self._sampling = sampling
         self._requested_model, self._num_choices = form.model, form.n
         self._caller = caller
+        self.deadline = time.monotonic() + ANSWER_TIMEOUT_S
         self._pieces: asyncio.Queue[AnswerPiece | Exception] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 
@@ -183,7 +215,7 @@ class AnswerReceiver:
                 prompts,
                 self._sampling,
                 deliver=self._deliver,
-                limit_s=ANSWER_TIMEOUT_S,
+                limit_s=max(self.deadline - time.monotonic(), 0.0),
                 num_choices=self._num_choices,
                 caller=self._caller,
             )
@@ -191,7 +223,8 @@ class AnswerReceiver:
         self.request = self._service.submit(make_request)
         stalled = EngineStopped("the engine does not respond; try again in a minute")
         self.metrics.change_open_calls(+1)
-        self._timer = self._loop.call_later(ANSWER_TIMEOUT_S + ENGINE_GRACE_S, self._pieces.put_nowait, stalled)
+        silent_s = max(self.deadline - time.monotonic(), 0.0) + ENGINE_GRACE_S
+        self._timer = self._loop.call_later(silent_s, self._pieces.put_nowait, stalled)
         self.version, self.tokenizer = self.request.served.version, self.request.served.tokenizer
 
     def _deliver(self, piece: AnswerPiece | Exception) -> None:

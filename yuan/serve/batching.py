@@ -9,6 +9,7 @@ from yuan.generate.cache_slots import CacheBudget
 from yuan.generate.decoder import NoCacheRoom, NonFiniteLogits, check_decoding
 from yuan.generate.pipelined_decoder import make_decoder
 from yuan.generate.sequence import DecodingSequence
+from yuan.model.accelerator import release_unused_memory
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.request import AnswerTimeout, DecodingFailed, EngineStopped, GenerationRequest, ServedModel
 from yuan.serve.waiting import WaitingQueue
@@ -100,6 +101,17 @@ class BatchingEngine:
             self._is_draining = True
             self._wake.notify()
 
+    def follow_budget(self) -> None:
+        """Free what a smaller budget no longer allows, as soon as nothing uses it."""
+        with self._wake:
+            self._wake.notify()
+
+    def _release_excess(self) -> None:
+        max_bytes = self._budget.max_bytes
+        if max_bytes is not None and self._budget.num_bytes > max_bytes:
+            self._decoder.release_empty_blocks()
+            release_unused_memory()
+
     def _run(self) -> None:
         try:
             self._run_passes()
@@ -115,6 +127,7 @@ class BatchingEngine:
         while True:
             with self._wake:
                 while not self._requests and not self._is_draining:
+                    self._release_excess()
                     self._wake.wait()
                 if not self._requests:
                     self._decoder.release_empty_blocks()
@@ -131,7 +144,8 @@ class BatchingEngine:
             for failure in self._decoder.step():
                 self._fail_sequence(failure.sequence, failure.error)
             self._metrics.count_tokens(self._decoder.num_chosen_tokens - num_tokens)
-            self._is_recovering, self._fault = False, None
+            if self._decoder.has_passed:
+                self._is_recovering, self._fault = False, None
         except Exception as error:
             self._recover(error)
         try:
@@ -141,6 +155,7 @@ class BatchingEngine:
             self._recover(error)
         if self._is_draining:
             self._decoder.release_empty_blocks()  # the next engine shares the budget
+        self._release_excess()
         if self._lacks_room and not self._decoder.running:  # the previous engine has the bytes
             with self._wake:
                 self._wake.wait(ROOM_POLL_S)

@@ -24,15 +24,22 @@ class DeviceHolder:
     Args:
         current: the grant with which this process image was started.
         restart: replaces the process image by one with another grant; it may return before that.
+        limit_cache: returns the budget of the decoding cache for the one of a grant.
     """
 
     def __init__(
-        self, service: ModelService, identity: str, current: DeviceGrant, restart: Callable[[DeviceGrant], None]
+        self,
+        service: ModelService,
+        identity: str,
+        current: DeviceGrant,
+        restart: Callable[[DeviceGrant], None],
+        limit_cache: Callable[[int], int] = lambda cache_bytes: cache_bytes,
     ) -> None:
         self._service = service
         self._identity = identity
         self._current = current
         self._restart = restart
+        self._limit_cache = limit_cache
         self._next: DeviceGrant | None = None  # set once the current one has ended
         self._renewed_at = self._yield_at = time.monotonic()
         self._is_restarting = False
@@ -50,6 +57,7 @@ class DeviceHolder:
             lease_id=self._current.lease_id,
             state=state,
             identity=self._identity,
+            cache_bytes=self._service.max_cache_bytes,
             version=served.version if served else None,
             problem=self._service.problem,
         )
@@ -61,6 +69,8 @@ class DeviceHolder:
                 self._renewed_at = time.monotonic()
                 if grant.lease_id is None:
                     self._service.explain_absence(grant.message, grant.retry_after_s)
+                else:
+                    self._change_budget(grant.cache_bytes)
             elif self._current.lease_id is None:
                 self._next = grant
             elif self._next is None:
@@ -69,6 +79,12 @@ class DeviceHolder:
                 self._next = grant
                 self._service.stop(AbsenceReason(message=grant.message, retry_after_s=grant.retry_after_s))
         return self.read_state()
+
+    def _change_budget(self, cache_bytes: int) -> None:
+        if cache_bytes != self._current.cache_bytes:
+            log.info("the decoding cache may have %.1f GiB now", cache_bytes / 2**30)
+            self._current = self._current.model_copy(update={"cache_bytes": cache_bytes})
+            self._service.resize_cache(self._limit_cache(cache_bytes))
 
     def watch(self) -> None:
         """Poll without end: yield when the grant is not renewed, and restart when nothing uses the devices."""

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from yuan.generate.placement import ModelPlacement
 from yuan.model.weights import load_tokenizer
 from yuan.safe_files import replace_file_below
-from yuan.serve.placement import ModelPlacement
 from yuan.serve.request import ServedModel
 from yuan.serve.service import SHORT_RETRY_AFTER_S, ModelService
 from yuan.version_names import NO_VERSION_MESSAGE

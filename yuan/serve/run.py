@@ -24,13 +24,14 @@ from infra.settings import ModelServerSettings, load_settings
 from infra.tracker import Tracker
 from infra.version_cache import VersionCache, VersionNotCached
 from yuan.generate.cache_slots import CacheBudget
+from yuan.generate.placement import ModelPlacement
+from yuan.model.accelerator import AcceleratorsMissing, check_accelerators
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE, parse_digests
 from yuan.serve.api import make_api
 from yuan.serve.device_holder import DeviceHolder
 from yuan.serve.follower import AliasFollower, LastVersion, OpenedVersion, VersionNotReady
 from yuan.serve.grants import DeviceGrant
 from yuan.serve.metrics import ModelServerMetrics
-from yuan.serve.placement import ModelPlacement
 from yuan.serve.service import ModelService
 
 log = logging.getLogger(__name__)
@@ -61,20 +62,22 @@ class ModelServer:
         """Serve until a stop signal arrives, or `next_grant` is set for the next process image."""
         settings, grant = self._settings, read_own_grant()
         torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))  # one core is for HTTP
-        cache_bytes = int(settings.serving_cache_gib * 2**30) or grant.cache_bytes
-        if not cache_bytes:
-            cache_bytes = int(DEFAULT_CACHE_SHARE * measure_available_memory_gib() * 2**30)
+        cache_bytes = self._limit_cache(grant.cache_bytes)
         budget = CacheBudget(cache_bytes)
         service = ModelService(ModelServerMetrics(), budget)
         holder = None
         if settings.serving_devices == "leased":
-            holder = DeviceHolder(service, get_own_identity(), grant, self._restart)
+            holder = DeviceHolder(service, get_own_identity(), grant, self._restart, self._limit_cache)
             threading.Thread(target=holder.watch, daemon=True, name="devices").start()
-        if holder is None or grant.lease_id is not None:
+        if holder is not None and grant.lease_id is None:
+            service.explain_absence(grant.message, grant.retry_after_s)
+        elif (problem := find_device_problem(grant)) is not None:
+            log.error("%s", problem)
+            service.problem = problem
+            service.explain_absence("the devices for serving do not work; tell the operator", None)
+        else:
             log.info("the decoding cache has %.1f GiB", cache_bytes / 2**30)
             self._follow_alias(service, budget)
-        else:
-            service.explain_absence(grant.message, grant.retry_after_s)
 
         app = make_api(settings.model_server_token.get_secret_value(), service, holder)
         config = uvicorn.Config(
@@ -89,6 +92,12 @@ class ModelServer:
         self._server = uvicorn.Server(config)
         if self.next_grant is None:
             self._server.run()
+
+    def _limit_cache(self, granted_bytes: int) -> int:
+        """Return the budget of the decoding cache: that of the grant, the operator's, or the smaller of the two."""
+        own_bytes = int(self._settings.serving_cache_gib * 2**30)
+        limits = [limit for limit in (own_bytes, granted_bytes) if limit]
+        return min(limits) if limits else int(DEFAULT_CACHE_SHARE * measure_available_memory_gib() * 2**30)
 
     def _follow_alias(self, service: ModelService, budget: CacheBudget) -> None:
         settings, tracker = self._settings, Tracker(self._settings)
@@ -111,6 +120,15 @@ class ModelServer:
         self.next_grant = grant
         if self._server is not None:
             self._server.should_exit = True
+
+
+def find_device_problem(grant: DeviceGrant) -> str | None:
+    """Describe why this process cannot compute on the devices of its grant; None if it can."""
+    try:
+        check_accelerators(len(grant.devices) if grant.are_accelerators else 0)
+    except AcceleratorsMissing as error:
+        return str(error)
+    return None
 
 
 def read_own_grant() -> DeviceGrant:

@@ -38,6 +38,7 @@ class ModelService:
         absence_reason: reported to callers while no model is in service.
         is_stopped: service has ended; no model is put into service any more.
         is_swapping: a model leaves before the next one is loaded, since memory does not hold both; requests wait.
+        num_swap_waiters: calls that wait while one model leaves before the next one is loaded.
         problem: why a version cannot be served, for operators; None if there is no such problem.
 
     Args:
@@ -50,8 +51,10 @@ class ModelService:
         self.engine: BatchingEngine | None = None
         self._draining: list[BatchingEngine] = []
         self._draining_lock = threading.Lock()
+        self._change_lock = threading.Lock()  # of the engine in service and the reason for its absence
         self.absence_reason = STARTING_REASON
         self.is_stopped = self.is_swapping = False
+        self.num_swap_waiters = 0
         self.problem: str | None = None
 
     @property
@@ -69,29 +72,51 @@ class ModelService:
         Raises:
             EngineStopped: if service has ended.
         """
-        if self.is_stopped:
-            raise EngineStopped("the model server ends its service on these devices")
-        previous, self.engine = self.engine, BatchingEngine(served, self.metrics, self._budget)
-        self.is_swapping = False
-        self.metrics.set_version(served.version)
-        self._drain(previous)
+        with self._change_lock:
+            if self.is_stopped:
+                raise EngineStopped("the model server ends its service on these devices")
+            previous, self.engine = self.engine, BatchingEngine(served, self.metrics, self._budget)
+            self.is_swapping = False
+            self.metrics.set_version(served.version)
+            self._drain(previous)
 
     def take_out(self) -> None:
-        """Take the model out of service, because memory does not hold the next one beside it; new requests wait."""
-        self.is_swapping = True
-        previous, self.engine = self.engine, None
-        self._drain(previous)
+        """Take the model out of service, because memory does not hold the next one beside it; new requests wait.
+
+        Raises:
+            EngineStopped: if service has ended.
+        """
+        with self._change_lock:
+            if self.is_stopped:
+                raise EngineStopped("the model server ends its service on these devices")
+            self.is_swapping = True
+            previous, self.engine = self.engine, None
+            self._drain(previous)
 
     def stop(self, reason: AbsenceReason) -> None:
         """End the service: running requests are answered, and new ones are refused with the reason."""
-        self.is_stopped, self.is_swapping, self.absence_reason = True, False, reason
-        previous, self.engine = self.engine, None
-        self._drain(previous)
+        with self._change_lock:
+            self.is_stopped, self.is_swapping, self.absence_reason = True, False, reason
+            previous, self.engine = self.engine, None
+            self._drain(previous)
 
     def explain_absence(self, message: str, retry_after_s: int | None) -> None:
         """Set what callers are told while no model is in service; the reason of `stop` is kept."""
-        if not self.is_stopped:
-            self.absence_reason = AbsenceReason(message=message, retry_after_s=retry_after_s)
+        with self._change_lock:
+            if not self.is_stopped:
+                self.absence_reason = AbsenceReason(message=message, retry_after_s=retry_after_s)
+
+    @property
+    def max_cache_bytes(self) -> int | None:
+        """Return the budget of the caches of all engines; None for no limit."""
+        return self._budget.max_bytes
+
+    def resize_cache(self, max_bytes: int) -> None:
+        """Change the budget of the caches; what is in use above a smaller one is freed as requests end."""
+        self._budget.max_bytes = max_bytes
+        with self._change_lock:
+            if self.engine is not None:
+                self.engine.follow_budget()
 
     def _drain(self, engine: BatchingEngine | None) -> None:
         if engine is not None:

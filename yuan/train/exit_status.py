@@ -11,6 +11,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from yuan.device_faults import DEVICE_LOST_STATUS, describes_lost_device
 from yuan.safe_files import list_names, read_file
 from yuan.train.guard import NumericalError
 from yuan.train.rank_json import RANK_FILE_PATTERN, get_count, get_number, get_text, parse_rank_object
@@ -30,7 +31,7 @@ class ExitStatus(IntEnum):
     UNKNOWN = 1
     BAD_DATA = 65
     PEER_LOST = 68
-    DEVICE_LOST = 69
+    DEVICE_LOST = DEVICE_LOST_STATUS
     OUT_OF_MEMORY = 71
     NUMERICAL = 72
     HUNG = 73
@@ -40,11 +41,6 @@ class ExitStatus(IntEnum):
 
 # Messages of CUDA, NCCL and gloo. A lost device is matched before a lost peer, since one causes the other.
 OUT_OF_MEMORY_PATTERN = re.compile(r"out of memory|cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
-DEVICE_LOST_PATTERN = re.compile(
-    r"uncorrectable ECC|device is lost|fallen off the bus|unspecified launch failure|no CUDA-capable device"
-    r"|CUDA-capable device\(s\) is/are busy or unavailable|invalid device ordinal|hardware error|\bXid\b",
-    re.IGNORECASE,
-)
 PEER_LOST_PATTERN = re.compile(
     r"connection (closed|reset|refused)|timed out|broken pipe|ncclRemoteError|remote process exited|socket timeout"
     r"|unhandled system error|monitoredBarrier",
@@ -95,7 +91,7 @@ def classify_error(error: BaseException) -> ExitStatus:
         return ExitStatus.OUT_OF_MEMORY
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ExitStatus.DISK_FULL
-    if DEVICE_LOST_PATTERN.search(text):
+    if describes_lost_device(text):
         return ExitStatus.DEVICE_LOST
     if PEER_LOST_PATTERN.search(text):
         return ExitStatus.PEER_LOST

@@ -30,6 +30,9 @@ class StageThroughput:
         return cls(**numbers) if len(numbers) == len(names) else None
 
 
+MAX_ETA_S = 10 * 365 * 86400.0  # a rank writes the number
+
+
 @dataclass(frozen=True, kw_only=True)
 class Throughput:
     """Medians over the last steps.
@@ -109,14 +112,14 @@ class RunStatus:
         if step is None or not max_steps:
             got = f"{data.get('step')!r} and {data.get('max_steps')!r}"
             raise ValueError(f"a status needs step and max_steps, got {got}")
-        state = data.get("state")
+        state, eta_s = data.get("state"), get_number(data, "eta_s")
         return cls(
             state=state if state in RUN_STATES else "",
             step=step,
             max_steps=max_steps,
             loss=get_number(data, "loss"),
             grad_norm=get_number(data, "grad_norm"),
-            eta_s=get_number(data, "eta_s"),
+            eta_s=None if eta_s is None or not 0 <= eta_s <= MAX_ETA_S else eta_s,
             throughput=Throughput.from_json(data),
             bounds=_parse_bounds(data.get("bounds")),
             pid=get_count(data, "pid"),

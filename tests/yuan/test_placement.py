@@ -1,0 +1,65 @@
+"""A model is placed on as few devices as hold it, and its cache has the room of the stage with least."""
+
+import pytest
+import torch
+
+from tests.yuan.model_server import make_served_model
+from yuan.generate.answers import answer_each
+from yuan.generate.limits import Sampling
+from yuan.generate.placement import (
+    choose_fewest_devices,
+    compute_stage_bytes,
+    load_over_devices,
+    measure_cache_room,
+    split_over_devices,
+)
+from yuan.model.weights import save
+
+CPU = torch.device("cpu")
+NO_LIMIT = 2**40
+
+
+@pytest.fixture(scope="module")
+def served():
+    return make_served_model(1)
+
+
+@pytest.fixture(scope="module")
+def folder(served, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("placement") / "model"
+    save(folder, served.model.config, served.model.state_dict(), served.tokenizer, {})
+    return folder
+
+
+def test_as_few_devices_as_hold_the_weights_are_chosen(folder):
+    devices = [CPU] * 4
+    (whole,) = compute_stage_bytes(folder, split_over_devices(folder, [CPU]))
+    in_two = max(compute_stage_bytes(folder, split_over_devices(folder, [CPU] * 2)))
+    assert in_two < whole
+    assert len(choose_fewest_devices(folder, devices, lambda _: 2 * int(whole))) == 1
+    assert len(choose_fewest_devices(folder, devices, lambda _: int(1.06 * in_two))) == 2
+    assert len(choose_fewest_devices(folder, devices, lambda _: 0)) == len(devices)
+    assert len(choose_fewest_devices(folder, devices, lambda _: None)) == 1
+
+
+def test_more_devices_than_layers_are_not_used(served, folder):
+    num_layers = served.model.config.num_layers
+    model = load_over_devices(folder, [CPU] * (num_layers + 3))
+    assert [len(stage.layers) for stage in model.stages] == [1] * num_layers
+
+
+def test_room_of_the_cache_is_that_of_the_stage_with_least(served, folder):
+    model = load_over_devices(folder, [CPU, CPU])
+    num_layers, largest = served.model.config.num_layers, max(len(stage.layers) for stage in model.stages)
+    assert measure_cache_room(model, lambda: NO_LIMIT, lambda _: 1000) == 1000 * num_layers // largest
+    assert measure_cache_room(model, lambda: 1000, lambda _: None) == 1000
+    assert measure_cache_room(served.model, lambda: NO_LIMIT, lambda _: 1000) == 1000
+
+
+def test_model_over_devices_answers_as_the_model_on_one(served, folder):
+    prompts = [f"add {number}" for number in range(20)]
+    samplings = [Sampling(max_tokens=8)] * len(prompts)
+    staged = load_over_devices(folder, [CPU, CPU])
+    assert answer_each(staged, served.tokenizer, prompts, samplings) == answer_each(
+        served.model, served.tokenizer, prompts, samplings
+    )
