@@ -15,15 +15,19 @@ from flows.round.evaluation_process import EvaluationProgress
 
 
 class EvaluationLines:
-    """Print the progress of an evaluation on stderr, every few seconds and at its end."""
+    """Print the progress of an evaluation on stderr: every few seconds, when its place in the queue changes, and at its
+    end.
+    """
 
     def __init__(self) -> None:
         self._printed_at = time.monotonic()
+        self._num_leases_ahead: int | None = None
 
     def __call__(self, progress: EvaluationProgress) -> None:
         now = time.monotonic()
-        if now - self._printed_at >= PROGRESS_INTERVAL_S or progress.num_done == progress.num_cases:
-            self._printed_at = now
+        has_moved = progress.num_leases_ahead != self._num_leases_ahead
+        if has_moved or now - self._printed_at >= PROGRESS_INTERVAL_S or progress.num_done == progress.num_cases:
+            self._printed_at, self._num_leases_ahead = now, progress.num_leases_ahead
             print(progress.describe(), file=sys.stderr)
 
 

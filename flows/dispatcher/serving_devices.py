@@ -20,6 +20,7 @@ from flows.context import DispatcherContext
 from flows.duties import compute_age_s
 from flows.supervisor.pool_launcher import load_configured_pool
 from infra.processes import is_known_alive
+from yuan.device_faults import describes_lost_device
 from yuan.plan.devices import is_known_accelerator
 from yuan.plan.generation_stages import (
     GENERATION_WORKSPACE_FACTOR,
@@ -40,6 +41,7 @@ GRANT_TTL_S = 180.0  # below the time after which a lease without heartbeats is 
 DEVICE_CALL_TIMEOUT_S = 5.0
 RETAKE_AFTER_S = 20.0  # from a lease's end, since a round's evaluation asks for devices right after its training
 MAX_RETRY_AFTER_S = 3600
+MAX_SERVING_LOSS_CHARACTERS = 300
 RESTART_TIMEOUT_S = 180.0  # running requests end, and the next process image loads the model
 
 
@@ -174,6 +176,8 @@ class ServingDevices:
             leases.record_lease_heartbeat(session, lease.id, lease.generation)
         except LeaseLost:
             return DeviceGrant()
+        if state.problem and describes_lost_device(state.problem) and lease.devices and len(lease.devices) == 1:
+            leases.set_device_lost(session, pool.name, lease.devices[0], state.problem[:MAX_SERVING_LOSS_CHARACTERS])
         if lost := leases.find_lost_devices(session, pool.name, lease.devices or []):
             log.warning("the model server gives back lost devices: %s", lost)
             return DeviceGrant(message="the device of the model is lost, and another one is taken; retry in a minute")

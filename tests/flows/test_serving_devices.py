@@ -2,7 +2,10 @@
 
 import contextlib
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -16,7 +19,7 @@ from flows.demo.demo_corpus import BASE_SKILLS
 from infra.launchers.job import make_job_name
 from infra.launchers.local import JOB_VARIABLE
 from infra.processes import find_pids
-from tests.flows.conftest import Stack
+from tests.flows.conftest import ROOT, Stack
 from yuan.data.skills import load_skills
 from yuan.serve.grants import GrantState
 
@@ -152,10 +155,15 @@ def test_round_ends_in_every_mode_while_the_model_gets_requests(stack, mode, ses
 
 
 def test_evaluation_during_training_shows_its_place_and_ends(stack, mode, operator, champion):
+    send_reports(stack, operator)
     training_round = operator.start_round(NEXT_ROUND)
     stack.wait_until(lambda: operator.round(training_round.id).step == "train", timeout_s=300)
-    code, output = stack.cotrain("evaluate", "v1")
-    assert code == 0, output
+    command = [sys.executable, "-m", "flows.cli.app", "evaluate", "v1"]
+    result = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "COTRAIN_HOME": str(stack.home)}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"v1: 0 of \d+ cases, waits for devices, 1 lease ahead", result.stderr), result.stderr
     stack.follow(operator, training_round)
 
 

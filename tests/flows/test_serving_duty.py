@@ -47,6 +47,7 @@ class Server:
 
     def start(self, grant):
         service = ModelService(ModelServerMetrics(), CacheBudget(grant.cache_bytes or None))
+        self.service = service
         self.holder = DeviceHolder(service, self.identity, grant, self.restarts.append)
 
     def settle(self):
@@ -295,6 +296,19 @@ def test_smaller_budget_in_the_file_reaches_the_server_that_serves(make_duty, se
     change_pool(tmp_path, serving="share", more="serving_gib = 4.0")
     duty.advance()
     assert server.read_state().cache_bytes == 4 * GIB and server.read_state().state == "serving"
+
+
+def test_device_that_the_server_does_not_see_is_taken_out_of_use_and_another_one_serves(make_duty, server, session):
+    duty = make_duty("yield", count=2)
+    advance(duty, server)
+    assert serving_leases.find_serving_lease(session).devices == ["A100-80/0"]
+    server.service.problem = "this process must compute on 1 accelerators and sees 0"
+    with pytest.raises(ServingProblem, match="sees 0"):
+        duty.advance()
+    server.settle()
+    advance(duty, server, times=4)
+    assert serving_leases.find_serving_lease(session).devices == ["A100-80/1"]
+    assert "sees 0" in leases.find_lost_devices(session, "d", ["A100-80/0"])["A100-80/0"]
 
 
 def test_remaining_time_that_a_rank_reports_is_bounded():

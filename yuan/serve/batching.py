@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter
 
+from yuan.device_faults import describes_lost_device
 from yuan.generate.cache_slots import CacheBudget
 from yuan.generate.decoder import NoCacheRoom, NonFiniteLogits, check_decoding
 from yuan.generate.pipelined_decoder import make_decoder
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 
 RESERVED_CACHE_SHARE = 0.25  # for callers that have no slot
 ROOM_POLL_S = 0.01
+MAX_DECODING_FAULT_CHARACTERS = 300
 ENGINE_STALL_TIMEOUT_S = 300.0  # longer than any request may take, so that a slow machine does not count as stalled
 
 
@@ -239,7 +241,9 @@ class BatchingEngine:
             self._fault = None
         except Exception as error:
             log.exception("a single token cannot be decoded either")
-            self._fault = f"the model cannot be decoded ({type(error).__name__})"
+            is_device_lost = describes_lost_device(str(error))  # its text has nothing of a request then
+            reason = str(error)[:MAX_DECODING_FAULT_CHARACTERS] if is_device_lost else type(error).__name__
+            self._fault = f"the model cannot be decoded ({reason})"
 
     def _deliver(self) -> None:
         now, is_any_over = time.monotonic(), False

@@ -59,7 +59,7 @@ class DeviceHolder:
             identity=self._identity,
             cache_bytes=self._service.max_cache_bytes,
             version=served.version if served else None,
-            problem=self._service.problem,
+            problem=self._service.problem or self._service.fault(),
         )
 
     def apply(self, grant: DeviceGrant) -> GrantState:
