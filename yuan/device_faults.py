@@ -1,4 +1,4 @@
-"""Faults of a device, by the messages of its driver, after which a process cannot go on with it."""
+"""Faults of a device, by the messages of its driver, after which no process can use it until it is repaired."""
 
 import re
 

@@ -74,18 +74,16 @@ class ServingDevices:
         pool = load_configured_pool(self._context.settings)
         try:
             self._follow_pool(pool, self._call("GET", None))
-        except httpx.HTTPStatusError as error:
-            if error.response.status_code != httpx.codes.NOT_FOUND:
-                raise
-            self.is_lent = False
-            if pool.uses_devices_for_serving:
+        except httpx.HTTPError as error:
+            if not pool.uses_devices_for_serving:  # its server has no devices, and its faults are the keeper's matter
+                self.is_lent = False
+                return
+            if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.NOT_FOUND:
                 raise ServingProblem(
                     "the pool gives devices to the model server, which was started without them; run `cotrain down` "
                     "and `cotrain up`"
                 ) from None
-        except httpx.TransportError:
-            # A server without devices is the keeper's matter.
-            if pool.uses_devices_for_serving and time.monotonic() > self._restart_ends_at:
+            if not isinstance(error, httpx.TransportError) or time.monotonic() > self._restart_ends_at:
                 raise
 
     def _follow_pool(self, pool: Pool, state: GrantState) -> None:
@@ -177,12 +175,13 @@ class ServingDevices:
         except LeaseLost:
             return DeviceGrant()
         if state.problem and describes_lost_device(state.problem) and lease.devices and len(lease.devices) == 1:
-            leases.set_device_lost(session, pool.name, lease.devices[0], state.problem[:MAX_SERVING_LOSS_CHARACTERS])
-        if lost := leases.find_lost_devices(session, pool.name, lease.devices or []):
+            leases.set_device_lost(session, lease.pool, lease.devices[0], state.problem[:MAX_SERVING_LOSS_CHARACTERS])
+        if lost := leases.find_lost_devices(session, lease.pool, lease.devices or []):
             log.warning("the model server gives back lost devices: %s", lost)
             return DeviceGrant(message="the device of the model is lost, and another one is taken; retry in a minute")
-        if lease.pool != pool.name or not pool.uses_devices_for_serving:  # the pool's file was changed
-            return DeviceGrant(message="the model leaves its device, which is in no pool for it now; retry in a minute")
+        has_left = lease.pool != pool.name or not pool.uses_devices_for_serving  # the pool's file was changed
+        if has_left or (pool.serving == "own" and not set(lease.devices or []) <= set(pool.serving_devices)):
+            return DeviceGrant(message="the model leaves its device, which is not for it any more; retry in a minute")
         if (pool.serving in ("auto", "share")) != lease.shares_devices:
             return DeviceGrant()
         if waiting := serving_leases.find_leases_blocked_by(session, lease):

@@ -75,6 +75,7 @@ class LeasedRunner:
         launcher = make_launcher(pool)
         with self.context.sessions.begin() as session:
             leases.register_pool(session, pool)
+        with self.context.sessions() as session:
             champion = find_champion_model(session, self.context.versions)
         devices = choose_evaluation_devices(pool, model, champion)
         spec = EvaluationSpec.read(folder)

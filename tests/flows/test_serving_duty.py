@@ -289,6 +289,28 @@ def test_pool_with_a_new_name_ends_the_lease_of_the_former_and_waits_for_its_run
     assert serving_leases.find_serving_lease(session).pool == "e"
 
 
+def test_other_own_devices_in_the_file_are_taken_and_the_former_ones_given_back(make_duty, server, session, tmp_path):
+    duty = make_duty("own", count=3, more='serving_devices = ["A100-80/2"]')
+    advance(duty, server)
+    assert serving_leases.find_serving_lease(session).devices == ["A100-80/2"]
+    change_pool(tmp_path, serving="own", count=3, more='serving_devices = ["A100-80/1"]')
+    advance(duty, server, times=4)
+    assert serving_leases.find_serving_lease(session).devices == ["A100-80/1"]
+
+
+def test_lost_device_of_a_pool_with_another_name_now_is_marked_there(make_duty, server, session, tmp_path):
+    duty = make_duty("yield")
+    advance(duty, server)
+    file = change_pool(tmp_path, count=1)
+    file.write_text(file.read_text().replace('"d"', '"e"'))
+    server.service.problem = "CUDA error: device is lost"
+    with pytest.raises(ServingProblem, match="device is lost"):
+        duty.advance()
+    assert leases.find_lost_devices(session, "d", ["A100-80/0"]) and not leases.find_lost_devices(
+        session, "e", ["A100-80/0"]
+    )
+
+
 def test_smaller_budget_in_the_file_reaches_the_server_that_serves(make_duty, server, tmp_path):
     duty = make_duty("share", model=yuan_2b(), more="serving_gib = 20.0")
     advance(duty, server)

@@ -154,7 +154,7 @@ def main() -> int:
     folder = Path(sys.argv[1])
     try:
         run_evaluation(folder)
-    except Exception as error:
+    except RuntimeError as error:  # as torch's errors of devices are
         if not describes_lost_device(str(error)):
             raise
         log.exception("a device is lost")

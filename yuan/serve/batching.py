@@ -109,9 +109,11 @@ class BatchingEngine:
             self._wake.notify()
 
     def _release_excess(self) -> None:
-        max_bytes = self._budget.max_bytes
-        if max_bytes is not None and self._budget.num_bytes > max_bytes:
-            self._decoder.release_empty_blocks()
+        max_bytes, num_bytes = self._budget.max_bytes, self._budget.num_bytes
+        if max_bytes is None or num_bytes <= max_bytes:
+            return
+        self._decoder.release_empty_blocks()
+        if self._budget.num_bytes < num_bytes:  # it waits for the device
             release_unused_memory()
 
     def _run(self) -> None:

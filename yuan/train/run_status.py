@@ -9,6 +9,7 @@ from yuan.train.rank_json import get_count, get_number
 RUN_STATES = ("training", "finished")
 MAX_STAGES = 4096
 MAX_STRAGGLERS = 4096
+MAX_ETA_S = 10 * 365 * 86400.0  # a rank writes the number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +29,6 @@ class StageThroughput:
         names = [field.name for field in fields(cls)]
         numbers = {name: number for name in names if (number := get_number(data, name)) is not None}
         return cls(**numbers) if len(numbers) == len(names) else None
-
-
-MAX_ETA_S = 10 * 365 * 86400.0  # a rank writes the number
 
 
 @dataclass(frozen=True, kw_only=True)
