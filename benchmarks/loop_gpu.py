@@ -39,6 +39,7 @@ from flows.calibrate_pool import measure_rates
 from flows.recipe_files import load_recipe
 from infra.machine import has_fast_bf16, measure_available_memory_gib
 from infra.process_group import build_torchrun_command
+from infra.processes import find_descendants
 from yuan import tokenizer as tokenizers
 from yuan.config import MODEL_PRESETS, ModelConfig, Precision
 from yuan.data.checkers import Exact
@@ -288,8 +289,7 @@ def train_until_checkpoint(folder: RunFolder, spec: RunSpec) -> int:
             time.sleep(POLL_S)
         if process.poll() is not None:
             raise RuntimeError(f"the training ended with status {process.returncode} before its first checkpoint")
-        num_steps = count_rows(folder)
-    return num_steps
+    return count_rows(folder)
 
 
 @contextlib.contextmanager
@@ -297,12 +297,13 @@ def start_training(folder: RunFolder) -> Iterator[subprocess.Popen[bytes]]:
     """Start the training; all its processes are killed at the end of the block."""
     command = build_torchrun_command(1, "-m", "yuan.train.run", str(folder.path))
     with (folder.path.parent / "train.log").open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        for pid in (process.pid, *find_descendants(process.pid)):  # torchrun starts a session for each rank
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         if process.wait() > 0:
             print((folder.path.parent / "train.log").read_text()[-6000:], file=sys.stderr)
 
