@@ -9,14 +9,8 @@ from datetime import datetime
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from feedback.leases import (
-    MIN_LEASE_PRIORITY,
-    SERVING_RUN_ID,
-    PoolUsage,
-    grant_leases,
-    request_lease,
-    select_waiting_leases,
-)
+from feedback.leases import MIN_LEASE_PRIORITY, grant_leases, request_lease, select_waiting_leases
+from feedback.pool_usage import SERVING_RUN_ID, PoolUsage
 from feedback.tables import DevicePool, Lease
 
 LOCAL_LAUNCHER = "local"  # of a pool whose devices are this machine's
