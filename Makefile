@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # All but the modules that the benchmarks share.
-SHARED_BY_BENCHMARKS := $(addprefix benchmarks/,fault_injection.py line_charts.py pairs.py real_path_rows.py)
+SHARED_BY_BENCHMARKS := $(addprefix benchmarks/,fault_injection.py line_charts.py pairs.py real_path_rows.py served_streams.py)
 BENCHMARKS := $(sort $(filter-out $(SHARED_BY_BENCHMARKS),$(wildcard benchmarks/*.py)))
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export DS_BUILD_OPS = 0

@@ -21,12 +21,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +31,11 @@ import torch
 import training_gpu
 import yuan_gpu
 from pairs import PAIRS, make_line, print_lines
+from served_streams import StreamShape, measure_streams
 
 from flows.calibrate_pool import measure_rates
 from flows.recipe_files import load_recipe
-from infra.machine import has_fast_bf16, measure_available_memory_gib
+from infra.machine import has_fast_bf16
 from infra.process_group import build_torchrun_command
 from infra.processes import find_descendants
 from yuan import tokenizer as tokenizers
@@ -48,9 +46,6 @@ from yuan.data.samples import Sample
 from yuan.eval.results import CASES_FILE, READY_FILE, RESULTS_FILE, parse_results
 from yuan.eval.run import EvalCase
 from yuan.eval.spec import EvaluationSpec
-from yuan.generate.cache_slots import CacheBudget
-from yuan.generate.limits import Sampling
-from yuan.generate.placement import load_over_devices, measure_cache_room
 from yuan.model import weights
 from yuan.model.accelerator import list_devices
 from yuan.model.convert import export_hf, import_hf
@@ -68,9 +63,6 @@ from yuan.recipe_resolution import (
     resolve_length,
     resolve_part_weights,
 )
-from yuan.serve.batching import BatchingEngine
-from yuan.serve.metrics import ModelServerMetrics
-from yuan.serve.request import AnswerPiece, GenerationRequest, ServedModel
 from yuan.train.events import CheckpointEvent
 from yuan.train.metrics_row import (
     LOSS_METRIC,
@@ -89,8 +81,6 @@ VALIDATION_WINDOWS = 16
 SAMPLE_TOKENS = 700
 ANSWER_SHARE = 0.5
 POLL_S = 0.1
-STREAM_LIMIT_S = 600.0
-FIRST_PLAIN_TOKEN = 5  # the ones before are special
 
 
 @dataclass(frozen=True)
@@ -100,7 +90,7 @@ class Sizes:
     Attributes:
         seq_len: of the windows; None for the recipe's.
         micro_batch_size: with which the device's rates are measured.
-        num_prompt_tokens, num_answer_tokens: of a request to the server.
+        streams: the requests of each stream to the server.
     """
 
     recipe: str
@@ -108,14 +98,13 @@ class Sizes:
     seq_len: int | None
     micro_batch_size: int
     num_cases: int
-    requests_per_stream: int
-    num_prompt_tokens: int
-    num_answer_tokens: int
+    streams: StreamShape
 
 
-FULL = Sizes("finetune-2b", 100, 4096, 2, 2000, 8, 512, 128)
-SMALL = Sizes("mini", 12, 64, 2, 40, 2, 24, 8)
-NUMS_STREAMS = (1, 16)
+FULL = Sizes(
+    "finetune-2b", 100, 4096, 2, 2000, StreamShape(num_requests=8, num_prompt_tokens=512, num_answer_tokens=128)
+)
+SMALL = Sizes("mini", 12, 64, 2, 40, StreamShape(num_requests=2, num_prompt_tokens=24, num_answer_tokens=8))
 
 
 def main() -> int:
@@ -157,7 +146,7 @@ def run_round(scratch: Path, sizes: Sizes) -> bool:
     is_ok = train(folder, spec)
     shutil.rmtree(folder.checkpoints)  # room for the rest
     evaluate(scratch / "evaluation", folder.export, sizes)
-    serve(folder.export, sizes)
+    measure_streams(folder.export, sizes.streams)
     export(folder.export, scratch / "published")
     return is_ok
 
@@ -381,71 +370,6 @@ def evaluate(folder: Path, model: Path, sizes: Sizes) -> None:
     line = make_line("evaluation", round(sizes.num_cases / seconds, 1), "cases/s")
     is_ok = status == 0 and len(results) == sizes.num_cases
     print_lines({**line, "ok": is_ok, "cases": len(results), "seconds_until_ready": round(ready_s, 1)})
-
-
-def serve(folder: Path, sizes: Sizes) -> None:
-    """Answer streams in the engine of the model server, each with one request after the other."""
-    served = ServedModel(load_over_devices(folder, list_devices()[:1]), weights.load_tokenizer(folder), version=2)
-    room_bytes = measure_cache_room(served.model, lambda: int(measure_available_memory_gib() * 2**30))
-    engine = BatchingEngine(served, ModelServerMetrics(), CacheBudget(room_bytes // 2))
-    run_stream(engine, sizes, seed=-1)  # which compiles and allocates
-    for num_streams in NUMS_STREAMS:
-        begun = time.perf_counter()
-        with ThreadPoolExecutor(num_streams) as threads:
-            by_stream = threads.map(lambda seed: run_stream(engine, sizes, seed), range(num_streams))
-            first_s = sorted(chain.from_iterable(by_stream))
-        seconds = time.perf_counter() - begun
-        num_requests = num_streams * sizes.requests_per_stream
-        line = make_line(
-            f"{num_streams} streams served", round(num_requests * sizes.num_answer_tokens / seconds), "tokens/s"
-        )
-        times = {"first_token_s": round(statistics.median(first_s), 4), "slowest_first_token_s": round(first_s[-1], 4)}
-        shape = {"prompt_tokens": sizes.num_prompt_tokens, "answer_tokens": sizes.num_answer_tokens}
-        print_lines({**line, "ok": len(first_s) == num_requests, **times, **shape})
-    engine.drain()
-
-
-class StreamedAnswer:
-    """Receive the pieces of one answer.
-
-    Attributes:
-        first_s: when the first piece came; None before it.
-        is_whole: the last piece came.
-    """
-
-    def __init__(self) -> None:
-        self.first_s: float | None = None
-        self.is_whole = False
-        self.ended = threading.Event()
-
-    def receive(self, piece: AnswerPiece | Exception) -> None:
-        if isinstance(piece, Exception):
-            print(f"a request failed: {piece}", file=sys.stderr)
-            self.ended.set()
-            return
-        self.first_s = self.first_s or time.perf_counter()
-        if piece.finish_reason is not None:
-            self.is_whole = True
-            self.ended.set()
-
-
-def run_stream(engine: BatchingEngine, sizes: Sizes, seed: int) -> list[float]:
-    """Send the requests of one stream; return the time to first token of each that was answered to its end."""
-    draw = np.random.default_rng(seed + 1)
-    sampling = Sampling(max_tokens=sizes.num_answer_tokens, stop_ids=())
-    seconds = []
-    for _ in range(sizes.requests_per_stream):
-        tokens = draw.integers(FIRST_PLAIN_TOKEN, len(engine.served.tokenizer), sizes.num_prompt_tokens).tolist()
-        answer = StreamedAnswer()
-        begun = time.perf_counter()
-        request = GenerationRequest(
-            engine.served, [tokens], sampling, deliver=answer.receive, limit_s=STREAM_LIMIT_S, caller=str(seed)
-        )
-        engine.submit(request)
-        answer.ended.wait(STREAM_LIMIT_S)
-        if answer.is_whole and answer.first_s is not None:
-            seconds.append(answer.first_s - begun)
-    return seconds
 
 
 def export(folder: Path, out: Path) -> None:
