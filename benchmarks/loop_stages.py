@@ -36,6 +36,7 @@ def make_model(num_stages: int) -> Yuan:
     if num_stages > 1:
         layers = split_layers_by_bytes(model.config, num_stages)
         model.stages = make_stages(layers, [torch.device("cpu")] * num_stages)
+    model.pack_for_generation()
     return model.eval()
 
 

@@ -18,6 +18,7 @@ from pairs import compare_processes, make_at_least_line, print_lines, serve_meas
 from torch import Tensor
 
 from infra.machine import has_fast_bf16
+from yuan.model.transformer import Yuan
 
 NUM_PROMPT_TOKENS = 64
 NUM_NEW_TOKENS = 64
@@ -44,6 +45,8 @@ def run(name: str, precision: str, batch: str) -> None:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model, _ = (yuan_step.make_our_model if name == "ours" else yuan_step.make_llama_model)(dtype)
+    if isinstance(model, Yuan):
+        model.pack_for_generation()  # as every process does that generates
     model.eval()
     rows = int(batch)
     prompt = torch.randint(0, yuan_step.VOCAB_SIZE, (rows, NUM_PROMPT_TOKENS))

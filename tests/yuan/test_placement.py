@@ -1,5 +1,7 @@
 """A model is placed on as few devices as hold it, and its cache has the room of the stage with least."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -13,6 +15,8 @@ from yuan.generate.placement import (
     measure_cache_room,
     split_over_devices,
 )
+from yuan.model.packed_linear import PackedLinear, pack_linear_layers
+from yuan.model.transformer import Yuan
 from yuan.model.weights import save
 
 CPU = torch.device("cpu")
@@ -63,3 +67,42 @@ def test_model_over_devices_answers_as_the_model_on_one(served, folder):
     assert answer_each(staged, served.tokenizer, prompts, samplings) == answer_each(
         served.model, served.tokenizer, prompts, samplings
     )
+
+
+def test_model_in_main_memory_is_packed_and_answers_as_before(tmp_path):
+    served = make_served_model(3)
+    config = dataclasses.replace(served.model.config, vocab_size=2**15)  # a head that is worth packing
+    torch.manual_seed(3)
+    model = Yuan(config).eval()
+    folder = tmp_path / "model"
+    save(folder, config, model.state_dict(), served.tokenizer, {})
+    packed = load_over_devices(folder, [CPU])
+    assert isinstance(packed.packed_head, PackedLinear)
+    tokens = torch.randint(config.vocab_size, (3, 40))
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(tokens), model(tokens), rtol=1e-5, atol=1e-5)
+    prompts = [f"add {number}" for number in range(5)]
+    samplings = [Sampling(max_tokens=8)] * len(prompts)
+    assert answer_each(packed, served.tokenizer, prompts, samplings) == answer_each(
+        model, served.tokenizer, prompts, samplings
+    )
+
+
+def test_small_models_and_other_dtypes_are_not_packed(served, folder):
+    assert load_over_devices(folder, [CPU]).packed_head is None
+    layer = torch.nn.Linear(1024, 1024, bias=False)
+    for module in (torch.nn.Sequential(layer.bfloat16()), torch.nn.Sequential(torch.nn.Linear(1024, 1024))):
+        pack_linear_layers(module)
+        assert isinstance(module[0], torch.nn.Linear)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 16, 33, 300])
+@torch.inference_mode()
+def test_packed_layers_compute_the_products_of_their_weights(num_rows):
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(768, 1536, bias=False), torch.nn.Linear(1536, 768, bias=False))
+    x = torch.randn(num_rows, 2, 768)
+    expected = module(x)
+    pack_linear_layers(module)
+    assert all(isinstance(layer, PackedLinear) for layer in module) and not list(module.parameters())
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)

@@ -31,13 +31,18 @@ def submit_prompt(engine, prompt, num_tokens, caller=""):
     received = []
     tokens = [*engine.served.tokenizer.encode(prompt), engine.served.tokenizer.sep]
     sampling = Sampling(max_tokens=num_tokens)
-    request = GenerationRequest(engine.served, [tokens], sampling, deliver=received.append, limit_s=60.0, caller=caller)
+    request = GenerationRequest(engine.served, [tokens], sampling, deliver=received.append, limit_s=600, caller=caller)
     engine.submit(request)
     return request, received
 
 
 def is_finished(received):
     return bool(received) and (isinstance(received[-1], Exception) or received[-1].finish_reason is not None)
+
+
+def list_errors(*groups):
+    """Return the errors among what was received, of all requests of the groups."""
+    return [item for group in groups for received in group for item in received if isinstance(item, Exception)]
 
 
 def join_pieces(received):
@@ -77,7 +82,7 @@ def test_new_version_shares_the_budget_with_the_one_that_it_replaces(served, bud
     service.swap_in(make_served_model(2))
     after = [submit_prompt(service.engine, "ab", 60)[1] for _ in range(NUM_ROOMS)]
     wait_until(lambda: all(map(is_finished, [*before, *after])))
-    assert all(isinstance(received[-1], AnswerPiece) for received in [*before, *after])
+    assert list_errors(before, after) == []
     assert budget.peak_bytes <= budget.max_bytes
 
 

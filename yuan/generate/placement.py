@@ -28,7 +28,9 @@ class ModelTooLarge(ValueError):
 def load_over_devices(folder: Path, devices: Sequence[torch.device]) -> Yuan:
     """Load a model folder whose files are verified; over several devices, some layers on each."""
     layers = split_over_devices(folder, devices)
-    return load(folder, is_verified=True, devices=devices[: len(layers)], layers=layers)
+    model = load(folder, is_verified=True, devices=devices[: len(layers)], layers=layers)
+    model.pack_for_generation()
+    return model
 
 
 def split_over_devices(folder: Path, devices: Sequence[torch.device]) -> tuple[int, ...]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 from yuan.config import ModelConfig
 from yuan.model.decoding_pass import make_additive_mask
@@ -96,6 +95,9 @@ def attend_within_documents(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, offs
     Args:
         offsets: see `AttentionInputs.document_offsets`.
     """
+    # It imports torch's compiler, which takes two seconds that a process without CUDA need not wait.
+    from torch.nn.attention.varlen import varlen_attn
+
     batch, _, length, _ = q_BNSD.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BNSD, k_BNSD, v_BNSD))  # (B * S, N, D)
     out = varlen_attn(q, k, v, offsets, offsets, length, length, window_size=CAUSAL_WINDOW)

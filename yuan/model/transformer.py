@@ -20,6 +20,7 @@ from yuan.model.attention_inputs import (
 from yuan.model.cache import CacheBlock, CacheSlot
 from yuan.model.decoding_pass import DecodingPass
 from yuan.model.local_filter import make_filter
+from yuan.model.packed_linear import PackedLinear, is_packable, pack_linear_layers
 from yuan.model.rotary import apply_rotary
 from yuan.model.stages import GenerationStage
 
@@ -95,6 +96,7 @@ class Yuan(nn.Module):
 
     Attributes:
         stages: of generation, if the layers are on several devices; set when the model is loaded.
+        packed_head: the output head for generation in main memory; None if the embedding's own weights are used.
     """
 
     stages: tuple[GenerationStage, ...] | None = None
@@ -105,6 +107,7 @@ class Yuan(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, number) for number in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.packed_head: PackedLinear | None = None
         initialize_weights(self, config)
 
     def forward(self, tokens_BS: Tensor, documents_BS: Tensor | None = None, *, isolated: bool = True) -> Tensor:
@@ -157,11 +160,21 @@ class Yuan(nn.Module):
 
     def compute_logits(self, x: Tensor) -> Tensor:
         """Apply the final norm and the tied output head to hidden states (..., H)."""
-        return F.linear(self.norm(x), self.embedding.weight)
+        x = self.norm(x)
+        return F.linear(x, self.embedding.weight) if self.packed_head is None else self.packed_head(x)
+
+    def pack_for_generation(self) -> None:
+        """Pack the large matrices that are in main memory; the model only generates afterwards.
+
+        The head is a copy, since the embedding reads single rows of the same weights; the other matrices are replaced.
+        """
+        pack_linear_layers(self.layers)
+        if is_packable(self.embedding.weight):
+            self.packed_head = PackedLinear(self.embedding.weight)
 
     def make_cache_block(self, num_slots: int, capacity: int) -> CacheBlock:
         """Make an empty block of the decoding cache, with slots of `capacity` tokens."""
-        weights = [self.get_parameter(f"layers.{number}.attention.value.weight") for number in range(len(self.layers))]
+        weights = [self.get_parameter(f"layers.{number}.attention_norm.weight") for number in range(len(self.layers))]
         return CacheBlock(self.config, [weight.detach() for weight in weights], num_slots, capacity)
 
 
