@@ -66,7 +66,7 @@ def register_pool(session: Session, pool: Pool) -> None:
         .values(lost_reason=NOT_IN_POOL_FILE_REASON)
     )
     # Their host may have left the cluster, and Slurm refuses a job that excludes a host it does not know.
-    session.execute(update(PoolDevice).where(in_pool, ~is_listed).values(lost_host=None))
+    session.execute(update(PoolDevice).where(in_pool, ~is_listed).values(lost_host=None, is_reserved=False))
     session.execute(
         update(PoolDevice)
         .where(in_pool, is_listed, PoolDevice.lost_reason == NOT_IN_POOL_FILE_REASON)

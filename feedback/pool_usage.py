@@ -34,31 +34,50 @@ class PoolUsage:
             waiting: in the order of the queue; see `grant_leases`.
             without: a lease that counts as released.
         """
-        reserved: set[str] = set()
+        awaited: set[tuple[str, bool]] = set()  # device classes, apart for the model server with devices of its own
         for lease in waiting:
             free = self._find_available_devices(lease, without)
             fits = all(len(_filter_device_class(free, name)) >= count for name, count in lease.device_counts.items())
-            if not fits or reserved & lease.device_counts.keys():
-                reserved |= lease.device_counts.keys()
+            classes = {(name, self._uses_reserved_devices(lease)) for name in lease.device_counts}
+            if not fits or awaited & classes:
+                awaited |= classes
                 continue
             chosen = [
                 device.id
                 for name, count in lease.device_counts.items()
-                for device in _choose_few_nodes(_filter_device_class(free, name), count)
+                for device in self._choose_few_nodes(_filter_device_class(free, name), count)
             ]
             self._add(lease, chosen)
             yield lease, sorted(chosen)
 
     def _find_available_devices(self, lease: Lease, without: Lease | None) -> list[PoolDevice]:
         """Return the devices that a lease may be granted, in the order of their ids."""
-        has_reserved = any(device.is_reserved for device in self.devices)
-        is_for_serving = lease.run_id == SERVING_RUN_ID and has_reserved
+        uses_reserved = self._uses_reserved_devices(lease)
         return [
             device
             for device in self.devices
-            if device.is_reserved == is_for_serving
+            if device.is_reserved == uses_reserved
             and all(holder is without or _can_share(lease, holder) for holder in self._holders.get(device.id, []))
         ]
+
+    def _uses_reserved_devices(self, lease: Lease) -> bool:
+        """Return True if a lease is the model server's, and it has devices of its own."""
+        return lease.run_id == SERVING_RUN_ID and any(device.is_reserved for device in self.devices)
+
+    def _choose_few_nodes(self, devices: list[PoolDevice], count: int) -> list[PoolDevice]:
+        """Choose a number of devices on few nodes, on each first those that nobody holds.
+
+        Best fit on one node, else from the nodes with the most available devices.
+        """
+        num_available = Counter(device.node for device in devices)
+        single_nodes = [node for node, number in num_available.items() if number >= count]
+
+        # Best fit (fewest available first) if one node suffices, else the most available first.
+        order = sorted(num_available, key=lambda node: num_available[node] if single_nodes else -num_available[node])
+        ranked = [node for node in order if not single_nodes or node in single_nodes]
+
+        candidates = (device for device in devices if device.node in ranked)
+        return sorted(candidates, key=lambda device: (ranked.index(device.node), device.id in self._holders))[:count]
 
 
 def _can_share(lease: Lease, holder: Lease) -> bool:
@@ -69,16 +88,3 @@ def _can_share(lease: Lease, holder: Lease) -> bool:
 
 def _filter_device_class(devices: list[PoolDevice], device_class: str) -> list[PoolDevice]:
     return [device for device in devices if device.device_class == device_class]
-
-
-def _choose_few_nodes(devices: list[PoolDevice], count: int) -> list[PoolDevice]:
-    """Choose a number of devices on few nodes: best fit on one node, else from the nodes with the most free devices."""
-    num_free = Counter(device.node for device in devices)
-    single_nodes = [node for node, free in num_free.items() if free >= count]
-
-    # Best fit (fewest free devices first) if one node suffices, else the most free devices first.
-    order = sorted(num_free, key=lambda node: num_free[node] if single_nodes else -num_free[node])
-    ranked = [node for node in order if not single_nodes or node in single_nodes]
-
-    candidates = (device for device in devices if device.node in ranked)
-    return sorted(candidates, key=lambda device: ranked.index(device.node))[:count]

@@ -63,6 +63,11 @@ def find_holder_of_other_local_pool(session: Session, pool: str) -> str | None:
     return session.scalars(query.where(is_held, Lease.pool != pool, DevicePool.launcher == LOCAL_LAUNCHER)).first()
 
 
+def find_local_pools(session: Session) -> set[str]:
+    """Return the names of the pools, present and former ones, whose devices are this machine's."""
+    return set(session.scalars(select(DevicePool.name).where(DevicePool.launcher == LOCAL_LAUNCHER)))
+
+
 def find_newest_holder(session: Session, pool: str) -> str | None:
     """Return the run that last got devices of the pool and still has them; None if only the model server has."""
     is_held = Lease.granted_at.is_not(None) & Lease.released_at.is_(None)

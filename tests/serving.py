@@ -12,7 +12,8 @@ from tests.waiting import wait_until
 @contextmanager
 def serve_app(app):
     """Run the application behind a real server while the block runs; yield its URL."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", **make_server_options()))
+    options = {"timeout_keep_alive": 60, **make_server_options()}  # longer than clients keep connections, as in service
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", **options))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -13,7 +13,7 @@ from fastapi import Depends, Header, Path, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.security.utils import get_authorization_scheme_param
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 from sqlalchemy.orm import Session
 
@@ -47,8 +47,9 @@ def _check_digits(value: Any) -> Any:
     return value
 
 
-# A number in a path or query; pydantic also reads `1_0`, ` 10` and `10.0` as 10.
-DigitsInt = Annotated[int, BeforeValidator(_check_digits)]
+# For a number in a path or query; pydantic also reads `1_0`, ` 10` and `10.0` as 10. Behind the number's limits, since
+# those behind a validator are not in the JSON Schema.
+DIGITS_CHECK = BeforeValidator(_check_digits)
 
 RecordId = Annotated[str, PatternRule(ID_PATTERN, "the id of a record", max_length=32)]
 RecordIdPath = Annotated[RecordId, Path(description="id of the record")]
@@ -57,7 +58,8 @@ RoundId = Annotated[
     PatternRule("^([0-9a-f]{32}|latest)$", "the id of a round, or latest", max_length=32),
 ]
 RoundIdPath = Annotated[RoundId, Path(description="id of a round, or latest")]
-VersionPath = Annotated[DigitsInt, Path(ge=1, le=2**31 - 1, description="number of a version")]
+CountInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
+VersionPath = Annotated[CountInt, DIGITS_CHECK, Path(description="number of a version")]
 
 
 class Unauthorized(Exception):

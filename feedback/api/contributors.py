@@ -7,15 +7,17 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
+from pydantic import Field
 from sqlalchemy.orm import Session
 
 from feedback import datasets, paging, provenance, report_records, reports
 from feedback.accounts import Account, audit, find_claimed_record, lock_idempotency_key
 from feedback.api.access import (
+    DIGITS_CHECK,
     AccountRoute,
+    CountInt,
     CurrentAccount,
     CurrentContributor,
-    DigitsInt,
     IdempotencyKeyHeader,
     IdempotentRequest,
     RecordId,
@@ -49,14 +51,16 @@ upload_router = APIRouter(
     dependencies=[Depends(require_known_query_without_session)],
 )
 
-PageLimit = Annotated[DigitsInt, Query(ge=1, le=MAX_PAGE_SIZE, description="maximum number of items")]
+PageLimit = Annotated[
+    Annotated[int, Field(ge=1, le=MAX_PAGE_SIZE)], DIGITS_CHECK, Query(description="maximum number of items")
+]
 AfterId = Annotated[
     RecordId | None,
     Query(description="id of the last item of the previous page; the page starts after it"),
 ]
 AfterNumber = Annotated[
-    DigitsInt | None,
-    Query(ge=1, le=2**31 - 1, description="number of the last item of the previous page; the page starts after it"),
+    Annotated[CountInt, DIGITS_CHECK] | None,
+    Query(description="number of the last item of the previous page; the page starts after it"),
 ]
 NEXT_LINK_HEADER = {
     "description": 'URL of the next page, `<...>; rel="next"`; absent on the last page',

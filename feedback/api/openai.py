@@ -42,8 +42,9 @@ EVENT_SEND_TIMEOUT_S, STREAM_TIMEOUT_S = 30.0, 180.0
 CompletionJson = dict[str, Any]
 # In addition to JSON, for `stream: true`; the schema describes one event, since OpenAPI before 3.2 has no streams.
 SSE_EVENT_SCHEMA = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
-STREAMING_RESPONSES: dict[int | str, CompletionJson] = {
-    200: {"content": {"text/event-stream": {"schema": SSE_EVENT_SCHEMA}}}
+COMPLETION_RESPONSES: dict[int | str, CompletionJson] = {
+    200: {"content": {"text/event-stream": {"schema": SSE_EVENT_SCHEMA}}},
+    **document_errors(404),  # a model that is not in service
 }
 
 
@@ -67,13 +68,13 @@ async def get_model(
     return _relay_response(upstream, await _read_json_body(upstream))
 
 
-@router.post("/completions", responses=STREAMING_RESPONSES)
+@router.post("/completions", responses=COMPLETION_RESPONSES)
 async def completions(form: CompletionIn, call: Request, account: CurrentAccount) -> Response:
     """Complete one prompt or a list of prompts; each choice has a `response_id`, to which a report may refer."""
     return await _serve_completion(call, "/v1/completions", form, account.id)
 
 
-@router.post("/chat/completions", responses=STREAMING_RESPONSES)
+@router.post("/chat/completions", responses=COMPLETION_RESPONSES)
 async def chat(form: ChatIn, call: Request, account: CurrentAccount) -> Response:
     """Complete a chat conversation."""
     return await _serve_completion(call, "/v1/chat/completions", form, account.id)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import fastapi
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, Response
 from fastapi.templating import Jinja2Templates
@@ -13,7 +12,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session, defer
 
 from feedback.accounts import NotFound
-from feedback.api.access import DigitsInt
+from feedback.api.access import DIGITS_CHECK, CountInt
 from feedback.api.transactions import SessionDep
 from feedback.promotion import find_champion
 from feedback.promotion_decision import SuiteComparison
@@ -27,7 +26,7 @@ templates = Jinja2Templates(Path(__file__).with_name("templates"))
 MAX_FRONT_PAGE_ROUNDS = 50
 PRIVATE_SUITE_PREFIX = "datasets/"
 PLACEHOLDER_BASE_URL = "http://address-of-the-portal.invalid/"  # in the cached page
-RoundNumberPath = Annotated[DigitsInt, fastapi.Path(ge=1, le=2**31 - 1)]
+RoundNumberPath = Annotated[CountInt, DIGITS_CHECK]
 
 
 @dataclass(frozen=True)

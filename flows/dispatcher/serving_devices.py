@@ -42,6 +42,7 @@ DEVICE_CALL_TIMEOUT_S = 5.0
 RETAKE_AFTER_S = 20.0  # from a lease's end, since a round's evaluation asks for devices right after its training
 MAX_RETRY_AFTER_S = 3600
 MAX_SERVING_LOSS_CHARACTERS = 300
+FENCED_TIMEOUT_S = 60.0  # after which operators are told of a fenced lease whose processes do not end
 RESTART_TIMEOUT_S = 180.0  # running requests end, and the next process image loads the model
 
 
@@ -71,7 +72,15 @@ class ServingDevices:
             ServingProblem: if the champion cannot be served; callers are told so.
             ValueError: if the pool is not valid.
         """
-        pool = load_configured_pool(self._context.settings)
+        try:
+            pool = load_configured_pool(self._context.settings)
+        except ValueError:
+            if self._registered is not None:  # the server keeps what it has by the last valid file
+                self._follow(self._registered)
+            raise
+        self._follow(pool)
+
+    def _follow(self, pool: Pool) -> None:
         try:
             self._follow_pool(pool, self._call("GET", None))
         except httpx.HTTPError as error:
@@ -88,10 +97,11 @@ class ServingDevices:
 
     def _follow_pool(self, pool: Pool, state: GrantState) -> None:
         self._problem = state.problem
-        with self._context.sessions.begin() as session:
-            if pool != self._registered:
+        if pool != self._registered:
+            with self._context.sessions.begin() as session:
                 leases.register_pool(session, pool)
-                self._registered = pool
+            self._registered = pool
+        with self._context.sessions.begin() as session:
             lease = serving_leases.find_serving_lease(session)
             if lease is None:
                 grant = self._try_to_take(session, pool, state)
@@ -134,7 +144,7 @@ class ServingDevices:
             devices = self._choose_devices(session, pool)
         except NoGenerationDevices as error:
             self._problem = str(error)
-            return DeviceGrant(message="the devices for serving do not hold the champion; tell the operator")
+            return DeviceGrant(message="the champion cannot be served on its devices; tell the operator")
         if devices is None and find_champion(session) is None:
             return DeviceGrant(message=NO_VERSION_MESSAGE, retry_after_s=None)
         if devices is None:
@@ -160,12 +170,17 @@ class ServingDevices:
         if lease is None:
             return self._describe_loan(session, pool)
         log.info("lease %s of the model server: %s", lease.id[:8], ", ".join(lease.devices or []))
-        return make_grant(lease, choose_cache_bytes(pool, devices))
+        return make_grant(pool, lease, choose_cache_bytes(pool, devices))
 
     def _keep_or_release(self, session: Session, pool: Pool, lease: Lease, state: GrantState) -> DeviceGrant:
         """Return the grant of the server's lease, or one without devices if others need them."""
         if lease.fenced_at is not None:  # the reaper ends what runs under it
-            return DeviceGrant()
+            if compute_age_s(lease.fenced_at) > FENCED_TIMEOUT_S:
+                self._problem = (
+                    f"the model server's former lease {lease.id[:8]} of pool {lease.pool} waits for its processes to "
+                    "end; see the dispatcher's log, and end them"
+                )
+            return DeviceGrant(message="the model server's former processes end; retry in a minute")
         if lease.holder != state.identity:
             if not is_known_alive(lease.holder):  # the server was started again
                 leases.release_lease(session, lease.id, lease.generation, "the model server exited")
@@ -194,11 +209,11 @@ class ServingDevices:
             self._problem, devices = str(error), None
         if devices is None:  # the budget stays
             has_budget = state.lease_id == lease.id and bool(state.cache_bytes)
-            return make_grant(lease, state.cache_bytes or 0) if has_budget else DeviceGrant()
+            return make_grant(pool, lease, state.cache_bytes or 0) if has_budget else DeviceGrant()
         if {devices.device_class: devices.count} != lease.device_counts:
             log.info("the champion needs %d devices of class %s", devices.count, devices.device_class)
             return DeviceGrant(message="the model moves to other devices; retry in a minute")
-        return make_grant(lease, choose_cache_bytes(pool, devices))
+        return make_grant(pool, lease, choose_cache_bytes(pool, devices))
 
     def _release(self, lease: Lease) -> None:
         """Release the lease that the server no longer uses, and grant its devices to the leases that wait."""
@@ -207,8 +222,15 @@ class ServingDevices:
             leases.grant_leases(session, lease.pool)
 
     def _choose_devices(self, session: Session, pool: Pool) -> GenerationDevices | None:
-        """Return the devices that hold the champion; None if there is no champion, or the cache lacks it yet."""
-        model = find_champion_model(session, self._context.versions)
+        """Return the devices that hold the champion; None if there is no champion, or the cache lacks it yet.
+
+        Raises:
+            NoGenerationDevices: if no devices hold it, or its folder cannot be read.
+        """
+        try:
+            model = find_champion_model(session, self._context.versions)
+        except (OSError, ValueError) as error:
+            raise NoGenerationDevices(f"the champion's model folder cannot be read: {error}") from None
         return None if model is None else choose_serving_devices(pool, model)
 
     def _describe_loan(self, session: Session, pool: Pool) -> DeviceGrant:
@@ -255,13 +277,13 @@ def choose_cache_bytes(pool: Pool, devices: GenerationDevices) -> int:
     return beside_bytes if 2 * beside_bytes >= devices.cache_bytes else devices.cache_bytes
 
 
-def make_grant(lease: Lease, cache_bytes: int) -> DeviceGrant:
+def make_grant(pool: Pool, lease: Lease, cache_bytes: int) -> DeviceGrant:
     """Return the grant of a lease's devices."""
-    devices = [device.rpartition("/") for device in lease.devices or []]
+    devices = lease.devices or []
     return DeviceGrant(
         lease_id=lease.id,
-        devices=tuple(int(number) for _, _, number in devices),
-        are_accelerators=all(is_known_accelerator(device_class) for device_class, _, _ in devices),
+        devices=pool.choose_visible_devices(devices),
+        are_accelerators=all(is_known_accelerator(device.rpartition("/")[0]) for device in devices),
         cache_bytes=cache_bytes,
         ttl_s=GRANT_TTL_S,
     )

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from feedback import leases
@@ -21,7 +21,13 @@ from infra.keeper import STACK_ID_VARIABLE
 from infra.launchers.job import Job, JobExit, RunningJob, make_job_name
 from infra.telemetry import NO_TELEMETRY_VARIABLES
 from yuan.data.text import make_printable
-from yuan.device_faults import DEVICE_LOST_STATUS
+from yuan.device_faults import (
+    BUS_ORDER_VARIABLES,
+    DEVICE_LOST_STATUS,
+    OUT_OF_MEMORY_STATUS,
+    VISIBLE_DEVICES_VARIABLE,
+    describes_lost_device,
+)
 from yuan.eval.results import DEVICE_FAULT_FILE
 from yuan.eval.spec import EvaluationSpec
 from yuan.model.model_folder import measure_value_bytes, read_model_config
@@ -44,9 +50,11 @@ MAX_DEVICE_FAULT_BYTES = 300
 WaitingCallback = Callable[[int], None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class LeasedRunner:
     """Run the process of an evaluation on devices of the configured pool.
+
+    It shares them with the model server, if there is room, until the process has once run out of memory there.
 
     Attributes:
         subject: what is evaluated, in the list of the pool's devices.
@@ -59,6 +67,7 @@ class LeasedRunner:
     priority: int = 0
     report_waiting: WaitingCallback = lambda _: None
     ttl_s: float = leases.LEASE_HEARTBEAT_TIMEOUT_S
+    _lacked_memory: bool = field(init=False, default=False)
 
     @contextlib.contextmanager
     def run(self, folder: Path, model: Path) -> Iterator[RunningJob]:
@@ -78,6 +87,8 @@ class LeasedRunner:
         with self.context.sessions() as session:
             champion = find_champion_model(session, self.context.versions)
         devices = choose_evaluation_devices(pool, model, champion)
+        if self._lacked_memory:
+            devices = replace(devices, max_cache_bytes=None)
         spec = EvaluationSpec.read(folder)
         spec.model_copy(
             update={"num_accelerators": devices.num_accelerators, "max_cache_bytes": devices.max_cache_bytes}
@@ -109,7 +120,25 @@ class LeasedRunner:
                 excluded_hosts=() if pool.launcher == "local" else self._find_lost_hosts(pool),
             )
             with launcher.run(job) as running_job:
-                yield LeasedJob(running_job, lease, lambda: self._find_device_loss(pool, folder, lease))
+                yield LeasedJob(
+                    running_job,
+                    lease,
+                    find_device_loss=lambda: self._find_device_loss(pool, folder, lease),
+                    explain_exit=lambda status: self._explain_exit(status, folder, lease, devices),
+                )
+
+    def _explain_exit(
+        self, status: int, folder: Path, lease: GrantedLease, devices: "EvaluationDevices"
+    ) -> JobExit | None:
+        """Return the exit of a process that wrote what is wrong with its devices; None for any other."""
+        fault = read_device_fault(folder)
+        if status not in (DEVICE_LOST_STATUS, OUT_OF_MEMORY_STATUS) or fault is None:
+            return None
+        message = f"on {', '.join(lease.devices)}: {fault}"
+        if status == OUT_OF_MEMORY_STATUS and devices.shares:
+            self._lacked_memory = True
+            return JobExit(status=status, cause="preempted", message=f"no memory beside the model server, {message}")
+        return JobExit(status=status, message=message)
 
     def _find_device_loss(self, pool: Pool, folder: Path, lease: GrantedLease) -> str | None:
         """Return why the leased devices cannot be used any more; None if they can.
@@ -118,7 +147,8 @@ class LeasedRunner:
         """
         with contextlib.suppress(*DATABASE_ERRORS), self.context.sessions.begin() as session:
             fault = read_device_fault(folder)
-            if fault is not None and len(lease.devices) == 1 and pool.launcher == "local":
+            is_single = len(lease.devices) == 1 and pool.launcher == "local"
+            if fault is not None and describes_lost_device(fault) and is_single:
                 leases.set_device_lost(session, pool.name, lease.devices[0], fault)
             lost = leases.find_lost_devices(session, pool.name, lease.devices)
             return "; ".join(f"{device}: {reason}" for device, reason in lost.items()) or None
@@ -135,11 +165,13 @@ class LeasedJob:
 
     Attributes:
         find_device_loss: returns why its devices cannot be used any more; None if they can.
+        explain_exit: returns the exit of a process that wrote what is wrong with its devices; None for any other.
     """
 
     job: RunningJob
     lease: GrantedLease
     find_device_loss: Callable[[], str | None]
+    explain_exit: Callable[[int], JobExit | None]
 
     def wait(self, seconds: float) -> JobExit | None:
         """Wait for the job's end; a job whose lease is lost counts as ended, so that its block ends its processes."""
@@ -149,7 +181,7 @@ class LeasedJob:
         if (job_exit is None or job_exit.status == DEVICE_LOST_STATUS) and (loss := self.find_device_loss()):
             log.warning("an evaluation lost its devices: %s", loss)
             return JobExit(status=DEVICE_LOST_STATUS, cause="node lost", message=loss)
-        return job_exit
+        return (job_exit and self.explain_exit(job_exit.status)) or job_exit
 
 
 def read_device_fault(folder: Path) -> str | None:
@@ -244,5 +276,6 @@ def build_evaluation_environment(context: Context, folder: Path, pool: Pool, lea
         folder, **NO_TELEMETRY_VARIABLES, **{STACK_ID_VARIABLE: context.settings.stack_id}
     )
     if pool.launcher == "local":  # batch systems choose the devices of a node themselves
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(device.rpartition("/")[2] for device in lease.devices)
+        numbers = pool.choose_visible_devices(lease.devices)
+        environment |= {VISIBLE_DEVICES_VARIABLE: ",".join(map(str, numbers)), **BUS_ORDER_VARIABLES}
     return environment

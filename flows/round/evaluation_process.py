@@ -13,6 +13,7 @@ from feedback.leases import LeaseLost
 from infra.files import open_regular, remove_path
 from infra.launchers.job import JobExit, LauncherUnreachable, RunningJob
 from yuan.config import format_count
+from yuan.device_faults import DEVICE_LOST_STATUS
 from yuan.eval.results import (
     CASES_FILE,
     DEVICE_FAULT_FILE,
@@ -121,7 +122,7 @@ class EvaluationProcess:
             Exception: any error of the runner or of `store`; the process has ended.
         """
         self._unfinished = dict(self.case_lines)
-        num_fruitless = 0
+        num_fruitless = num_device_losses = 0
         while self._unfinished:
             is_single, num_before = num_fruitless >= MAX_EVAL_ATTEMPTS - 1, len(self._unfinished)
             try:
@@ -137,9 +138,18 @@ class EvaluationProcess:
                     f"{len(self.case_lines)} cases have none"
                 )
             if job_exit.status != 0:
-                cause = f", {job_exit.cause}" if job_exit.cause else ""
-                log.warning("the evaluation of %s ended with status %d%s", self.model, job_exit.status, cause)
+                parts = "".join(f", {part}" for part in (job_exit.cause, job_exit.message) if part)
+                log.warning("the evaluation of %s ended with status %d%s", self.model, job_exit.status, parts)
             if job_exit.cause in BLAMELESS_CAUSES or not self._unfinished:
+                continue
+            if job_exit.status == DEVICE_LOST_STATUS:  # of several, so that it is not known which one
+                num_device_losses += 1
+                if num_device_losses == MAX_EVAL_ATTEMPTS:
+                    raise EvaluationFailed(
+                        f"the evaluation of {self.model} lost a device {num_device_losses} times, "
+                        f"{job_exit.message or 'which it could not name'}; check them, and take the broken one out of "
+                        "use with `cotrain pool lose`"
+                    )
                 continue
             if is_single and (self.folder / READY_FILE).exists():
                 self._fail_killing_case(job_exit.status)

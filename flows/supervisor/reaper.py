@@ -4,10 +4,11 @@ import logging
 from collections.abc import Mapping
 from datetime import datetime, timezone
 
-from feedback import leases
+from feedback import leases, serving_leases
 from feedback.tables import Lease
 from flows.supervisor.lease_holder import SessionFactory
 from infra.launchers.job import Launcher, make_job_name
+from infra.launchers.local import LocalLauncher
 from infra.processes import get_own_identity, is_known_alive, is_known_exited, kill_by_identity
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,8 @@ def reap_dead_leases(sessions: SessionFactory, launchers: Mapping[str, Launcher]
     """Fence leases of exited holders, end their jobs, free their devices; return the ids of the freed leases.
 
     Args:
-        launchers: by the name of their pool; leases of other pools are ignored.
+        launchers: by the name of their pool. Leases of other pools are ignored, unless their launcher is local: a
+            pool of this machine may have had another name.
     """
     with sessions.begin() as session:
         open_leases = leases.find_open_leases(session)
@@ -34,10 +36,11 @@ def reap_dead_leases(sessions: SessionFactory, launchers: Mapping[str, Launcher]
             if is_known_alive(lease.holder) and compute_lease_silence_s(lease) < LIVE_HOLDER_GRACE_TTLS * lease.ttl_s
         ]
         fenced = leases.fence_silent_leases(session, exited_lease_ids=exited_ids, running_lease_ids=live_ids)
+        local_pools = serving_leases.find_local_pools(session)
 
     freed = []
     for lease in fenced:
-        launcher = launchers.get(lease.pool)
+        launcher = launchers.get(lease.pool) or (LocalLauncher() if lease.pool in local_pools else None)
         if launcher is None or not _end_lease_processes(lease, launcher):
             log.warning("lease %s of %s waits for its processes to end", lease.id[:8], lease.holder)
             continue

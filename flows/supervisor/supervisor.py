@@ -32,6 +32,7 @@ from infra.launchers.job import Job, LauncherUnreachable, make_job_name
 from infra.machine import has_free_disk
 from infra.settings import HOME_VARIABLE
 from yuan.data.text import make_printable
+from yuan.device_faults import BUS_ORDER_VARIABLES, VISIBLE_DEVICES_VARIABLE
 from yuan.plan.plan_record import PipelinePlan
 from yuan.train.events import EndedEvent
 from yuan.train.run_folder import TRAIN_LOG_FILE, RunFolder
@@ -189,7 +190,8 @@ class Supervisor:
             **{name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},  # import path on the nodes
         )
         if self._is_local:  # batch systems choose the devices of a node themselves
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(device.rpartition("/")[2] for device in rank_devices)
+            numbers = self.pool.choose_visible_devices(rank_devices)
+            environment |= {VISIBLE_DEVICES_VARIABLE: ",".join(map(str, numbers)), **BUS_ORDER_VARIABLES}
         return Job(
             name=make_job_name(lease.id),
             module="yuan.train.run",

@@ -1,8 +1,10 @@
 """Evaluations on devices of the pool: the lease that they wait for, and what happens when it is taken away."""
 
+import contextlib
 import dataclasses
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +17,14 @@ from flows.round.evaluation_devices import EvaluationDevices, LeasedRunner, choo
 from flows.round.evaluation_process import EvaluationFailed, EvaluationProcess
 from flows.supervisor.lease_holder import hold_lease
 from infra.database import make_session_factory
-from infra.launchers.job import make_job_name
+from infra.launchers.job import JobExit, make_job_name
 from infra.launchers.local import JOB_VARIABLE
 from infra.processes import find_pids, kill_processes
 from tests.waiting import wait_until
 from yuan import tokenizer as tokenizers
 from yuan.config import MODEL_CONFIG_FILE, ModelConfig, yuan_2b, yuan_51b, yuan_102b
+from yuan.device_faults import DEVICE_LOST_STATUS, OUT_OF_MEMORY_STATUS
+from yuan.eval.results import DEVICE_FAULT_FILE, READY_FILE
 from yuan.model.transformer import Yuan
 from yuan.model.weights import save
 from yuan.plan.generation_stages import GenerationModel
@@ -128,6 +132,42 @@ def test_device_that_the_process_does_not_see_is_taken_out_of_use_and_no_process
         process.run()
     (lease,) = find_leases(context, subject)
     assert not results and lease.released_at is not None
+
+
+class BrokenRunner:
+    """Run no process: each one ends with the same status, after it is ready."""
+
+    def __init__(self, job_exit):
+        self.job_exit = job_exit
+
+    @contextlib.contextmanager
+    def run(self, folder, model):
+        (folder / READY_FILE).touch()
+        yield self
+
+    def wait(self, seconds):
+        return self.job_exit
+
+
+def test_device_lost_among_several_is_no_fault_of_the_cases(model, tmp_path):
+    results = []
+    runner = BrokenRunner(JobExit(status=DEVICE_LOST_STATUS, message="on A100-80/0, A100-80/1: device is lost"))
+    process = EvaluationProcess(runner, tmp_path, model, make_lines(3), DEFAULT_EVALUATION, results.extend)
+    with pytest.raises(EvaluationFailed, match=r"3 times, on A100-80/0, A100-80/1: device .*cotrain pool lose"):
+        process.run()
+    assert not results
+
+
+@pytest.mark.parametrize(("shares", "cause"), [(True, "preempted"), (False, None)])
+def test_evaluation_without_memory_beside_the_server_gets_devices_alone(context, tmp_path, shares, cause):
+    (tmp_path / DEVICE_FAULT_FILE).write_text("CUDA out of memory")
+    runner = LeasedRunner(context, "evaluation")
+    lease = SimpleNamespace(devices=["L40S/0"])
+    devices = EvaluationDevices("L40S", 1, 2**30 if shares else None)
+    job_exit = runner._explain_exit(OUT_OF_MEMORY_STATUS, tmp_path, lease, devices)
+    assert job_exit.cause == cause and "on L40S/0: CUDA out of memory" in job_exit.message
+    assert runner._lacked_memory is shares
+    assert runner._explain_exit(1, tmp_path, lease, devices) is None
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The dispatcher's duty for the model server's devices: each state in which lease, queue and server can be."""
 
 import datetime
+import functools
 import os
 import subprocess
 from pathlib import Path
@@ -14,6 +15,8 @@ from feedback.tables import Lease
 from flows.context import DispatcherContext
 from flows.dispatcher import serving_devices
 from flows.dispatcher.serving_devices import MAX_RETRY_AFTER_S, ServingDevices, ServingProblem, describe_lender
+from flows.supervisor.reaper import reap_dead_leases
+from infra.launchers.local import LocalLauncher
 from infra.processes import get_own_identity
 from tests.serving import serve_app
 from yuan.config import tiny, yuan_2b, yuan_51b, yuan_102b
@@ -287,6 +290,91 @@ def test_pool_with_a_new_name_ends_the_lease_of_the_former_and_waits_for_its_run
     leases.release_lease(session, run.id, run.generation, "done")
     advance(duty, server)
     assert serving_leases.find_serving_lease(session).pool == "e"
+
+
+def test_dead_holder_of_a_former_pool_is_reaped_and_serving_continues(make_duty, server, session, tmp_path):
+    """The stack was down while the pool got another name, so that nothing of the former one runs."""
+    duty = make_duty("yield")
+    advance(duty, server)
+    lease = serving_leases.find_serving_lease(session)
+    session.execute(update(Lease).where(Lease.id == lease.id).values(holder=get_own_identity()[:-1] + "x"))
+    server.start(DeviceGrant())
+    file = change_pool(tmp_path)
+    file.write_text(file.read_text().replace('"d"', '"e"'))
+    sessions = sessionmaker(session.connection(), join_transaction_mode="create_savepoint", expire_on_commit=False)
+    assert reap_dead_leases(sessions, {"e": LocalLauncher()}) == [lease.id]
+    session.expire_all()
+    advance(duty, server)
+    assert serving_leases.find_serving_lease(session).pool == "e" and not duty.is_lent
+
+
+def test_fenced_lease_whose_processes_do_not_end_is_a_problem(make_duty, server, session, monkeypatch):
+    duty = make_duty("yield")
+    advance(duty, server)
+    lease = serving_leases.find_serving_lease(session)
+    leases.fence_silent_leases(session, exited_lease_ids=[lease.id])
+    duty.advance()
+    monkeypatch.setattr(serving_devices, "FENCED_TIMEOUT_S", -1.0)
+    with pytest.raises(ServingProblem, match=f"lease {lease.id[:8]} of pool d waits for its processes to end"):
+        duty.advance()
+
+
+def test_own_device_that_leaves_the_file_is_not_waited_for(make_duty, server, session, tmp_path):
+    duty = make_duty("own", count=8, more='serving_devices = ["A100-80/7"]')
+    advance(duty, server)
+    change_pool(tmp_path, count=7)
+    advance(duty, server, times=4)
+    assert serving_leases.find_serving_lease(session).devices == ["A100-80/0"]
+
+
+def test_own_devices_are_granted_again_while_runs_wait_for_others(make_duty, server, session):
+    duty = make_duty("own", count=2, more='serving_devices = ["A100-80/1"]')
+    duty.advance()
+    held = request(session)
+    request(session)
+    leases.grant_leases(session, "d")
+    assert held.devices == ["A100-80/0"]
+    advance(duty, server)
+    lease = serving_leases.find_serving_lease(session)
+    leases.release_lease(session, lease.id, lease.generation, "the model server exited")
+    server.start(DeviceGrant())
+    advance(duty, server)
+    assert serving_leases.find_serving_lease(session).devices == ["A100-80/1"]
+
+
+def test_faults_of_others_do_not_end_the_service(make_duty, server, session, tmp_path, monkeypatch):
+    duty = make_duty("yield")
+    advance(duty, server)
+    lease = serving_leases.find_serving_lease(session)
+
+    def keeps_lease(message):
+        long_ago = datetime.datetime(2020, 1, 1, tzinfo=datetime.timezone.utc)
+        session.execute(update(Lease).where(Lease.id == lease.id).values(heartbeat_at=long_ago))
+        with pytest.raises((ServingProblem, ValueError), match=message):
+            duty.advance()
+        server.settle()
+        session.refresh(lease)
+        return lease.heartbeat_at > long_ago and server.read_state().lease_id == lease.id
+
+    def find_no_model(session, versions):
+        raise ValueError("config.json is damaged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(duty, "_choose_devices", functools.partial(ServingDevices._choose_devices, duty))
+        patch.setattr(serving_devices, "find_champion_model", find_no_model)
+        assert keeps_lease("model folder cannot be read: config.json is damaged")
+    (tmp_path / "pool.toml").write_text("[[pool]")
+    assert keeps_lease("pool.toml")
+
+
+def test_pool_is_registered_again_after_an_error_in_the_same_pass(make_duty, server, session, monkeypatch):
+    duty = make_duty("yield")
+    with monkeypatch.context() as patch:
+        patch.setattr(duty, "_choose_devices", lambda session, pool: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            duty.advance()
+    advance(duty, server)
+    assert server.read_state().state == "serving"
 
 
 def test_other_own_devices_in_the_file_are_taken_and_the_former_ones_given_back(make_duty, server, session, tmp_path):

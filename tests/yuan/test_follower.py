@@ -26,7 +26,7 @@ from yuan.serve.api import wait_for_swap
 from yuan.serve.follower import NO_VERSION_MESSAGE, AliasFollower, LastVersion, VersionNotReady
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.request import GenerationRequest, NoModelInService
-from yuan.serve.service import ModelService
+from yuan.serve.service import AbsenceReason, ModelService
 
 
 class Registry:
@@ -136,6 +136,35 @@ def test_former_version_is_served_again_if_the_next_one_cannot_be_loaded(registr
     for _ in range(3):
         follower.check_alias()
     assert service.engine is engine
+
+
+@pytest.mark.parametrize("former", [1, None])
+def test_problem_of_a_version_ends_when_the_alias_leaves_it(registry, start_server, former):
+    service, follower = start_server()
+    registry.add(2)
+    (registry.folder / "2" / "config.json").write_text("{}")
+    registry.alias = 2
+    follower.check_alias()
+    assert "v2 cannot be served" in service.problem
+    registry.alias = former
+    follower.check_alias()
+    assert service.problem is None and service.served.version == 1
+
+
+def test_service_that_ends_while_a_version_is_loaded_is_no_problem(registry, start_server, crowded, monkeypatch):
+    service, follower = start_server(crowded)
+    registry.add(2)
+    registry.alias = 2
+    load, loaded = crowded.load, []
+
+    def load_and_stop(folder):
+        loaded.append(folder)
+        service.stop(AbsenceReason(message="the device is lent", retry_after_s=60))
+        return load(folder)
+
+    monkeypatch.setattr(crowded, "load", load_and_stop)
+    follower.check_alias()
+    assert len(loaded) == 1 and service.problem is None and get_refusal(service) == ("the device is lent", 60)
 
 
 def test_model_that_no_device_holds_is_refused_with_the_sizes(registry, start_server, monkeypatch):

@@ -2,12 +2,14 @@
 
 import httpx
 import pytest
+import torch
 
 from tests.waiting import wait_until
 from tests.yuan.model_server import TOKEN, assert_greedy, make_served_model, read_metric, serve_model
-from yuan.generate.cache_slots import CacheBudget
+from yuan.generate.cache_slots import CacheBudget, CacheBudgetExceeded
 from yuan.generate.limits import Sampling
 from yuan.model.cache import compute_slot_bytes
+from yuan.model.stages import make_stages
 from yuan.serve.batching import BatchingEngine
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.request import AnswerPiece, GenerationRequest
@@ -84,6 +86,77 @@ def test_new_version_shares_the_budget_with_the_one_that_it_replaces(served, bud
     wait_until(lambda: all(map(is_finished, [*before, *after])))
     assert list_errors(before, after) == []
     assert budget.peak_bytes <= budget.max_bytes
+
+
+def test_earlier_version_gets_the_room_that_a_later_one_does_not_use(served, budget):
+    """The later version has taken all rooms, and keeps the blocks of those that are free."""
+    earlier = BatchingEngine(served, ModelServerMetrics(), budget)
+    later = BatchingEngine(make_served_model(2), ModelServerMetrics(), budget)
+    fillers = [submit_prompt(later, "ab", 60)[1] for _ in range(NUM_ROOMS)]
+    wait_until(lambda: all(map(is_finished, fillers)) and budget.num_bytes == budget.max_bytes)
+    waiting = [submit_prompt(earlier, "ab", 60)[1] for _ in range(2 * NUM_ROOMS)]
+    wait_until(lambda: all(map(is_finished, waiting)))
+    assert list_errors(fillers, waiting) == [] and budget.peak_bytes <= budget.max_bytes
+    later.drain()
+    earlier.drain()
+    wait_until(lambda: earlier.is_drained and later.is_drained)
+    assert budget.num_bytes == 0
+
+
+def test_room_that_a_cancelled_request_waited_for_is_not_kept_for_it(served, budget):
+    earlier = BatchingEngine(served, ModelServerMetrics(), budget)
+    later = BatchingEngine(make_served_model(2), ModelServerMetrics(), budget)
+    holder, _ = submit_prompt(later, "ab", 64 * NUM_ROOMS - 10)
+    wait_until(lambda: budget.num_bytes)
+    waiting, _ = submit_prompt(earlier, "ab", 60)
+    wait_until(lambda: budget.is_needed_before(later._cache_user))
+    waiting.cancel()
+    wait_until(lambda: not budget.is_needed_before(later._cache_user))
+    holder.cancel()
+    after = submit_prompt(later, "ab", 60)[1]
+    wait_until(lambda: is_finished(after))
+    assert list_errors([after]) == []
+
+
+def test_later_version_admits_nothing_while_an_earlier_one_lacks_room(budget):
+    woken = []
+    first, second = budget.add_user(lambda: woken.append(1)), budget.add_user(lambda: woken.append(2))
+    budget.report_need(second, lacks_room=True)
+    assert woken == [1] and not budget.is_needed_before(first) and budget.is_needed_by_others(first)
+    budget.report_need(first, lacks_room=True)
+    assert woken == [1, 2] and budget.is_needed_before(second)
+    budget.report_need(first, lacks_room=True)
+    assert woken == [1, 2], "only a new need wakes the others"
+    budget.remove_user(first)
+    assert not budget.is_needed_before(second) and not budget.is_needed_by_others(second)
+
+
+def test_stages_leave_no_room_in_use_after_a_cancelled_request(budget):
+    staged = make_served_model(1)
+    staged.model.stages = make_stages([1, 1], [torch.device("cpu")] * 2)
+    engine = BatchingEngine(staged, ModelServerMetrics(), budget)
+    for _ in range(3):
+        requests = [submit_prompt(engine, "ab", 60) for _ in range(2)]
+        wait_until(lambda requests=requests: all(received for _, received in requests))
+        for request, _ in requests:
+            request.cancel()
+        wait_until(lambda: not engine._requests and engine._decoder.num_in_flight == 0)
+        assert not any(group.running for group in engine._decoder.groups)
+    engine.drain()
+    wait_until(lambda: engine.is_drained)
+    assert budget.num_bytes == 0
+
+
+def test_waiting_request_is_refused_with_the_sizes_when_the_budget_becomes_too_small(served, budget):
+    engine = BatchingEngine(served, ModelServerMetrics(), budget)
+    first = submit_prompt(engine, "ab", 64 * NUM_ROOMS - 10)[1]
+    second = submit_prompt(engine, "ab", 64 * NUM_ROOMS - 10)[1]
+    wait_until(lambda: first)
+    budget.max_bytes //= 2
+    wait_until(lambda: is_finished(first) and is_finished(second))
+    assert list_errors([first]) == []
+    assert isinstance(second[-1], CacheBudgetExceeded) and "ask for fewer tokens" in str(second[-1])
+    assert engine.fault() is None
 
 
 def test_request_beyond_the_whole_cache_is_refused_with_the_sizes(served, budget):

@@ -1,6 +1,7 @@
 """The model server when callers disconnect, forward passes raise or text is invalid: other callers are unaffected."""
 
 import json
+import sys
 
 import httpx
 import pytest
@@ -9,9 +10,10 @@ import torch
 from tests.waiting import wait_until
 from tests.yuan.model_server import TOKEN, make_served_model, read_metric, serve_model
 from yuan.generate.answers import generate
-from yuan.generate.decoder import Decoder
+from yuan.generate.decoder import Decoder, check_decoding
 from yuan.generate.limits import Sampling
 from yuan.generate.sequence import DecodingSequence
+from yuan.model.transformer import Yuan
 from yuan.serve.batching import BatchingEngine
 from yuan.serve.metrics import ModelServerMetrics
 from yuan.serve.request import AnswerPiece, DecodingFailed, GenerationRequest, QueueFull
@@ -220,3 +222,40 @@ def test_temperature_near_zero_equals_greedy_decoding(shared_http):
         for heat in (1e-300, 0)
     )
     assert cold == greedy
+
+
+def lose_device(*arguments, **options):
+    raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+
+def test_device_that_is_lost_between_requests_is_a_fault_until_tokens_are_chosen(service, monkeypatch):
+    engine = service.engine
+    with monkeypatch.context() as patch:
+        for place in ("yuan.model.cache.CacheBlock.take_slot", "yuan.model.transformer.Yuan.forward_incremental"):
+            patch.setattr(place, lose_device)
+        for _ in range(3):  # a request must not clear the fault
+            _, received = submit_request(engine, "ab")
+            wait_until(lambda received=received: is_done(received))
+            assert isinstance(received[-1], DecodingFailed)
+            assert "uncorrectable ECC error" in wait_until(service.fault)
+    _, received = submit_request(engine, "ab")
+    wait_until(lambda: is_done(received) and service.fault() is None)
+    assert join_text(received) == generate_expected(service, "ab")
+
+
+def test_engine_whose_thread_has_ended_uses_no_device(service, monkeypatch):
+    engine = service.engine
+    monkeypatch.setattr(engine, "_deliver_request", lambda request: sys.exit(1))
+    _, received = submit_request(engine, "ab")
+    wait_until(lambda: is_done(received))
+    assert "ended" in wait_until(service.fault)
+    service.stop(STARTING_REASON)
+    wait_until(lambda: service.is_idle)
+
+
+def test_probe_of_decoding_takes_one_slot(service, monkeypatch):
+    made = []
+    make = Yuan.make_cache_block
+    monkeypatch.setattr(Yuan, "make_cache_block", lambda *arguments: made.append(arguments[1:]) or make(*arguments))
+    check_decoding(service.served.model, service.served.tokenizer)
+    assert made == [(1, 64)]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 # In the folder of an evaluation.
 EVALUATION_FILE, CASES_FILE = "evaluation.json", "cases.jsonl"
 RESULTS_FILE, READY_FILE = "results.jsonl", "ready"
-DEVICE_FAULT_FILE = "device_fault"  # why the process lost its device
+DEVICE_FAULT_FILE = "device_fault"  # why its device is lost or has no memory left
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,12 @@ from infra.process_group import exit_with_parent
 from yuan.data.checkers import Checker, Exact
 from yuan.data.judge import AnswerJudge, CheckFailed
 from yuan.data.rule_text import describe_errors
-from yuan.device_faults import DEVICE_LOST_STATUS, describes_lost_device
+from yuan.device_faults import (
+    DEVICE_LOST_STATUS,
+    OUT_OF_MEMORY_STATUS,
+    describes_lack_of_memory,
+    describes_lost_device,
+)
 from yuan.eval.results import CASES_FILE, DEVICE_FAULT_FILE, READY_FILE, RESULTS_FILE, EvalResult, dump_results
 from yuan.eval.spec import EvaluationSpec
 from yuan.generate.answers import Completion, iter_answers
@@ -154,12 +159,16 @@ def main() -> int:
     folder = Path(sys.argv[1])
     try:
         run_evaluation(folder)
-    except RuntimeError as error:  # as torch's errors of devices are
-        if not describes_lost_device(str(error)):
+    except (RuntimeError, MemoryError) as error:  # as torch's errors of devices are
+        if describes_lost_device(str(error)):
+            status = DEVICE_LOST_STATUS
+        elif describes_lack_of_memory(error):
+            status = OUT_OF_MEMORY_STATUS
+        else:
             raise
-        log.exception("a device is lost")
+        log.exception("the evaluation ends, since a device is lost or has no memory left")
         (folder / DEVICE_FAULT_FILE).write_text(str(error)[:MAX_EVAL_REASON_CHARACTERS])
-        return DEVICE_LOST_STATUS
+        return status
     return 0
 
 

@@ -1,7 +1,8 @@
 """Slots of the decoding cache by need: a sequence's slot has room for its prompt and its answer, within a budget."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 
 from yuan.model.cache import CacheBlock, CacheSlot, compute_slot_bytes
@@ -18,8 +19,24 @@ class CacheBudgetExceeded(ValueError):
     """A sequence needs more than the whole budget of the cache."""
 
 
+@dataclass(eq=False)
+class CacheUser:
+    """One of several users of a budget, each with its own thread.
+
+    Attributes:
+        wake: called from another thread when another user lacks room.
+        lacks_room: a sequence of it waits for bytes of the budget.
+    """
+
+    wake: Callable[[], None]
+    lacks_room: bool = False
+
+
 class CacheBudget:
     """Bytes that the caches of all decoders of a process share; safe for threads.
+
+    Its users are served in the order in which they came: while one lacks room, later ones admit no sequence, and all
+    others free the blocks that they do not use.
 
     Args:
         max_bytes: the limit; None for none.
@@ -28,7 +45,37 @@ class CacheBudget:
     def __init__(self, max_bytes: int | None = None) -> None:
         self.max_bytes = max_bytes
         self._num_bytes, self._peak_bytes = 0, 0
+        self._users: list[CacheUser] = []
         self._lock = threading.Lock()
+
+    def add_user(self, wake: Callable[[], None]) -> CacheUser:
+        """Add a user, behind those that are there."""
+        user = CacheUser(wake)
+        with self._lock:
+            self._users.append(user)
+        return user
+
+    def remove_user(self, user: CacheUser) -> None:
+        with self._lock:
+            self._users.remove(user)
+
+    def report_need(self, user: CacheUser, *, lacks_room: bool) -> None:
+        """Record whether a sequence of a user waits for room; wake the other users if one does now."""
+        with self._lock:
+            is_new, user.lacks_room = lacks_room and not user.lacks_room, lacks_room
+            others = [other for other in self._users if other is not user] if is_new else []
+        for other in others:
+            other.wake()
+
+    def is_needed_by_others(self, user: CacheUser) -> bool:
+        """Return True if another user lacks room."""
+        with self._lock:
+            return any(other.lacks_room for other in self._users if other is not user)
+
+    def is_needed_before(self, user: CacheUser) -> bool:
+        """Return True if an earlier user lacks room."""
+        with self._lock:
+            return any(other.lacks_room for other in self._users[: self._users.index(user)])
 
     @property
     def num_bytes(self) -> int:

@@ -57,6 +57,8 @@ class Decoding(Protocol):
 
     def remove(self, sequence: DecodingSequence) -> None: ...
 
+    def settle(self) -> None: ...
+
     def release_empty_blocks(self) -> None: ...
 
     def discard(self) -> None: ...
@@ -220,6 +222,9 @@ class Decoder:
             return []
         return self.choose_next_tokens([planned.sequences[row] for row in ready], logits_BV[ready])
 
+    def settle(self) -> None:
+        """Finish the passes in flight, which a decoder of one group never has."""
+
     def release_empty_blocks(self) -> None:
         """Free the memory of the cache that no sequence uses."""
         self.cache.release_empty_blocks()
@@ -312,4 +317,5 @@ def check_decoding(model: Yuan, tokenizer: Tokenizer) -> None:
         Exception: any error of decoding, except that of a model whose logits are not finite.
     """
     probe = DecodingSequence([tokenizer.sep], Sampling(max_tokens=1), tokenizer, model.config.seq_len)
-    Decoder(model).add([probe])
+    slot_bytes = CacheSlots(model, CacheBudget()).compute_need(probe.max_tokens)
+    Decoder(model, CacheBudget(slot_bytes)).add([probe])  # beside a cache that may have taken all other memory

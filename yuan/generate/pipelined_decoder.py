@@ -121,6 +121,15 @@ class PipelinedDecoder:
         else:
             group.remove(sequence)
 
+    def settle(self) -> None:
+        """Finish the passes in flight, so that the sequences that were removed meanwhile have no slots.
+
+        Raises:
+            Exception: any error of a forward pass; then discard this decoder.
+        """
+        for group in list(self._in_flight):
+            self._finish(group)
+
     def release_empty_blocks(self) -> None:
         """Free the memory of the cache that no sequence uses."""
         for group in self.groups:

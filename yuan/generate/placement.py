@@ -116,7 +116,8 @@ class ModelPlacement:
     def _find_shortage(self, folder: Path, *, is_alone: bool = False) -> str | None:
         """Describe which device has too little memory; None if all have enough."""
         layers = split_over_devices(folder, self.devices)
-        free_cache_bytes = max((self._budget.max_bytes or 0) - self._budget.num_bytes, 0)
+        used_bytes = 0 if is_alone else self._budget.num_bytes  # of the version in service, which leaves
+        free_cache_bytes = max((self._budget.max_bytes or 0) - used_bytes, 0)
         stages = zip(self.devices, layers, compute_stage_bytes(folder, layers), strict=False)
         for device, num_layers, stage_bytes in stages:
             needed = stage_bytes + free_cache_bytes * num_layers / sum(layers)

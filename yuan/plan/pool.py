@@ -221,6 +221,22 @@ class Pool:
                 "choose those of one"
             )
 
+    def choose_visible_devices(self, devices: Sequence[str]) -> tuple[int, ...]:
+        """Return the numbers of devices, CLASS/NUMBER, among all accelerators of their machine.
+
+        Those of the first group come first, as the machine lists them in the order of their bus addresses.
+
+        >>> groups = [DeviceGroup(device_class=name, count=2, memory_gib=24, sustained_tflops=70) for name in "ab"]
+        >>> Pool(name="mixed", groups=tuple(groups)).choose_visible_devices(["b/1", "a/0"])
+        (3, 0)
+        """
+        first_numbers, count = {}, 0
+        for group in self.groups:
+            first_numbers[group.device_class] = 0 if group.device_class == CPU_DEVICE_CLASS else count
+            count += 0 if group.device_class == CPU_DEVICE_CLASS else group.count
+        parts = [device.rpartition("/") for device in devices]
+        return tuple(first_numbers.get(device_class, 0) + int(number) for device_class, _, number in parts)
+
     @property
     def num_devices(self) -> int:
         return sum(group.count for group in self.groups)

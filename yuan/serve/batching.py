@@ -6,7 +6,7 @@ import time
 from collections import Counter
 
 from yuan.device_faults import describes_lost_device
-from yuan.generate.cache_slots import CacheBudget
+from yuan.generate.cache_slots import CacheBudget, CacheBudgetExceeded
 from yuan.generate.decoder import NoCacheRoom, NonFiniteLogits, check_decoding
 from yuan.generate.pipelined_decoder import make_decoder
 from yuan.generate.sequence import DecodingSequence
@@ -49,10 +49,12 @@ class BatchingEngine:
         self.served, self._metrics = served, metrics
         self._max_slots, self._waiting = max_slots, WaitingQueue(max_slots, max_waiting)
         self._budget = budget or CacheBudget()
+        self._cache_user = self._budget.add_user(self.follow_budget)
         self._decoder = make_decoder(served.model, self._budget)
         self._requests: list[GenerationRequest] = []
         self._wake = threading.Condition()
         self._is_draining = self._has_crashed = self._is_recovering = self._lacks_room = False
+        self._needs_probe = False
         self._fault: str | None = None
         self._progress_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, daemon=True, name=f"engine-v{served.version}")
@@ -61,7 +63,12 @@ class BatchingEngine:
     @property
     def is_drained(self) -> bool:
         """Return True if the engine was drained and its thread has ended."""
-        return not self._thread.is_alive() and not self._has_crashed
+        return self.has_ended and not self._has_crashed
+
+    @property
+    def has_ended(self) -> bool:
+        """Return True if the engine's thread has ended, so that it uses no device."""
+        return not self._thread.is_alive()
 
     def fault(self) -> str | None:
         """Describe why this engine cannot answer; None if it can.
@@ -104,13 +111,14 @@ class BatchingEngine:
             self._wake.notify()
 
     def follow_budget(self) -> None:
-        """Free what a smaller budget no longer allows, as soon as nothing uses it."""
+        """Free what a smaller budget no longer allows, or another engine needs, as soon as nothing uses it."""
         with self._wake:
             self._wake.notify()
 
     def _release_excess(self) -> None:
         max_bytes, num_bytes = self._budget.max_bytes, self._budget.num_bytes
-        if max_bytes is None or num_bytes <= max_bytes:
+        is_within = max_bytes is None or num_bytes <= max_bytes
+        if is_within and not self._budget.is_needed_by_others(self._cache_user):
             return
         self._decoder.release_empty_blocks()
         if self._budget.num_bytes < num_bytes:  # it waits for the device
@@ -126,6 +134,12 @@ class BatchingEngine:
                 self._has_crashed, self._fault = True, f"the engine's thread has ended ({type(error).__name__})"
             for request in self._requests:
                 self._fail_request(request, EngineStopped("the engine has stopped; try again in a minute"))
+        finally:
+            self._budget.remove_user(self._cache_user)
+            try:
+                self._decoder.discard()  # the next engine shares the budget
+            except Exception:
+                log.warning("the cache of v%d cannot be freed", self.served.version, exc_info=True)
 
     def _run_passes(self) -> None:
         while True:
@@ -134,7 +148,6 @@ class BatchingEngine:
                     self._release_excess()
                     self._wake.wait()
                 if not self._requests:
-                    self._decoder.release_empty_blocks()
                     log.info("v%d has stopped serving", self.served.version)
                     return
             self._run_pass()
@@ -147,20 +160,29 @@ class BatchingEngine:
                 self._admit_waiting()
             for failure in self._decoder.step():
                 self._fail_sequence(failure.sequence, failure.error)
-            self._metrics.count_tokens(self._decoder.num_chosen_tokens - num_tokens)
+            num_new_tokens = self._decoder.num_chosen_tokens - num_tokens
+            self._metrics.count_tokens(num_new_tokens)
             if self._decoder.has_passed:
-                self._is_recovering, self._fault = False, None
+                self._is_recovering = False
+            if num_new_tokens:  # a step without a pass shows nothing
+                self._fault = None
         except Exception as error:
             self._recover(error)
+        if self._needs_probe:
+            self._probe_decoding()
         try:
             self._deliver()
+            if not self._requests:
+                self._decoder.settle()
             self._progress_at = time.monotonic()
         except Exception as error:
             self._recover(error)
+        self._lacks_room = self._lacks_room and bool(self._waiting)  # none if all that waited are over
+        self._budget.report_need(self._cache_user, lacks_room=self._lacks_room)
         if self._is_draining:
-            self._decoder.release_empty_blocks()  # the next engine shares the budget
+            self._decoder.release_empty_blocks()
         self._release_excess()
-        if self._lacks_room and not self._decoder.running:  # the previous engine has the bytes
+        if self._lacks_room and not self._decoder.running:  # another engine has the bytes
             with self._wake:
                 self._wake.wait(ROOM_POLL_S)
 
@@ -169,15 +191,23 @@ class BatchingEngine:
         num_free = self._max_slots - len(self._decoder.running)
         if not self._waiting or num_free <= 0:
             return
+        if self._budget.is_needed_before(self._cache_user):  # by the version that this one replaces
+            self._lacks_room = True
+            return
         slots_by_caller = self._count_slots_by_caller()
         with self._wake:
             self._waiting.take(num_free, slots_by_caller, self._admit)
 
     def _admit(self, request: GenerationRequest, sequence: DecodingSequence, leaves_reserve: bool) -> bool:
         """Reserve a slot of the cache; a request for which there can be none is admitted and fails."""
+        leaves_reserve = leaves_reserve and not self._is_draining  # no other caller comes
         try:
             is_admitted = self._decoder.admit(sequence, RESERVED_CACHE_SHARE if leaves_reserve else 0.0)
+        except CacheBudgetExceeded as error:  # the budget has become smaller since the request was queued
+            self._fail_request(request, error)
+            return True
         except Exception as error:
+            self._needs_probe = True  # clearing a slot is the first use of a device that is lost
             log.error("no slot can be reserved", exc_info=error)
             self._metrics.count_error("decode")
             self._fail_request(request, DecodingFailed())
@@ -197,9 +227,11 @@ class BatchingEngine:
 
     def _fail_sequence(self, sequence: DecodingSequence, error: Exception) -> None:
         """Fail the request of one sequence whose token could not be added; other sequences are not affected."""
-        if not isinstance(error, NonFiniteLogits):
+        self._metrics.count_error("decode")
+        if isinstance(error, NonFiniteLogits):
+            log.error("v%d: %s", self.served.version, error)
+        else:
             log.error("a token could not be added", exc_info=error)
-            self._metrics.count_error("decode")
             error = DecodingFailed()
         if (owner := self._find_request(sequence)) is not None:
             self._fail_request(owner, error)
@@ -238,6 +270,7 @@ class BatchingEngine:
 
     def _probe_decoding(self) -> None:
         """Decode one token, to detect a process that can no longer decode; a restart may fix that."""
+        self._needs_probe = False
         try:
             check_decoding(self.served.model, self.served.tokenizer)
             self._fault = None
@@ -252,6 +285,7 @@ class BatchingEngine:
         for request in list(self._requests):
             if not request.is_over and now > request.deadline_s:
                 limit_s = request.deadline_s - request.start_s
+                log.warning("v%d answered a request not within %.0f s", self.served.version, limit_s)
                 self._fail_request(request, AnswerTimeout(f"no answer within {limit_s:.0f} s; ask for fewer tokens"))
             if not request.is_over:
                 self._deliver_request(request)

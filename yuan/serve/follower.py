@@ -117,11 +117,16 @@ class AliasFollower:
             return self._log_problem("the registry does not respond", error)
         served = self._service.served
         if version is None:
+            self._service.problem = None  # callers still get the reason
             self._explain_absence(NO_VERSION_MESSAGE, None)
             return self._log_problem(f"the registry has no alias {self._alias}")
         if served is None or served.version != version:
             return self._serve_version(version, f"alias {self._alias}")
+        self._forget_unusable_version()  # if the alias has moved back from it
         self._log_problem(None)
+
+    def _forget_unusable_version(self) -> None:
+        self._unusable_version, self._service.problem = 0, None
 
     def _serve_version(self, version: int, reason: str) -> None:
         if version == self._unusable_version and time.monotonic() < self._retry_at:
@@ -132,6 +137,8 @@ class AliasFollower:
         except VersionNotReady as error:
             return self._log_problem(f"v{version}, {reason}, is not in the cache yet", error)
         except Exception as error:
+            if self._service.is_stopped:  # its devices were asked for meanwhile
+                return log.info("v%d is not put into service, which ends", version)
             self._service.explain_absence(
                 f"v{version} cannot be loaded; retry in a minute, and tell the operator if the error persists",
                 LOAD_FAILURE_RETRY_AFTER_S,
@@ -146,7 +153,8 @@ class AliasFollower:
         self.ready.set()
         self._replace_folder(folder)
         log.info("v%d is in service: %s", version, reason)
-        self._unusable_version, self._last_problem, self._service.problem = 0, None, None
+        self._forget_unusable_version()
+        self._last_problem = None
         try:
             self._last_version.record(version)
         except OSError as error:

@@ -23,6 +23,7 @@ from infra.processes import get_own_identity
 from infra.settings import ModelServerSettings, load_settings
 from infra.tracker import Tracker
 from infra.version_cache import VersionCache, VersionNotCached
+from yuan.device_faults import BUS_ORDER_VARIABLES, VISIBLE_DEVICES_VARIABLE
 from yuan.generate.cache_slots import CacheBudget
 from yuan.generate.placement import ModelPlacement
 from yuan.model.accelerator import AcceleratorsMissing, check_accelerators
@@ -45,7 +46,6 @@ DEFAULT_ALIAS = "champion"
 DEFAULT_CACHE_SHARE = 0.25  # of the memory that is available at the start; the weights are not loaded yet
 LAST_VERSION_FILE = "model-server/last.json"  # below the home folder
 GRANT_VARIABLE = "COTRAIN_DEVICE_GRANT"  # of a process image that was started for a grant
-VISIBLE_DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 FIRST_INHERITED_DESCRIPTOR = 3
 
 
@@ -143,7 +143,7 @@ def execute_again(grant: DeviceGrant) -> None:
     The lease's job is named in environment and arguments, by which `infra.launchers.local` finds its processes.
     """
     environment, arguments = dict(os.environ), [text for text in sys.orig_argv if not is_job_mark(text)]
-    environment[VISIBLE_DEVICES_VARIABLE] = ",".join(map(str, grant.devices))
+    environment |= {VISIBLE_DEVICES_VARIABLE: ",".join(map(str, grant.devices)), **BUS_ORDER_VARIABLES}
     environment[GRANT_VARIABLE] = grant.model_dump_json()
     environment.pop(JOB_VARIABLE, None)
     if grant.lease_id is not None:

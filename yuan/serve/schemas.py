@@ -134,10 +134,22 @@ def _has_no_effect(value: object, neutral: object) -> bool:
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
+def _describe_nulls(schema: dict[str, Any]) -> None:
+    """Describe by JSON Schema that null means the default, for each field that has one."""
+    for name, field in schema["properties"].items():
+        if name not in schema.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
+            kept = {key: field.pop(key) for key in ("default", "description", "title") if key in field}
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **kept}
+
+
+def _drop_nulls(data: Any) -> Any:
+    return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
 class StreamOptions(BaseModel):
     """Hold the options of a stream; `include_obfuscation` pads OpenAI's events, and has no effect here."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_describe_nulls)
 
     include_usage: bool = Field(default=False, strict=True)
     include_obfuscation: bool = Field(default=False, strict=True)
@@ -148,10 +160,6 @@ class StreamOptions(BaseModel):
         return _drop_nulls(data)
 
 
-def _drop_nulls(data: Any) -> Any:
-    return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
-
-
 class DecodingFields(BaseModel):
     """The fields of both routes.
 
@@ -159,7 +167,7 @@ class DecodingFields(BaseModel):
     is refused, known or not. The default temperature is 0, unlike OpenAI's, so that answers are reproducible.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_describe_nulls)
 
     model: Annotated[str, TextRule(200, allow="line")] = Field(
         default=SERVED_MODEL_NAME, description="yuan, or yuan-v7 for that version only"

@@ -60,7 +60,7 @@ class ModelService:
     @property
     def is_idle(self) -> bool:
         """Return True if no engine is in service and none finishes its requests."""
-        return self.engine is None and not self._list_draining()
+        return self.engine is None and all(engine.has_ended for engine in self._list_draining())
 
     @property
     def served(self) -> ServedModel | None:

@@ -11,7 +11,12 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from yuan.device_faults import DEVICE_LOST_STATUS, describes_lost_device
+from yuan.device_faults import (
+    DEVICE_LOST_STATUS,
+    OUT_OF_MEMORY_STATUS,
+    describes_lack_of_memory,
+    describes_lost_device,
+)
 from yuan.safe_files import list_names, read_file
 from yuan.train.guard import NumericalError
 from yuan.train.rank_json import RANK_FILE_PATTERN, get_count, get_number, get_text, parse_rank_object
@@ -32,15 +37,14 @@ class ExitStatus(IntEnum):
     BAD_DATA = 65
     PEER_LOST = 68
     DEVICE_LOST = DEVICE_LOST_STATUS
-    OUT_OF_MEMORY = 71
+    OUT_OF_MEMORY = OUT_OF_MEMORY_STATUS
     NUMERICAL = 72
     HUNG = 73
     DISK_FULL = 74
     PARENT_GONE = 75  # set by infra.process_group: the supervisor closed the run or exited
 
 
-# Messages of CUDA, NCCL and gloo. A lost device is matched before a lost peer, since one causes the other.
-OUT_OF_MEMORY_PATTERN = re.compile(r"out of memory|cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+# Messages of NCCL and gloo. A lost device is matched before a lost peer, since one causes the other.
 PEER_LOST_PATTERN = re.compile(
     r"connection (closed|reset|refused)|timed out|broken pipe|ncclRemoteError|remote process exited|socket timeout"
     r"|unhandled system error|monitoredBarrier",
@@ -87,7 +91,7 @@ def classify_error(error: BaseException) -> ExitStatus:
         error, ValueError | FileNotFoundError
     ):  # before the patterns: a file name in the message could match one
         return ExitStatus.BAD_DATA
-    if isinstance(error, MemoryError) or OUT_OF_MEMORY_PATTERN.search(text):
+    if describes_lack_of_memory(error):
         return ExitStatus.OUT_OF_MEMORY
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ExitStatus.DISK_FULL
