@@ -60,6 +60,7 @@ class LeasedRunner:
         subject: what is evaluated, in the list of the pool's devices.
         report_waiting: called while other leases come first, with their number; may raise to give up.
         ttl_s: time to live of the lease without heartbeats, in seconds.
+        lacked_memory: a process has run out of memory beside the model server.
     """
 
     context: Context
@@ -67,7 +68,7 @@ class LeasedRunner:
     priority: int = 0
     report_waiting: WaitingCallback = lambda _: None
     ttl_s: float = leases.LEASE_HEARTBEAT_TIMEOUT_S
-    _lacked_memory: bool = field(init=False, default=False)
+    lacked_memory: bool = field(init=False, default=False)
 
     @contextlib.contextmanager
     def run(self, folder: Path, model: Path) -> Iterator[RunningJob]:
@@ -87,7 +88,7 @@ class LeasedRunner:
         with self.context.sessions() as session:
             champion = find_champion_model(session, self.context.versions)
         devices = choose_evaluation_devices(pool, model, champion)
-        if self._lacked_memory:
+        if self.lacked_memory:
             devices = replace(devices, max_cache_bytes=None)
         spec = EvaluationSpec.read(folder)
         spec.model_copy(
@@ -124,10 +125,10 @@ class LeasedRunner:
                     running_job,
                     lease,
                     find_device_loss=lambda: self._find_device_loss(pool, folder, lease),
-                    explain_exit=lambda status: self._explain_exit(status, folder, lease, devices),
+                    explain_exit=lambda status: self.explain_exit(status, folder, lease, devices),
                 )
 
-    def _explain_exit(
+    def explain_exit(
         self, status: int, folder: Path, lease: GrantedLease, devices: "EvaluationDevices"
     ) -> JobExit | None:
         """Return the exit of a process that wrote what is wrong with its devices; None for any other."""
@@ -136,7 +137,7 @@ class LeasedRunner:
             return None
         message = f"on {', '.join(lease.devices)}: {fault}"
         if status == OUT_OF_MEMORY_STATUS and devices.shares:
-            self._lacked_memory = True
+            self.lacked_memory = True
             return JobExit(status=status, cause="preempted", message=f"no memory beside the model server, {message}")
         return JobExit(status=status, message=message)
 

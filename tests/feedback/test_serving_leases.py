@@ -106,7 +106,7 @@ def test_service_does_not_end_for_a_lease_that_another_one_keeps_from_its_device
     assert serving_leases.find_leases_blocked_by(pool, serving) == []
 
 
-def test_run_that_could_share_takes_devices_that_nobody_holds(session):
+def test_run_that_could_share_takes_free_devices_first(session):
     leases.register_pool(session, dataclasses.replace(POOL, groups=(dataclasses.replace(GROUP, count=4),)))
     assert take(session, shares=True).devices == ["A/0"]
     assert request(session, count=2, shares=True).devices == ["A/1", "A/2"]

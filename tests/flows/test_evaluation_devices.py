@@ -164,10 +164,10 @@ def test_evaluation_without_memory_beside_the_server_gets_devices_alone(context,
     runner = LeasedRunner(context, "evaluation")
     lease = SimpleNamespace(devices=["L40S/0"])
     devices = EvaluationDevices("L40S", 1, 2**30 if shares else None)
-    job_exit = runner._explain_exit(OUT_OF_MEMORY_STATUS, tmp_path, lease, devices)
+    job_exit = runner.explain_exit(OUT_OF_MEMORY_STATUS, tmp_path, lease, devices)
     assert job_exit.cause == cause and "on L40S/0: CUDA out of memory" in job_exit.message
-    assert runner._lacked_memory is shares
-    assert runner._explain_exit(1, tmp_path, lease, devices) is None
+    assert runner.lacked_memory is shares
+    assert runner.explain_exit(1, tmp_path, lease, devices) is None
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The dispatcher's duty for the model server's devices: each state in which lease, queue and server can be."""
 
 import datetime
-import functools
 import os
 import subprocess
 from pathlib import Path
@@ -359,8 +358,8 @@ def test_faults_of_others_do_not_end_the_service(make_duty, server, session, tmp
     def find_no_model(session, versions):
         raise ValueError("config.json is damaged")
 
+    monkeypatch.undo()  # of the fixture's choice of devices
     with monkeypatch.context() as patch:
-        patch.setattr(duty, "_choose_devices", functools.partial(ServingDevices._choose_devices, duty))
         patch.setattr(serving_devices, "find_champion_model", find_no_model)
         assert keeps_lease("model folder cannot be read: config.json is damaged")
     (tmp_path / "pool.toml").write_text("[[pool]")

@@ -254,8 +254,8 @@ def test_engine_whose_thread_has_ended_uses_no_device(service, monkeypatch):
 
 
 def test_probe_of_decoding_takes_one_slot(service, monkeypatch):
-    made = []
+    blocks = []
     make = Yuan.make_cache_block
-    monkeypatch.setattr(Yuan, "make_cache_block", lambda *arguments: made.append(arguments[1:]) or make(*arguments))
+    monkeypatch.setattr(Yuan, "make_cache_block", lambda *arguments: blocks.append(arguments[1:]) or make(*arguments))
     check_decoding(service.served.model, service.served.tokenizer)
-    assert made == [(1, 64)]
+    assert blocks == [(1, 64)]
