@@ -7,8 +7,6 @@ SHARED_BY_BENCHMARKS := $(addprefix benchmarks/,fault_injection.py line_charts.p
 BENCHMARKS := $(sort $(filter-out $(SHARED_BY_BENCHMARKS),$(wildcard benchmarks/*.py)))
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export DS_BUILD_OPS = 0
-# Tests run beside each other, and a thread of torch that spins keeps the one it waits for from running.
-export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: setup check test test-long demo bench format
 

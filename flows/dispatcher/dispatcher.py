@@ -40,7 +40,7 @@ from flows.duties import (
     get_duty_status_file,
 )
 from flows.supervisor.pool_launcher import make_launchers
-from flows.supervisor.reaper import reap_dead_leases
+from flows.supervisor.reaper import ProcessesRemain, reclaim_leases
 from flows.supervisor.run_reporter import SERVER_ERRORS
 from infra.error_text import describe_error
 from infra.faults import DATABASE_ERRORS
@@ -81,7 +81,7 @@ def run_dispatcher(context: DispatcherContext, client: SyncPrefectClient) -> Non
     duties = Duties(
         make_duties(context, client),
         get_duty_status_file(context.settings.home),
-        expected_errors=(*SERVER_ERRORS, ServingProblem),
+        expected_errors=(*SERVER_ERRORS, ServingProblem, ProcessesRemain),
         send_heartbeat=lambda: write_heartbeat(context.settings),
     )
     last_error: str | None = None
@@ -116,7 +116,7 @@ def make_duties(context: DispatcherContext, client: SyncPrefectClient) -> dict[s
     return {
         Duty.DELIVER_NOTICES: lambda: deliver_notices(context),
         Duty.REQUEST_DUE_ROUND: lambda: request_due_round(context),
-        Duty.RECLAIM_LEASES: lambda: reap_dead_leases(context.sessions, make_launchers(context.settings)),
+        Duty.RECLAIM_LEASES: lambda: reclaim_leases(context.sessions, make_launchers(context.settings)),
         Duty.SHARE_DEVICES: serving.advance,
         Duty.DELETE_CHECKPOINTS: BackgroundDuty(
             "checkpoint-cleanup", lambda: delete_unneeded_checkpoints(context), DELETE_CHECKPOINTS_EVERY_S

@@ -42,7 +42,6 @@ DEVICE_CALL_TIMEOUT_S = 5.0
 RETAKE_AFTER_S = 20.0  # from a lease's end, since a round's evaluation asks for devices right after its training
 MAX_RETRY_AFTER_S = 3600
 MAX_SERVING_LOSS_CHARACTERS = 300
-FENCED_TIMEOUT_S = 60.0  # after which operators are told of a fenced lease whose processes do not end
 RESTART_TIMEOUT_S = 180.0  # running requests end, and the next process image loads the model
 
 
@@ -175,11 +174,6 @@ class ServingDevices:
     def _keep_or_release(self, session: Session, pool: Pool, lease: Lease, state: GrantState) -> DeviceGrant:
         """Return the grant of the server's lease, or one without devices if others need them."""
         if lease.fenced_at is not None:  # the reaper ends what runs under it
-            if compute_age_s(lease.fenced_at) > FENCED_TIMEOUT_S:
-                self._problem = (
-                    f"the model server's former lease {lease.id[:8]} of pool {lease.pool} waits for its processes to "
-                    "end; see the dispatcher's log, and end them"
-                )
             return DeviceGrant(message="the model server's former processes end; retry in a minute")
         if lease.holder != state.identity:
             if not is_known_alive(lease.holder):  # the server was started again

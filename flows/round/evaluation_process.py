@@ -143,7 +143,7 @@ class EvaluationProcess:
             if job_exit.cause in BLAMELESS_CAUSES or not self._unfinished:
                 continue
             if job_exit.status == DEVICE_LOST_STATUS:  # of several, so that it is not known which one
-                num_device_losses += 1
+                num_device_losses = 1 if len(self._unfinished) < num_before else num_device_losses + 1
                 if num_device_losses == MAX_EVAL_ATTEMPTS:
                     raise EvaluationFailed(
                         f"the evaluation of {self.model} lost a device {num_device_losses} times, "

@@ -62,7 +62,7 @@ DUTY_FIXES: dict[str, str] = {
     Duty.START_REPRODUCTION: "see `cotrain logs prefect`",
     Duty.START_DATASET_CHECKS: "see `cotrain logs prefect`",
     Duty.START_CLEANUP: "see `cotrain logs prefect`",
-    Duty.RECLAIM_LEASES: "see that the file which COTRAIN_POOL names can be read",
+    Duty.RECLAIM_LEASES: "see that the file which COTRAIN_POOL names can be read, and end the processes that are named",
 }
 
 

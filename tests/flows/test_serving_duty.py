@@ -4,6 +4,7 @@ import datetime
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import update
@@ -14,7 +15,7 @@ from feedback.tables import Lease
 from flows.context import DispatcherContext
 from flows.dispatcher import serving_devices
 from flows.dispatcher.serving_devices import MAX_RETRY_AFTER_S, ServingDevices, ServingProblem, describe_lender
-from flows.supervisor.reaper import reap_dead_leases
+from flows.supervisor import reaper
 from infra.launchers.local import LocalLauncher
 from infra.processes import get_own_identity
 from tests.serving import serve_app
@@ -301,21 +302,25 @@ def test_dead_holder_of_a_former_pool_is_reaped_and_serving_continues(make_duty,
     file = change_pool(tmp_path)
     file.write_text(file.read_text().replace('"d"', '"e"'))
     sessions = sessionmaker(session.connection(), join_transaction_mode="create_savepoint", expire_on_commit=False)
-    assert reap_dead_leases(sessions, {"e": LocalLauncher()}) == [lease.id]
+    assert reaper.reap_dead_leases(sessions, {"e": LocalLauncher()}) == [lease.id]
     session.expire_all()
     advance(duty, server)
     assert serving_leases.find_serving_lease(session).pool == "e" and not duty.is_lent
 
 
-def test_fenced_lease_whose_processes_do_not_end_is_a_problem(make_duty, server, session, monkeypatch):
-    duty = make_duty("yield")
-    advance(duty, server)
+def test_lease_whose_processes_do_not_end_is_named_to_operators(make_duty, server, session, monkeypatch):
+    """This test's own process holds the lease, and no launcher can end its job."""
+    advance(make_duty("yield"), server)
     lease = serving_leases.find_serving_lease(session)
+    sessions = sessionmaker(session.connection(), join_transaction_mode="create_savepoint", expire_on_commit=False)
+    launcher = SimpleNamespace(end=lambda name, timeout_s: False)
+    monkeypatch.setattr(reaper, "FENCED_TIMEOUT_S", 3600.0)
     leases.fence_silent_leases(session, exited_lease_ids=[lease.id])
-    duty.advance()
-    monkeypatch.setattr(serving_devices, "FENCED_TIMEOUT_S", -1.0)
-    with pytest.raises(ServingProblem, match=f"lease {lease.id[:8]} of pool d waits for its processes to end"):
-        duty.advance()
+    reaper.reclaim_leases(sessions, {"d": launcher})
+    monkeypatch.setattr(reaper, "FENCED_TIMEOUT_S", -1.0)
+    with pytest.raises(reaper.ProcessesRemain, match=f"{lease.id[:8]} of serving on A100-80/0 of pool d"):
+        reaper.reclaim_leases(sessions, {"d": launcher})
+    reaper.reclaim_leases(sessions, {"d": SimpleNamespace(end=lambda name, timeout_s: True)})
 
 
 def test_own_device_that_leaves_the_file_is_not_waited_for(make_duty, server, session, tmp_path):

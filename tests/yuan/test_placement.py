@@ -10,6 +10,7 @@ from yuan.generate.answers import answer_each
 from yuan.generate.limits import Sampling
 from yuan.generate.placement import (
     choose_fewest_devices,
+    compute_packed_head_bytes,
     compute_stage_bytes,
     load_over_devices,
     measure_cache_room,
@@ -78,6 +79,7 @@ def test_model_in_main_memory_is_packed_and_answers_as_before(tmp_path):
     save(folder, config, model.state_dict(), served.tokenizer, {})
     packed = load_over_devices(folder, [CPU])
     assert isinstance(packed.packed_head, PackedLinear)
+    assert compute_packed_head_bytes(folder) == 4 * config.vocab_size * config.hidden_size
     tokens = torch.randint(config.vocab_size, (3, 40))
     with torch.inference_mode():
         torch.testing.assert_close(packed(tokens), model(tokens), rtol=1e-5, atol=1e-5)
@@ -89,7 +91,7 @@ def test_model_in_main_memory_is_packed_and_answers_as_before(tmp_path):
 
 
 def test_small_models_and_other_dtypes_are_not_packed(served, folder):
-    assert load_over_devices(folder, [CPU]).packed_head is None
+    assert load_over_devices(folder, [CPU]).packed_head is None and compute_packed_head_bytes(folder) == 0
     layer = torch.nn.Linear(1024, 1024, bias=False)
     for module in (torch.nn.Sequential(layer.bfloat16()), torch.nn.Sequential(torch.nn.Linear(1024, 1024))):
         pack_linear_layers(module)

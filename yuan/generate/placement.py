@@ -8,7 +8,8 @@ import torch
 
 from yuan.generate.cache_slots import CacheBudget
 from yuan.model.accelerator import is_accelerator, list_devices, read_free_memory_bytes
-from yuan.model.model_folder import measure_weight_bytes
+from yuan.model.model_folder import measure_value_bytes, measure_weight_bytes
+from yuan.model.packed_linear import PACKED_VALUE_BYTES, is_worth_packing
 from yuan.model.transformer import Yuan
 from yuan.model.weights import load, read_config
 from yuan.plan.generation_stages import (
@@ -44,6 +45,13 @@ def compute_stage_bytes(folder: Path, layers: Sequence[int]) -> list[float]:
     config, weight_bytes = read_config(folder), measure_weight_bytes(folder)
     factor = GENERATION_WORKSPACE_FACTOR * weight_bytes / config.num_parameters
     return [factor * parameters for parameters in count_stage_parameters(config, layers)]
+
+
+def compute_packed_head_bytes(folder: Path) -> int:
+    """Return the memory of the copy of the head that `Yuan.pack_for_generation` makes in main memory."""
+    config = read_config(folder)
+    num_weights, value_bytes = config.vocab_size * config.hidden_size, measure_value_bytes(folder, config)
+    return value_bytes * num_weights if value_bytes == PACKED_VALUE_BYTES and is_worth_packing(num_weights) else 0
 
 
 def choose_fewest_devices(
@@ -121,6 +129,7 @@ class ModelPlacement:
         stages = zip(self.devices, layers, compute_stage_bytes(folder, layers), strict=False)
         for device, num_layers, stage_bytes in stages:
             needed = stage_bytes + free_cache_bytes * num_layers / sum(layers)
+            needed += 0 if is_accelerator(device) else compute_packed_head_bytes(folder)
             limit = self._measure_device(device, is_alone=is_alone)
             if limit is not None and needed > limit:
                 return (

@@ -9,6 +9,7 @@ Source: https://uxlfoundation.github.io/oneDNN/dev_guide_basic_concepts.html; Py
 import torch
 from torch import Tensor, nn
 
+PACKED_VALUE_BYTES = 4
 MIN_PACKED_WEIGHTS = 2**20  # of a matrix; the processor's caches hold a smaller one, and a packed product starts slower
 # The layout depends on it only up to some rows; one for one row is slower at 2 to 16, others are equal within 5 %.
 PACKED_FOR_ROWS = 16
@@ -27,12 +28,13 @@ class PackedLinear(nn.Module):
 
 def is_packable(weight: Tensor) -> bool:
     """Return True if a packed product with this matrix is faster, and this machine can compute it."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and weight.numel() >= MIN_PACKED_WEIGHTS
-        and torch.backends.mkldnn.is_available()
-    )
+    is_in_main_memory = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return is_in_main_memory and is_worth_packing(weight.numel())
+
+
+def is_worth_packing(num_weights: int) -> bool:
+    """Return True if a packed product with a matrix of this size is faster in fp32, and this machine can compute it."""
+    return num_weights >= MIN_PACKED_WEIGHTS and torch.backends.mkldnn.is_available()
 
 
 def pack_linear_layers(module: nn.Module) -> None:

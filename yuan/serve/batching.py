@@ -285,7 +285,7 @@ class BatchingEngine:
         for request in list(self._requests):
             if not request.is_over and now > request.deadline_s:
                 limit_s = request.deadline_s - request.start_s
-                log.warning("v%d answered a request not within %.0f s", self.served.version, limit_s)
+                log.warning("v%d did not answer a request within %.0f s", self.served.version, limit_s)
                 self._fail_request(request, AnswerTimeout(f"no answer within {limit_s:.0f} s; ask for fewer tokens"))
             if not request.is_over:
                 self._deliver_request(request)
