@@ -50,6 +50,7 @@ def _check_digits(value: Any) -> Any:
 # For a number in a path or query; pydantic also reads `1_0`, ` 10` and `10.0` as 10. Behind the number's limits, since
 # those behind a validator are not in the JSON Schema.
 DIGITS_CHECK = BeforeValidator(_check_digits)
+DigitsInt = Annotated[int, Field(ge=1, le=2**31 - 1), DIGITS_CHECK]
 
 RecordId = Annotated[str, PatternRule(ID_PATTERN, "the id of a record", max_length=32)]
 RecordIdPath = Annotated[RecordId, Path(description="id of the record")]
@@ -58,8 +59,7 @@ RoundId = Annotated[
     PatternRule("^([0-9a-f]{32}|latest)$", "the id of a round, or latest", max_length=32),
 ]
 RoundIdPath = Annotated[RoundId, Path(description="id of a round, or latest")]
-CountInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
-VersionPath = Annotated[CountInt, DIGITS_CHECK, Path(description="number of a version")]
+VersionPath = Annotated[DigitsInt, Path(description="number of a version")]
 
 
 class Unauthorized(Exception):

@@ -15,9 +15,9 @@ from feedback.accounts import Account, audit, find_claimed_record, lock_idempote
 from feedback.api.access import (
     DIGITS_CHECK,
     AccountRoute,
-    CountInt,
     CurrentAccount,
     CurrentContributor,
+    DigitsInt,
     IdempotencyKeyHeader,
     IdempotentRequest,
     RecordId,
@@ -51,15 +51,13 @@ upload_router = APIRouter(
     dependencies=[Depends(require_known_query_without_session)],
 )
 
-PageLimit = Annotated[
-    Annotated[int, Field(ge=1, le=MAX_PAGE_SIZE)], DIGITS_CHECK, Query(description="maximum number of items")
-]
+PageLimit = Annotated[int, Field(ge=1, le=MAX_PAGE_SIZE), DIGITS_CHECK, Query(description="maximum number of items")]
 AfterId = Annotated[
     RecordId | None,
     Query(description="id of the last item of the previous page; the page starts after it"),
 ]
 AfterNumber = Annotated[
-    Annotated[CountInt, DIGITS_CHECK] | None,
+    DigitsInt | None,
     Query(description="number of the last item of the previous page; the page starts after it"),
 ]
 NEXT_LINK_HEADER = {

@@ -3,7 +3,6 @@
 import html
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, Response
@@ -12,7 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session, defer
 
 from feedback.accounts import NotFound
-from feedback.api.access import DIGITS_CHECK, CountInt
+from feedback.api.access import DigitsInt
 from feedback.api.transactions import SessionDep
 from feedback.promotion import find_champion
 from feedback.promotion_decision import SuiteComparison
@@ -26,7 +25,6 @@ templates = Jinja2Templates(Path(__file__).with_name("templates"))
 MAX_FRONT_PAGE_ROUNDS = 50
 PRIVATE_SUITE_PREFIX = "datasets/"
 PLACEHOLDER_BASE_URL = "http://address-of-the-portal.invalid/"  # in the cached page
-RoundNumberPath = Annotated[CountInt, DIGITS_CHECK]
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def index(request: Request, session: SessionDep) -> HTMLResponse:
 
 
 @router.get("/rounds/{number}/plan.svg")
-def plan_picture(number: RoundNumberPath, request: Request, session: SessionDep) -> Response:
+def plan_picture(number: DigitsInt, request: Request, session: SessionDep) -> Response:
     """Show a round's plan: the memory of each pipeline stage and the schedule of one step; public."""
     run_id = find_planned_run(session, number)
     objects: ObjectStore = request.app.state.objects
