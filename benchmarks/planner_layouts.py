@@ -15,7 +15,7 @@ from yuan.config import MODEL_PRESETS
 from yuan.plan.layout_prediction import predict_layout
 from yuan.plan.memory_model import GIB
 from yuan.plan.paper import OFFICIAL_LAYOUTS
-from yuan.plan.pool import load_pool
+from yuan.plan.pool_file import load_pool
 from yuan.plan.search import SizeLimits, search
 from yuan.plan.workload import PUBLISHED_BATCH_SIZES, Grid, Workload
 

@@ -23,7 +23,8 @@ from yuan.plan.even_split import find_best_even_split
 from yuan.plan.layout import make_layout
 from yuan.plan.memory_costs import DOES_NOT_FIT
 from yuan.plan.planner import make_plan, predict_plan
-from yuan.plan.pool import Pool, parse_pool
+from yuan.plan.pool import Pool
+from yuan.plan.pool_file import parse_pool
 from yuan.plan.search import PlanCandidate, SizeLimits, iter_grids
 from yuan.plan.stage_costs import StageCosts, build_stage_costs
 from yuan.plan.workload import Grid, Workload, compute_default_loss_block

@@ -19,7 +19,8 @@ from pairs import make_line, print_lines
 from yuan.config import yuan_102b
 from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import make_plan
-from yuan.plan.pool import Pool, parse_pool
+from yuan.plan.pool import Pool
+from yuan.plan.pool_file import parse_pool
 from yuan.plan.replan import replan, resize_pool, split_slow_devices
 from yuan.plan.solver import solve
 from yuan.plan.stage_costs import build_stage_costs

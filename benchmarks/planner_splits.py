@@ -18,7 +18,7 @@ from pairs import load_deepspeed_partitions, make_line, print_lines
 
 from yuan.config import ModelConfig, yuan_102b
 from yuan.plan.flops import count_head_forward_flops, count_layer_forward_flops
-from yuan.plan.pool import parse_pool
+from yuan.plan.pool_file import parse_pool
 from yuan.plan.solver import solve
 from yuan.plan.stage_costs import build_stage_costs
 from yuan.plan.workload import Grid, Workload

@@ -21,7 +21,8 @@ from infra.process_group import build_torchrun_command, run_child
 from yuan.config import ModelConfig, TrainConfig, tiny, yuan_2b, yuan_51b
 from yuan.data.samples import Sample
 from yuan.plan.planner import make_plan, make_plan_from_bounds
-from yuan.plan.pool import load_pool, make_cpu_pool
+from yuan.plan.pool import make_cpu_pool
+from yuan.plan.pool_file import load_pool
 from yuan.plan.workload import Workload
 from yuan.train.metrics_row import GRAD_NORM_METRIC, LOSS_METRIC
 from yuan.train.run_folder import RunFolder

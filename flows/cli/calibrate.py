@@ -16,7 +16,8 @@ from flows.cli.plan_options import (
     get_model_option,
     load_pool_option,
 )
-from yuan.plan.pool import dump_pool, find_device_group
+from yuan.plan.pool import find_device_group
+from yuan.plan.pool_file import dump_pool
 from yuan.plan.workload import MAX_GLOBAL_BATCH_SIZE
 
 MAX_PROCESSES = 1024  # of one machine, each of which loads torch

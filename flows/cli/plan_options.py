@@ -12,8 +12,9 @@ from yuan.data.text import BadJson, parse_json
 from yuan.plan.current_plan import parse_current_plan
 from yuan.plan.json_fields import show_value
 from yuan.plan.plan_record import PipelinePlan
-from yuan.plan.pool import Pool, load_pool, make_local_pool
+from yuan.plan.pool import Pool
 from yuan.plan.pool_changes import apply_pool_change
+from yuan.plan.pool_file import load_pool, make_local_pool
 from yuan.plan.workload import Workload
 from yuan.safe_files import read_regular_file
 

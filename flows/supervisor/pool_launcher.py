@@ -11,7 +11,8 @@ from infra.launchers.slurm import SlurmLauncher, SlurmOptions
 from infra.machine import has_fast_bf16
 from infra.settings import PoolSettings
 from yuan.config import Precision
-from yuan.plan.pool import CPU_POOL_NAME, Pool, is_fast_at_bf16, load_pool, make_local_pool
+from yuan.plan.pool import CPU_POOL_NAME, Pool, is_fast_at_bf16
+from yuan.plan.pool_file import load_pool, make_local_pool
 from yuan.plan.search import SizeLimits
 
 CLUSTER_CONFIG_VARIABLES = ("SLURM_CONF", "KUBECONFIG")  # name the configuration files of batch systems' clients

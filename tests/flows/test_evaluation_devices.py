@@ -28,7 +28,8 @@ from yuan.eval.results import DEVICE_FAULT_FILE, READY_FILE
 from yuan.model.transformer import Yuan
 from yuan.model.weights import save
 from yuan.plan.generation_stages import GenerationModel
-from yuan.plan.pool import load_pool, make_cpu_pool, parse_pool
+from yuan.plan.pool import make_cpu_pool
+from yuan.plan.pool_file import load_pool, parse_pool
 from yuan.recipe import DEFAULT_EVALUATION
 
 POOL = make_cpu_pool()

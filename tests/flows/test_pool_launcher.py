@@ -9,7 +9,8 @@ from flows.supervisor.pool_launcher import make_launcher
 from infra.launchers.job import Job
 from infra.launchers.local import LocalLauncher
 from infra.launchers.slurm import SlurmLauncher
-from yuan.plan.pool import dump_pool, load_pool, make_cpu_pool
+from yuan.plan.pool import make_cpu_pool
+from yuan.plan.pool_file import dump_pool, load_pool
 
 
 def make_pool(launcher, **launch):

@@ -37,7 +37,8 @@ from yuan.config import tiny, yuan_2b, yuan_51b, yuan_102b
 from yuan.data.rows import Row, dump_rows
 from yuan.model.model_manifest import MODEL_MANIFEST_FILE, ModelManifest
 from yuan.plan.planner import make_plan_from_bounds
-from yuan.plan.pool import Pool, load_pool, make_cpu_pool, parse_pool
+from yuan.plan.pool import Pool, make_cpu_pool
+from yuan.plan.pool_file import load_pool, parse_pool
 from yuan.plan.workload import Workload
 from yuan.train.run_folder import RunFolder
 

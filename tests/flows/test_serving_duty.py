@@ -23,7 +23,7 @@ from yuan.config import tiny, yuan_2b, yuan_51b, yuan_102b
 from yuan.generate.cache_slots import CacheBudget
 from yuan.plan.generation_stages import GenerationModel, NoGenerationDevices
 from yuan.plan.memory_model import GIB
-from yuan.plan.pool import load_pool
+from yuan.plan.pool_file import load_pool
 from yuan.serve.api import make_api
 from yuan.serve.device_holder import DeviceHolder
 from yuan.serve.grants import DeviceGrant

@@ -13,7 +13,8 @@ from tests.fuzzing import JSON_VALUES, check_printable, each_size, fuzz
 from yuan.config import ModelConfig
 from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import make_plan
-from yuan.plan.pool import DeviceGroup, Pool, dump_pool, load_pool
+from yuan.plan.pool import DeviceGroup, Pool
+from yuan.plan.pool_file import dump_pool, load_pool
 from yuan.plan.search import SizeLimits
 from yuan.plan.workload import MAX_GLOBAL_BATCH_SIZE, Workload
 

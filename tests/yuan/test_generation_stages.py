@@ -19,7 +19,8 @@ from yuan.plan.generation_stages import (
 )
 from yuan.plan.memory_model import GIB
 from yuan.plan.planner import make_run_plan
-from yuan.plan.pool import make_cpu_pool, parse_pool
+from yuan.plan.pool import make_cpu_pool
+from yuan.plan.pool_file import parse_pool
 from yuan.plan.workload import Workload
 
 SERVED = [GenerationModel(yuan_2b())]

@@ -8,7 +8,8 @@ import pytest
 from yuan.config import tiny, yuan_2b
 from yuan.plan.memory_costs import build_memory_costs
 from yuan.plan.memory_model import compute_memory_terms
-from yuan.plan.pool import make_cpu_pool, parse_pool
+from yuan.plan.pool import make_cpu_pool
+from yuan.plan.pool_file import parse_pool
 from yuan.plan.workload import Grid, Workload
 
 GRID = Grid(pipeline_size=2, data_size=1, micro_batch_size=2, grad_accum_steps=4)

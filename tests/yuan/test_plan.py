@@ -11,7 +11,8 @@ from yuan.config import ModelConfig, TrainConfig, tiny, yuan_2b, yuan_51b, yuan_
 from yuan.plan.memory_model import GIB
 from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import draw_plan, make_plan
-from yuan.plan.pool import DeviceGroup, MeasuredRates, Pool, make_cpu_pool, parse_pool
+from yuan.plan.pool import DeviceGroup, MeasuredRates, Pool, make_cpu_pool
+from yuan.plan.pool_file import parse_pool
 from yuan.plan.search import SizeLimits
 from yuan.plan.table import format_plan_table
 from yuan.plan.time_model import predict_tied_reduction_seconds

@@ -9,7 +9,7 @@ import pytest
 from yuan.config import ModelConfig, yuan_2b, yuan_102b
 from yuan.plan.device_counts import CountSearch, compute_most_layers
 from yuan.plan.planner import make_plan
-from yuan.plan.pool import parse_pool
+from yuan.plan.pool_file import parse_pool
 from yuan.plan.search import SizeLimits, has_feasible_layout
 from yuan.plan.workload import Workload, compute_default_loss_block
 

@@ -14,7 +14,8 @@ from yuan.plan.layout_prediction import predict_layout
 from yuan.plan.memory_costs import DOES_NOT_FIT
 from yuan.plan.memory_model import GIB
 from yuan.plan.planner import make_plan
-from yuan.plan.pool import MAX_DEVICES, load_pool, parse_pool
+from yuan.plan.pool import MAX_DEVICES
+from yuan.plan.pool_file import load_pool, parse_pool
 from yuan.plan.search import SizeLimits, iter_grids, select_other_grids
 from yuan.plan.stage_costs import build_stage_costs
 from yuan.plan.workload import Grid, Workload, compute_default_loss_block

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from yuan.plan.pool import dump_pool, load_pool, make_cpu_pool, make_local_pool, parse_pool
+from yuan.plan.pool import make_cpu_pool
+from yuan.plan.pool_file import dump_pool, load_pool, make_local_pool, parse_pool
 
 A100 = {"device_class": "A100-80", "count": 8}
 

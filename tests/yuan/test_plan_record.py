@@ -9,7 +9,7 @@ from yuan.config import ModelConfig
 from yuan.plan.current_plan import parse_current_plan
 from yuan.plan.plan_record import PipelinePlan
 from yuan.plan.planner import make_plan
-from yuan.plan.pool import parse_pool
+from yuan.plan.pool_file import parse_pool
 from yuan.plan.search import SizeLimits
 from yuan.plan.workload import Workload
 

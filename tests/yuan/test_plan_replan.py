@@ -6,7 +6,7 @@ import pytest
 
 from yuan.config import ModelConfig
 from yuan.plan.planner import make_plan, predict_plan
-from yuan.plan.pool import parse_pool
+from yuan.plan.pool_file import parse_pool
 from yuan.plan.replan import make_slow_class_name, replan, resize_pool, split_slow_devices
 from yuan.plan.workload import Workload
 

@@ -9,7 +9,7 @@ from yuan.config import ModelConfig
 from yuan.plan.json_fields import escape_text
 from yuan.plan.plan_svg import LEFT_MARGIN_PX, LIMIT_COLOR, PICTURE_WIDTH_PX, RIGHT_MARGIN_PX, TERM_COLORS
 from yuan.plan.planner import draw_plan, make_plan
-from yuan.plan.pool import parse_pool
+from yuan.plan.pool_file import parse_pool
 from yuan.plan.search import SizeLimits
 from yuan.plan.workload import Workload
 

@@ -13,7 +13,8 @@ from yuan.config import MODEL_PRESETS, TrainConfig, tiny
 from yuan.node_memory import MASTER_BYTES, STATE_BYTES, estimate_main_memory
 from yuan.plan.memory_model import GIB
 from yuan.plan.planner import make_plan_from_bounds
-from yuan.plan.pool import DeviceGroup, Pool, load_pool, make_cpu_pool
+from yuan.plan.pool import DeviceGroup, Pool, make_cpu_pool
+from yuan.plan.pool_file import load_pool
 from yuan.plan.workload import Workload
 from yuan.run_estimate import DataSize, RunEstimate, estimate_run
 from yuan.train.checkpoint_interval import (
